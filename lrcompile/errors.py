@@ -1,0 +1,44 @@
+"""The errors that a user can meet; each is one sentence with what was got, what was expected and the next step."""
+
+from __future__ import annotations
+
+
+class LrcompileError(Exception):
+    """Base of every error that is reported as a message instead of a traceback."""
+
+    exit_code = 2
+
+
+class InputError(LrcompileError):
+    """A file, option, shape or value that the user gave cannot be used."""
+
+
+class DeviceError(LrcompileError):
+    """A device profile is unknown, incomplete or inconsistent, or a runtime for it is missing."""
+
+
+class PluginError(LrcompileError):
+    """A plugin package could not be loaded, or two plugins claim one name."""
+
+
+class PassError(LrcompileError):
+    """A pass broke its contract: names pass and site, what was expected and what was got."""
+
+    def __init__(self, pass_name: str, site: str, problem: str) -> None:
+        super().__init__(f"pass {pass_name} at {site}: {problem}")
+        self.pass_name = pass_name
+        self.site = site
+
+
+class VerificationError(LrcompileError):
+    """The rewritten or emitted model does not compute what it should; nothing is written."""
+
+
+class PlanError(LrcompileError):
+    """A plan file cannot be read, or does not belong to this model, device or calibration data."""
+
+
+class BudgetError(LrcompileError):
+    """The budget cannot be met; the message holds the range that can be reached."""
+
+    exit_code = 1

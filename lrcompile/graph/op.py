@@ -1,0 +1,152 @@
+"""What one node of a graph asks of a device: the only thing that a cost model sees."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Kind = Literal[
+    "gemm",  # matrix product; `gemm` holds its dimensions
+    "conv",  # convolution or transposed convolution; `conv` holds its dimensions
+    "attention",  # scaled dot-product attention; `attention` holds its dimensions
+    "recurrent",  # LSTM, GRU or RNN over a sequence
+    "normalization",  # batch, layer, group, instance norm and softmax
+    "reduction",  # sums, means and pooling over a window or an axis
+    "elementwise",  # maps each element: activations, additions, casts
+    "gather",  # embedding and index look-ups
+    "movement",  # copies with another layout: concatenate, pad, transpose that is materialised
+    "view",  # no kernel at all: reshape, slice, constants, shape arithmetic
+]
+
+DTYPE_BYTES: dict[str, float] = {
+    "fp64": 8,
+    "fp32": 4,
+    "tf32": 4,
+    "fp16": 2,
+    "bf16": 2,
+    "int64": 8,
+    "int32": 4,
+    "int16": 2,
+    "int8": 1,
+    "uint8": 1,
+    "bool": 1,
+}
+
+
+@dataclass(frozen=True)
+class GemmShape:
+    """`batch` independent products [m×k]·[k×n]."""
+
+    m: int
+    n: int
+    k: int
+    batch: int = 1
+
+
+@dataclass(frozen=True)
+class ConvShape:
+    """A convolution over 1, 2 or 3 spatial axes.
+
+    `padding` holds (before, after) for each axis. For a transposed convolution `size_in` is still the
+    input's and `size_out` the output's spatial size.
+    """
+
+    batch: int
+    channels_in: int
+    channels_out: int
+    size_in: tuple[int, ...]
+    size_out: tuple[int, ...]
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
+    dilation: tuple[int, ...]
+    groups: int = 1
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """softmax(QKᵀ)V with `heads` query heads and `heads_kv` key/value heads."""
+
+    batch: int
+    heads: int
+    heads_kv: int
+    queries: int
+    keys: int
+    head_dim: int
+    causal: bool = False
+
+
+@dataclass(frozen=True)
+class RecurrentShape:
+    """One stacked recurrent call: `gates` is 4 for LSTM, 3 for GRU, 1 for a plain RNN."""
+
+    batch: int
+    steps: int
+    input_size: int
+    hidden_size: int
+    layers: int
+    directions: int
+    gates: int
+
+
+@dataclass(frozen=True)
+class OpDesc:
+    """One operation: its kind, sizes and traffic.
+
+    `flops` counts a multiply-add as two. `weight_bytes` are constant operands, `activation_bytes` what is
+    read and written besides them. `label` names the operation for people and decides nothing.
+    """
+
+    kind: Kind
+    dtype: str
+    flops: float
+    weight_bytes: float
+    activation_bytes: float
+    gemm: GemmShape | None = None
+    conv: ConvShape | None = None
+    attention: AttentionShape | None = None
+    recurrent: RecurrentShape | None = None
+    label: str = ""
+
+
+def gemm_op(m: int, n: int, k: int, dtype: str, *, batch: int = 1, weight: bool = True, label: str = "gemm") -> OpDesc:
+    """The description of `batch` products [m×k]·[k×n]; the second operand is a weight unless `weight` is False."""
+    size = DTYPE_BYTES[dtype]
+    second = batch * k * n * size
+    return OpDesc(
+        kind="gemm",
+        dtype=dtype,
+        flops=2.0 * batch * m * n * k,
+        weight_bytes=second if weight else 0,
+        activation_bytes=batch * (m * k + m * n) * size + (0 if weight else second),
+        gemm=GemmShape(m, n, k, batch),
+        label=label,
+    )
+
+
+def conv_op(shape: ConvShape, dtype: str, *, label: str = "conv") -> OpDesc:
+    """The description of a convolution of the given shape, without its bias."""
+    size = DTYPE_BYTES[dtype]
+    taps = shape.channels_in // shape.groups * _product(shape.kernel)
+    positions = _product(shape.size_in if shape.transposed else shape.size_out)
+    per_position = shape.channels_out // shape.groups * _product(shape.kernel) * shape.channels_in
+    macs = shape.batch * positions * (per_position if shape.transposed else taps * shape.channels_out)
+    return OpDesc(
+        kind="conv",
+        dtype=dtype,
+        flops=2.0 * macs,
+        weight_bytes=taps * shape.channels_out * size,
+        activation_bytes=shape.batch
+        * (shape.channels_in * _product(shape.size_in) + shape.channels_out * _product(shape.size_out))
+        * size,
+        conv=shape,
+        label=label,
+    )
+
+
+def _product(sizes: tuple[int, ...]) -> int:
+    result = 1
+    for size in sizes:
+        result *= size
+    return result
