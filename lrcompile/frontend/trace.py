@@ -1,0 +1,229 @@
+"""From a model and example inputs to the lifted graph, with a dynamic batch where the model allows one."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.export import Dim, ExportedProgram
+from torch.utils import _pytree as pytree
+
+from lrcompile.errors import InputError, VerificationError
+from lrcompile.frontend.lift import lift
+from lrcompile.graph.graph import Graph, propagate
+
+
+@dataclass(frozen=True, eq=False)
+class Traced:
+    """A lifted graph with the inputs it was traced on.
+
+    `args` and `kwargs` are what the model's `forward` takes; `flat` are the same tensors in the order of
+    `input_names`, the graph's placeholders. `output_names` name the flat outputs.
+    """
+
+    graph: Graph
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    flat: tuple[Any, ...]
+    input_names: tuple[str, ...]
+    output_names: tuple[str, ...]
+    dynamic_batch: bool
+    notes: tuple[str, ...] = field(default=())
+
+
+def trace(
+    program: nn.Module | ExportedProgram | torch.jit.ScriptModule,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None = None,
+) -> Traced:
+    """Exports a model with `torch.export`, lifts it, and checks that the lifted graph computes the same.
+
+    Raises:
+        InputError: the model cannot be exported or does not run on the inputs.
+        VerificationError: the lifted graph differs from the model (a fault of lrcompile).
+    """
+    args, kwargs = tuple(args), dict(kwargs or {})
+    notes: list[str] = []
+    if isinstance(program, torch.jit.ScriptModule):
+        program = _convert_torchscript(program, args, kwargs)
+    if isinstance(program, ExportedProgram):
+        exported, dynamic = program, _has_dynamic_batch(program)
+        reference: Any = program.module()
+    else:
+        program.eval()
+        reference = program
+        exported, dynamic, note = _export(program, args, kwargs)
+        if note:
+            notes.append(note)
+    expected = _run_reference(reference, args, kwargs)
+    gm = exported.module()
+    assert isinstance(gm, fx.GraphModule)
+    gm = lift(gm)
+    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    flat = tuple(pytree.tree_leaves((args, _ordered(kwargs, placeholders))))
+    if len(flat) != len(placeholders):
+        raise InputError(
+            f"the model takes {len(placeholders)} inputs ({', '.join(n.name for n in placeholders)}), "
+            f"got {len(flat)}; give one --input for each"
+        )
+    graph = propagate(gm, flat)
+    _check_same(expected, run(gm, flat), "the lifted graph")
+    return Traced(
+        graph=graph,
+        args=args,
+        kwargs=kwargs,
+        flat=flat,
+        input_names=tuple(n.name for n in placeholders),
+        output_names=_output_names(expected),
+        dynamic_batch=dynamic,
+        notes=tuple(notes),
+    )
+
+
+def run(gm: fx.GraphModule, flat: Sequence[Any]) -> tuple[Any, ...]:
+    """The flat outputs of a lifted graph for flat inputs."""
+    with torch.no_grad():
+        result = fx.Interpreter(gm).run(*flat, enable_io_processing=False)
+    return tuple(pytree.tree_leaves(result))
+
+
+def export(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_batch: bool
+) -> tuple[ExportedProgram, bool]:
+    """Exports a module; with `dynamic_batch` the first axis of the inputs is left open where the model allows it."""
+    if dynamic_batch:
+        program, dynamic, _ = _export(module, args, kwargs)
+        return program, dynamic
+    return _quiet_export(module, args, kwargs, None), False
+
+
+def batch_size(flat: Sequence[Any]) -> int | None:
+    """The common first dimension of the inputs, or None where there is none."""
+    sizes = {t.shape[0] for t in flat if isinstance(t, torch.Tensor) and t.dim() > 0}
+    return sizes.pop() if len(sizes) == 1 else None
+
+
+def _export(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[ExportedProgram, bool, str | None]:
+    """(program, whether its batch is dynamic, why not)."""
+    size = batch_size(pytree.tree_leaves((args, kwargs)))
+    if size is None:
+        return _quiet_export(module, args, kwargs, None), False, "inputs share no first dimension: batch stays fixed"
+    if size == 1:  # export specialises sizes 0 and 1, so trace on two samples
+        args, kwargs = pytree.tree_map(_twice, (args, kwargs))
+    shapes = pytree.tree_map(lambda t: {0: Dim.AUTO} if isinstance(t, torch.Tensor) and t.dim() else None, (args, kwargs))
+    dynamic_shapes = _bind(module, args, kwargs, shapes)
+    try:
+        program = _quiet_export(module, args, kwargs, dynamic_shapes)
+        if _has_dynamic_batch(program):
+            return program, True, None
+        reason = "the model fixes its batch size"
+    except InputError as error:
+        reason = str(error)
+    if size == 1:
+        args, kwargs = pytree.tree_map(lambda t: t[:1] if isinstance(t, torch.Tensor) and t.dim() else t, (args, kwargs))
+    return _quiet_export(module, args, kwargs, None), False, f"batch stays fixed at {size}: {reason}"
+
+
+def _bind(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any) -> Any:
+    """Dynamic shapes as export wants them: positional ones, with keyword ones by name, as one structure."""
+    arg_shapes, kwarg_shapes = shapes
+    if not kwargs:
+        return arg_shapes
+    import inspect
+
+    names = list(inspect.signature(module.forward).parameters)
+    return {**dict(zip(names, arg_shapes, strict=False)), **kwarg_shapes}
+
+
+def _twice(value: Any) -> Any:
+    return torch.cat([value, value]) if isinstance(value, torch.Tensor) and value.dim() else value
+
+
+def _quiet_export(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any) -> ExportedProgram:
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        try:
+            return torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
+        except Exception as error:  # export raises many types; each means that this model cannot be traced
+            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise InputError(
+                f"torch.export could not trace the model: {type(error).__name__}: {first[:300]}; "
+                "check the inputs (--input), or export it yourself with torch.export.save and give the archive"
+            ) from error
+
+
+def _has_dynamic_batch(program: ExportedProgram) -> bool:
+    values = [
+        node.meta.get("val")
+        for node in program.graph.nodes
+        if node.op == "placeholder" and node.name in program.graph_signature.user_inputs
+    ]
+    tensors = [v for v in values if isinstance(v, torch.Tensor) and v.dim()]
+    return bool(tensors) and all(isinstance(v.shape[0], torch.SymInt) for v in tensors)
+
+
+def _convert_torchscript(
+    program: torch.jit.ScriptModule, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> nn.Module | ExportedProgram:
+    from torch._export.converter import TS2EPConverter
+
+    if kwargs:
+        names = [a.name for a in program.forward.schema.arguments][1:]
+        args = (*args, *(kwargs[name] for name in names[len(args) :] if name in kwargs))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return TS2EPConverter(program, args).convert()
+        except Exception as error:
+            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise InputError(
+                f"the TorchScript archive could not be converted: {type(error).__name__}: {first[:300]}; "
+                "give the model as a torch.export archive, or as a state dict with --arch"
+            ) from error
+
+
+def _run_reference(reference: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return reference(*args, **kwargs)
+        except Exception as error:
+            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise InputError(
+                f"the model does not run on the given inputs: {type(error).__name__}: {first[:300]}"
+            ) from error
+
+
+def _ordered(kwargs: dict[str, Any], placeholders: list[fx.Node]) -> dict[str, Any]:
+    order = {node.name: i for i, node in enumerate(placeholders)}
+    return dict(sorted(kwargs.items(), key=lambda item: order.get(item[0], len(order))))
+
+
+def _check_same(expected: Any, got: tuple[Any, ...], what: str) -> None:
+    leaves = [t for t in pytree.tree_leaves(expected) if isinstance(t, torch.Tensor)]
+    results = [t for t in got if isinstance(t, torch.Tensor)]
+    for i, (a, b) in enumerate(zip(leaves, results, strict=True)):
+        if a.is_floating_point():
+            error = (a.double() - b.double()).norm() / a.double().norm().clamp_min(1e-30)
+            limit = 1e-5 if a.dtype in (torch.float32, torch.float64) else 2e-2
+            if not error <= limit:
+                raise VerificationError(f"{what} differs from the model at output {i}: relative error {error:.2e}")
+        elif not torch.equal(a, b):
+            raise VerificationError(f"{what} differs from the model at output {i}")
+
+
+def _output_names(outputs: Any) -> tuple[str, ...]:
+    """Names from the output's structure: dictionary keys where there are any, else output_0, output_1, …"""
+    names = []
+    for i, (path, _) in enumerate(pytree.tree_flatten_with_path(outputs)[0]):
+        keys = [getattr(entry, "key", getattr(entry, "name", None)) for entry in path]
+        parts = [str(entry) if key is not None else str(getattr(entry, "idx", i)).strip("[]") for entry, key in zip(path, keys)]
+        words = [str(key) if key is not None else part for key, part in zip(keys, parts, strict=True)]
+        names.append("_".join(words) if any(key is not None for key in keys) else f"output_{i}")
+    return tuple(names)

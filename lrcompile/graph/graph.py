@@ -1,0 +1,236 @@
+"""Reading a lifted graph: sites, shapes, parameters and who shares them. Nothing here edits."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+
+from lrcompile.graph.rewrite import JSON, Refusal, Rewrite
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """A module of the graph and every node that calls it. Its `path` is its name in tables, plans and globs."""
+
+    path: str
+    module: nn.Module
+    nodes: tuple[fx.Node, ...]
+
+    @property
+    def input(self) -> fx.Node:
+        """The first argument of the first call."""
+        return self.nodes[0].args[0]  # type: ignore[return-value]
+
+    def rewrite(self, *, error: float = 0.0, exact: bool = False, **params: JSON) -> Rewrite:
+        """A rewrite of this site alone; the compiler fills in the name of the proposing pass."""
+        return Rewrite("", (self.path,), params, error, exact)
+
+    def refuse(self, reason: str) -> Refusal:
+        """Says why this site is left alone; the reason is printed in the decision table."""
+        return Refusal("", self.path, reason)
+
+
+@dataclass(frozen=True, eq=False)
+class Graph:
+    """A lifted fx graph: parametrised operations are `call_module` nodes, the rest ATen, shapes in `meta["val"]`."""
+
+    gm: fx.GraphModule
+    fake_mode: FakeTensorMode
+    _cache: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def nodes(self) -> Iterator[fx.Node]:
+        """All nodes in execution order."""
+        return iter(self.gm.graph.nodes)
+
+    def modules_of(self, *types: type[nn.Module]) -> Iterator[Site]:
+        """Sites whose module is an instance of one of `types`, in execution order."""
+        for site in self.sites().values():
+            if isinstance(site.module, types):
+                yield site
+
+    def sites(self) -> dict[str, Site]:
+        """Every called module by path, in execution order."""
+        calls: dict[str, list[fx.Node]] = {}
+        for node in self.gm.graph.nodes:
+            if node.op == "call_module":
+                calls.setdefault(node.target, []).append(node)
+        return {path: Site(path, self.gm.get_submodule(path), tuple(nodes)) for path, nodes in calls.items()}
+
+    def site(self, path: str) -> Site:
+        """The site of that path.
+
+        Raises:
+            KeyError: no node calls a module of that path.
+        """
+        nodes = tuple(n for n in self.gm.graph.nodes if n.op == "call_module" and n.target == path)
+        if not nodes:
+            raise KeyError(path)
+        return Site(path, self.gm.get_submodule(path), nodes)
+
+    def module(self, node: fx.Node) -> nn.Module | None:
+        """The module that a node calls, or None."""
+        return self.gm.get_submodule(node.target) if node.op == "call_module" else None  # type: ignore[arg-type]
+
+    def copy(self) -> Graph:
+        """A graph that can be edited on its own; modules and parameters stay shared."""
+        root = share(self.gm)
+        env: dict[fx.Node, fx.Node] = {}
+        new = fx.Graph()
+        output = new.graph_copy(self.gm.graph, env)
+        new_output = new.output(output)
+        old_output = next(n for n in reversed(self.gm.graph.nodes) if n.op == "output")
+        new_output.meta = dict(old_output.meta)
+        new.set_codegen(self.gm.graph._codegen)
+        for old, copied in env.items():
+            copied.meta = dict(old.meta)
+        return Graph(fx.GraphModule(root, new), self.fake_mode)
+
+
+def share(module: nn.Module) -> nn.Module:
+    """A module tree with the same leaves: containers are new, so that replacing a child leaves the original alone."""
+    result = nn.Module()
+    for name, parameter in module._parameters.items():
+        result.register_parameter(name, parameter)
+    for name, buffer in module._buffers.items():
+        result.register_buffer(name, buffer, persistent=name not in module._non_persistent_buffers_set)
+    for name, child in module._modules.items():
+        assert child is not None
+        result.add_module(name, share(child) if is_container(child) else child)
+    for name, value in vars(module).items():
+        if isinstance(value, torch.Tensor):
+            setattr(result, name, value)
+    result.training = module.training
+    return result
+
+
+def is_container(module: nn.Module) -> bool:
+    """Whether the module only holds others: it has no forward of its own that a graph could call."""
+    return type(module) in (nn.Module, nn.Sequential, nn.ModuleList, fx.GraphModule) or (
+        type(module).__name__ in ("InterpreterModule", "GraphModule")
+    )
+
+
+def shape(node: fx.Node) -> tuple[int, ...]:
+    """The concrete output shape of a node with one tensor output.
+
+    Raises:
+        ValueError: the node has no single tensor output.
+    """
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor):
+        raise ValueError(f"node {node.name} has no single tensor output")
+    return tuple(int(size) for size in value.shape)
+
+
+def dtype(node: fx.Node) -> torch.dtype | None:
+    """The output dtype of a node, or None if it is not a tensor."""
+    value = node.meta.get("val")
+    return value.dtype if isinstance(value, torch.Tensor) else None
+
+
+def owners(graph: Graph) -> Mapping[int, frozenset[str]]:
+    """For each tensor storage that a node uses: the module paths and `get_attr` targets that use it.
+
+    A parameter with more than one owner is tied; a rewrite of one owner would break the tie.
+    """
+    found: dict[int, set[str]] = defaultdict(set)
+    for node in graph.gm.graph.nodes:
+        if node.op == "call_module":
+            module = graph.gm.get_submodule(node.target)
+            for tensor in [*module.parameters(), *module.buffers()]:
+                found[storage_id(tensor)].add(node.target)
+        elif node.op == "get_attr":
+            value = attribute(graph.gm, node.target)
+            if isinstance(value, torch.Tensor):
+                found[storage_id(value)].add(node.target)
+    return {key: frozenset(names) for key, names in found.items()}
+
+
+def tied_with(graph: Graph, site: Site, owner_map: Mapping[int, frozenset[str]] | None = None) -> str | None:
+    """Another owner of one of the site's parameters, or None."""
+    owner_map = owners(graph) if owner_map is None else owner_map
+    for tensor in site.module.parameters():
+        others = owner_map.get(storage_id(tensor), frozenset()) - {site.path}
+        if others:
+            return min(others)
+    return None
+
+
+def storage_id(tensor: torch.Tensor) -> int:
+    """Identity of the memory behind a tensor: equal for a parameter and its transposed view."""
+    if type(tensor) not in (torch.Tensor, nn.Parameter) or tensor.is_meta:
+        return id(tensor)
+    return tensor.untyped_storage()._cdata
+
+
+def attribute(root: nn.Module, target: str) -> Any:
+    """The value at a dotted attribute path."""
+    value: Any = root
+    for part in target.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def infer(graph: Graph, node: fx.Node) -> Any:
+    """The fake output value of a node, from the values of its arguments.
+
+    Raises:
+        Exception: whatever the operation raises for impossible shapes.
+    """
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    with graph.fake_mode, torch.no_grad():
+        if node.op == "call_module":
+            return graph.gm.get_submodule(node.target)(*args, **kwargs)  # type: ignore[arg-type]
+        if node.op == "call_function":
+            return node.target(*args, **kwargs)  # type: ignore[operator]
+    raise ValueError(f"cannot infer the shape of a {node.op} node")
+
+
+def propagate(gm: fx.GraphModule, flat_args: tuple[Any, ...]) -> Graph:
+    """Fills `meta["val"]` of every node with a fake tensor of the concrete shape that `flat_args` lead to."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    fake_args = [mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in flat_args]
+    with torch.no_grad():
+        FakeTensorProp(gm, mode).propagate_dont_convert_inputs(*fake_args)
+    return Graph(gm, mode)
+
+
+def parameter_count(gm: nn.Module) -> int:
+    """Number of parameter elements, each storage counted once."""
+    return sum(t.numel() for t in unique_tensors(gm))
+
+
+def weight_bytes(gm: nn.Module) -> int:
+    """Bytes of the parameters, each storage counted once."""
+    return sum(t.numel() * t.element_size() for t in unique_tensors(gm))
+
+
+def unique_tensors(gm: nn.Module) -> list[torch.Tensor]:
+    """The module's parameters, one of each storage."""
+    seen: dict[int, torch.Tensor] = {}
+    for tensor in gm.parameters():
+        seen.setdefault(storage_id(tensor), tensor)
+    return list(seen.values())
+
+
+def fingerprint(gm: fx.GraphModule) -> str:
+    """SHA-256 of the graph's structure and of every parameter and buffer it uses."""
+    digest = hashlib.sha256()
+    for node in gm.graph.nodes:
+        digest.update(f"{node.op} {node.name} {node.target} {node.args} {node.kwargs}\n".encode())
+    for name, tensor in sorted(gm.state_dict().items()):
+        data = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {tuple(data.shape)} {data.dtype}\n".encode())
+        digest.update(data.flatten().view(torch.uint8).numpy().data if data.numel() else b"")
+    return digest.hexdigest()

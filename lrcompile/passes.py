@@ -1,0 +1,166 @@
+"""What a pass is, and what it may ask while it proposes and applies."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from enum import Enum
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from lrcompile.devices.device import Device
+from lrcompile.graph.graph import Graph, Site
+from lrcompile.graph.rewrite import Refusal, Rewrite, Rewriter
+from lrcompile.planning.decompose import Spectrum, Tucker, spectrum, tucker
+
+T = TypeVar("T")
+
+
+class Stage(Enum):
+    """When a pass acts.
+
+    CANONICALIZE: exact and always welcome; applied until nothing is proposed any more, before anything is priced.
+    FACTORIZE: priced candidates, usually lossy. FUSE: exact, priced; also tried on what FACTORIZE passes made.
+    """
+
+    CANONICALIZE = "canonicalize"
+    FACTORIZE = "factorize"
+    FUSE = "fuse"
+
+
+@dataclass(frozen=True)
+class Pass(ABC):
+    """One kind of rewrite. A frozen dataclass: its fields are its options; the docstring's first line is the equation.
+
+    `name` defaults to the class name in kebab-case. `propose` is pure and cheap and never edits; `apply` makes
+    the edit that a rewrite describes, through the rewriter only.
+    """
+
+    name: ClassVar[str]
+    stage: ClassVar[Stage]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "name" not in cls.__dict__:
+            cls.name = re.sub(r"(?<!^)(?=[A-Z])", "-", cls.__name__).lower()
+
+    @abstractmethod
+    def propose(self, graph: Graph, context: Context) -> Iterator[Rewrite | Refusal]:
+        """Yields the rewrites that are legal on this graph, and a refusal with its reason for each near miss."""
+
+    @abstractmethod
+    def apply(self, rewriter: Rewriter, rewrite: Rewrite) -> None:
+        """Edits `rewriter.graph` as `rewrite` says.
+
+        Raises:
+            KeyError: a site that the rewrite names is not in the graph.
+        """
+
+
+@dataclass(frozen=True, eq=False)
+class Context:
+    """What passes may ask: the device, the model's precision, and decompositions, which are computed once.
+
+    `grams` maps (node name, feature axis) to XᵀX [features × features] in float64, collected on calibration data;
+    `token_counts` maps the name of an index node to how often each row was looked up.
+    """
+
+    device: Device
+    dtype: str = "fp32"
+    grams: Mapping[tuple[str, int], Tensor] = field(default_factory=dict)
+    token_counts: Mapping[str, Tensor] = field(default_factory=dict)
+    _memo: dict[tuple[str, str], Any] = field(default_factory=dict, repr=False)
+
+    def ranks(self, below: int) -> tuple[int, ...]:
+        """Rank candidates under `below`, at the device's steps for this precision, ascending."""
+        return self.device.ranks(below, self.dtype)
+
+    def gram(self, node: fx.Node, axis: int = -1) -> Tensor | None:
+        """XᵀX over a value's feature axis (-1 for linear layers, 1 for convolutions), or None without calibration."""
+        return self.grams.get((node.name, axis))
+
+    def spectrum(self, site: Site) -> Spectrum:
+        """The activation-aware SVD of a linear layer's weight, or of a 1×1 convolution's as [S × C]."""
+        weight = site.module.weight
+        if isinstance(site.module, nn.Linear):
+            return self.svd(site, "linear", lambda: weight, self.gram(site.input))
+        transposed = isinstance(site.module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d)
+        return self.svd(
+            site, "pointwise", lambda: weight.flatten(1).T if transposed else weight.flatten(1), self.gram(site.input, 1)
+        )
+
+    def svd(self, site: Site, form: str, matrix: Callable[[], Tensor], gram: Tensor | None = None) -> Spectrum:
+        """The SVD of a matrix made from a site's weight; `form` names the way it is made and is part of the key."""
+        return self._once(site, form, lambda: spectrum(matrix(), gram))
+
+    def tucker(self, site: Site) -> Tucker:
+        """Tucker-2 of a convolution's kernel as [S × C × taps]; a transposed convolution's is turned that way first."""
+        weight = site.module.weight
+        transposed = isinstance(site.module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d)
+        kernel = weight.transpose(0, 1) if transposed else weight
+        return self._once(site, "tucker", lambda: tucker(kernel, self.gram(site.input, 1)))
+
+    def on_trial(self, fake_mode: FakeTensorMode) -> Context:
+        """The same context for pricing: decompositions have shapes and no values, so that a trial costs nothing."""
+        return TrialContext(self.device, self.dtype, self.grams, self.token_counts, self._memo, fake_mode)
+
+    def _once(self, site: Site, form: str, compute: Callable[[], T]) -> T:
+        key = (_digest(site.module.weight), f"{form} {site.input.name}")  # type: ignore[arg-type]
+        if key not in self._memo:
+            self._memo[key] = compute()
+        return self._memo[key]
+
+
+@dataclass(frozen=True, eq=False)
+class TrialContext(Context):
+    """Answers every decomposition with fake factors of the right shapes."""
+
+    fake_mode: FakeTensorMode = field(kw_only=True, default_factory=FakeTensorMode)
+
+    def svd(self, site: Site, form: str, matrix: Callable[[], Tensor], gram: Tensor | None = None) -> Spectrum:
+        """A spectrum of zeros with the matrix's shape."""
+        with self.fake_mode, torch.no_grad():
+            fake = self._fake(matrix())
+            rows, columns = fake.shape
+            rank = min(rows, columns)
+            return Spectrum(fake, torch.empty(rank), torch.empty(rows, rank, dtype=torch.float64), gram is not None)
+
+    def tucker(self, site: Site) -> Tucker:
+        """A Tucker decomposition of zeros with the kernel's shape."""
+        weight = site.module.weight
+        transposed = isinstance(site.module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d)
+        with self.fake_mode, torch.no_grad():
+            kernel = self._fake(weight.transpose(0, 1) if transposed else weight)  # type: ignore[arg-type]
+            out, into = kernel.shape[:2]
+            basis = [torch.empty(n, n, dtype=torch.float64) for n in (out, into)]
+            return Tucker(kernel, basis[0], basis[1], basis[1], torch.empty(out, into), False)
+
+    def _fake(self, tensor: Tensor) -> Tensor:
+        return tensor if isinstance(tensor, FakeTensor) else self.fake_mode.from_tensor(tensor.detach())
+
+
+def proposals(graph: Graph, transform: Pass, context: Context) -> Iterator[Rewrite | Refusal]:
+    """What a pass proposes, each stamped with the pass's name."""
+    for proposal in transform.propose(graph, context):
+        yield replace(proposal, pass_name=transform.name)
+
+
+def apply(graph: Graph, transform: Pass, rewrite: Rewrite, context: Context) -> Rewriter:
+    """Applies one rewrite to a graph in place; returns the rewriter with what it made and erased."""
+    rewriter = Rewriter(graph, context, rewrite)
+    with torch.no_grad():
+        transform.apply(rewriter, rewrite)
+    return rewriter
+
+
+def _digest(tensor: Tensor) -> str:
+    if isinstance(tensor, FakeTensor):
+        return f"fake {id(tensor)}"
+    data = tensor.detach().contiguous()
+    return hashlib.sha1(f"{tuple(data.shape)} {data.dtype}".encode() + data.view(torch.uint8).numpy().tobytes()).hexdigest()
