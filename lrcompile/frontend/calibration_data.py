@@ -1,0 +1,291 @@
+"""Calibration data: samples of real inputs, read from a file or a loader, checked, and split into equal batches."""
+
+from __future__ import annotations
+
+import hashlib
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from itertools import islice
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from lrcompile.errors import InputError
+from lrcompile.frontend.archives import first_line
+from lrcompile.frontend.files import describe, exists, open_input, read_pickle, recognise
+from lrcompile.frontend.imports import call, import_attribute, is_attribute_path, working_directory_importable
+
+_EXPECTED = (
+    "expected a .npz, .pt or .safetensors file that holds one array per input, samples stacked on the first axis, "
+    "or pkg.mod:loader, which returns batches"
+)
+_PICKLE_ADVICE = "save the inputs as a dict of names to tensors with torch.save, as .npz or as .safetensors"
+
+
+@dataclass(frozen=True, eq=False)
+class CalibrationData:
+    """Batches of inputs by name, all of one size.
+
+    `source` is for people. `digest` is the SHA-256 (hex) over the batches' names, shapes, dtypes and bytes, in order.
+    `samples` counts the samples in the batches; those that did not fill a last batch are not among them.
+    """
+
+    batches: tuple[dict[str, Tensor], ...]
+    source: str
+    digest: str
+    samples: int
+
+    def check_against(self, example: Mapping[str, Tensor]) -> CalibrationData:
+        """The same data in the dtypes of the example inputs (float64 becomes float32, say), after a check.
+
+        Raises:
+            InputError: the names, the kind of a dtype (floating, integer, bool) or a shape beyond the batch differ.
+        """
+        for batch in self.batches:
+            _check_names(batch, list(example), self.source)
+            for name, tensor in batch.items():
+                wanted = example[name]
+                if _dtype_kind(tensor.dtype) != _dtype_kind(wanted.dtype):
+                    raise InputError(
+                        f"{self.source}: {name} is {_short(tensor.dtype)}, but the model takes {_short(wanted.dtype)}; "
+                        "convert the calibration data"
+                    )
+                if tensor.shape[1:] != wanted.shape[1:]:
+                    raise InputError(
+                        f"{self.source}: a sample of {name} has shape {tuple(tensor.shape[1:])}, but the model takes "
+                        f"{tuple(wanted.shape[1:])}; the first axis of the calibration data counts samples"
+                    )
+        cast = tuple({name: t.to(example[name].dtype) for name, t in batch.items()} for batch in self.batches)
+        return CalibrationData(cast, self.source, self.digest, self.samples)
+
+
+def load_calibration(
+    text: str, input_names: Sequence[str], batch: int, *, max_batches: int | None = 64
+) -> CalibrationData:
+    """Reads calibration data from a file or from a loader named `pkg.mod:loader`; the content decides, not the suffix.
+
+    A file holds a dict of names to arrays, a list of such dicts, or, for a model with one input, an array. A loader is
+    called without arguments and returns an iterable of batches: dicts, tuples in the order of `input_names`, or
+    tensors; at most `max_batches` of them are taken. Files run no code: pickled objects are refused.
+
+    Raises:
+        InputError: the data cannot be read, do not fit the names, hold no full batch, or hold NaN or infinity.
+    """
+    path = Path(text)
+    if is_attribute_path(text) and not exists(path):
+        loader = import_attribute(text)
+        content = loader if isinstance(loader, Iterable) and not callable(loader) else call(loader, text)
+        return calibration_from(content, input_names, batch, text, max_batches=max_batches)
+    with open_input(path, f"calibration data: {_EXPECTED}") as file:
+        content = _read(file, path)
+    return calibration_from(content, input_names, batch, path.name, max_batches=None)
+
+
+def calibration_from(
+    data: Any, input_names: Sequence[str], batch: int, source: str = "python", *, max_batches: int | None = 64
+) -> CalibrationData:
+    """Makes calibration data of what Python holds: a dict of arrays, an array, or an iterable of batches.
+
+    Raises:
+        InputError: as for `load_calibration`.
+    """
+    if batch < 1:
+        raise InputError(f"--batch {batch} is not positive; expected the number of samples, such as --batch 8")
+    chunks = []
+    total = 0
+    for raw in _chunks(data, input_names, source, max_batches):
+        chunk = _named(raw, input_names, source)
+        _check_samples(chunk, total, source)
+        total += len(next(iter(chunk.values())))
+        chunks.append(chunk)
+    if total == 0:
+        raise InputError(f"{source} holds no samples; {_EXPECTED}")
+    batches = tuple(_split(chunks, batch))
+    if not batches:
+        raise InputError(
+            f"{source} holds {total} samples, fewer than one batch of {batch}; give more, or --batch {total}"
+        )
+    return CalibrationData(batches, source, _digest(batches), batch * len(batches))
+
+
+# -------------------------------------------------------------------------------------------------------- reading
+
+
+def _read(file: IO[bytes], path: Path) -> Any:
+    head = file.read(8)
+    file.seek(0)
+    if head.startswith(b"\x93NUMPY") or (head.startswith(b"PK\x03\x04") and _is_npz(file)):
+        return _read_numpy(file, path)
+    form = recognise(file, path)
+    if form == "safetensors":
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError, RuntimeError) as error:
+            raise InputError(f"{path} is a safetensors file that cannot be read: {first_line(error)}") from error
+    if form in ("exported", "torchscript"):
+        raise InputError(f"{path} holds a model, not calibration data; {_EXPECTED}")
+    if form is None:
+        raise InputError(f"{path} is not calibration data: it looks like {describe(head)}; {_EXPECTED}")
+    return read_pickle(file, path, form, _PICKLE_ADVICE)
+
+
+def _is_npz(file: IO[bytes]) -> bool:
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return any(name.endswith(".npy") for name in archive.namelist())
+    except zipfile.BadZipFile:
+        return False  # what is wrong with it is said by whoever reads zip archives
+    finally:
+        file.seek(0)
+
+
+def _read_numpy(file: IO[bytes], path: Path) -> Any:
+    try:
+        loaded = np.load(file, allow_pickle=False)
+        return loaded if isinstance(loaded, np.ndarray) else {name: loaded[name] for name in loaded.files}
+    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        if "allow_pickle" in str(error):
+            raise InputError(
+                f"{path} holds an array of Python objects, and unpickling runs code from the file; "
+                "save arrays of numbers, all samples of one shape"
+            ) from None
+        raise InputError(f"{path} is a NumPy file that cannot be read ({first_line(error)}); save it again") from error
+
+
+def _chunks(data: Any, names: Sequence[str], source: str, limit: int | None) -> Iterator[Any]:
+    """The pieces that the data come in, each a dict, a tuple or an array of stacked samples."""
+    if isinstance(data, (Tensor, np.ndarray, Mapping)):
+        yield data
+    elif isinstance(data, (list, tuple)) and len(data) == len(names) > 1 and all(map(_is_array, data)):
+        yield tuple(data)
+    elif isinstance(data, Iterable) and not isinstance(data, (str, bytes)):
+        try:
+            with working_directory_importable():
+                yield from islice(data, limit)
+        except Exception as error:  # the user's own loader can raise anything: it is quoted
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"{source} raised {type(error).__name__} while it gave batches: {error}") from error
+    else:
+        raise InputError(f"{source} holds a {type(data).__name__}; {_EXPECTED}")
+
+
+def _is_array(value: object) -> bool:
+    return isinstance(value, (Tensor, np.ndarray))
+
+
+def _named(raw: Any, names: Sequence[str], source: str) -> dict[str, Tensor]:
+    """One piece as tensors by name, in the order of the model's inputs."""
+    if _is_array(raw):
+        raw = (raw,)
+    if isinstance(raw, (tuple, list)):
+        if len(raw) != len(names):
+            raise InputError(
+                f"{source} gives {len(raw)} unnamed arrays, but the model takes {len(names)} inputs "
+                f"({', '.join(names)}); give a dict by name, or as many as there are inputs (no labels)"
+            )
+        raw = dict(zip(names, raw, strict=True))
+    if not isinstance(raw, Mapping):
+        raise InputError(f"{source} gives a {type(raw).__name__} as a batch; {_EXPECTED}")
+    _check_names(raw, names, source)
+    return {name: _tensor(raw[name], name, source) for name in names}
+
+
+def _tensor(value: Any, name: str, source: str) -> Tensor:
+    if isinstance(value, Tensor):
+        tensor = value.detach().cpu()
+        return tensor if tensor.layout == torch.strided else tensor.to_dense()
+    if not isinstance(value, np.ndarray):
+        raise InputError(f"{source}: {name} is a {type(value).__name__}; expected a tensor or a NumPy array")
+    try:
+        return torch.from_numpy(np.array(value, dtype=value.dtype.newbyteorder("="), order="C"))
+    except TypeError:
+        raise InputError(
+            f"{source}: {name} is an array of {value.dtype}, which PyTorch does not have; "
+            "give arrays of numbers or bools, all samples of one shape"
+        ) from None
+
+
+# ------------------------------------------------------------------------------------------------ checks, batches
+
+
+def _check_names(got: Mapping[Any, Any], names: Sequence[str], source: str) -> None:
+    for name in got:
+        if name not in names:
+            near = get_close_matches(str(name), names, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"the model takes {', '.join(names)}"
+            raise InputError(f"{source} holds {name!r}, which is not an input of the model; {hint}")
+    missing = [name for name in names if name not in got]
+    if missing:
+        raise InputError(
+            f"{source} lacks the input {', '.join(missing)}; "
+            f"expected {', '.join(names)}, got {', '.join(map(str, got)) or 'none'}"
+        )
+
+
+def _check_samples(chunk: Mapping[str, Tensor], first: int, source: str) -> None:
+    """Refuses inputs that differ in their number of samples, and values that are not finite."""
+    for name, tensor in chunk.items():
+        if tensor.dim() == 0:
+            raise InputError(f"{source}: {name} is a single number; expected samples stacked on the first axis")
+    counts = {name: len(tensor) for name, tensor in chunk.items()}
+    if len(set(counts.values())) > 1:
+        listed = ", ".join(f"{name} {count}" for name, count in counts.items())
+        raise InputError(
+            f"{source} holds different numbers of samples ({listed}); give the same number for every input"
+        )
+    for name, tensor in chunk.items():
+        if not tensor.is_floating_point() or not tensor.numel():
+            continue
+        bad = ~torch.isfinite(tensor).flatten(1).all(dim=1) if tensor.dim() > 1 else ~torch.isfinite(tensor)
+        if bad.any():
+            raise InputError(
+                f"{source}: {name} holds NaN or infinity in {int(bad.sum())} of {len(bad)} samples, "
+                f"first in sample {first + int(bad.nonzero()[0])}; remove such samples"
+            )
+
+
+def _split(chunks: Sequence[dict[str, Tensor]], size: int) -> Iterator[dict[str, Tensor]]:
+    """Batches of exactly `size` samples; pieces of one shape and dtype are joined, a remainder is dropped."""
+    runs: list[list[dict[str, Tensor]]] = []
+    for chunk in chunks:
+        if runs and _layout(runs[-1][0]) == _layout(chunk):
+            runs[-1].append(chunk)
+        else:
+            runs.append([chunk])
+    for run in runs:
+        joined = {name: torch.cat([chunk[name] for chunk in run]) for name in run[0]}
+        count = len(next(iter(joined.values())))
+        for start in range(0, count - size + 1, size):
+            yield {name: tensor[start : start + size] for name, tensor in joined.items()}
+
+
+def _layout(chunk: Mapping[str, Tensor]) -> list[Any]:
+    return [(name, tensor.shape[1:], tensor.dtype) for name, tensor in chunk.items()]
+
+
+def _digest(batches: Sequence[Mapping[str, Tensor]]) -> str:
+    digest = hashlib.sha256()
+    for batch in batches:
+        for name, tensor in batch.items():
+            digest.update(f"{name} {tuple(tensor.shape)} {_short(tensor.dtype)}\n".encode())
+            digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _dtype_kind(dtype: torch.dtype) -> str:
+    if dtype == torch.bool:
+        return "bool"
+    return "floating" if dtype.is_floating_point else "complex" if dtype.is_complex else "integer"
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
