@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from lrcompile.errors import InputError
-from lrcompile.frontend.archives import first_line, read_exported, read_torchscript
+from lrcompile.frontend.archives import first_line, read_torchscript
 from lrcompile.frontend.files import describe, exists, open_input, read_pickle, recognise, some
 from lrcompile.frontend.imports import call, import_attribute, is_attribute_path
 
@@ -163,6 +163,8 @@ def _read(path: Path, arch: str | None, trust_pickle: bool) -> Source:
                 raise InputError(f"{path} holds a whole model, so --arch {arch} is not needed; leave it out")
             if form == "torchscript":
                 return Source(read_torchscript(file, path), "torchscript", path.name, None, None)
+            from lrcompile.frontend.exported import read_exported  # importing torch's exporter takes seconds
+
             program = read_exported(file, path, trust_pickle)
             args, kwargs = program.example_inputs or (None, None)
             return Source(program, "exported", path.name, args, kwargs)
