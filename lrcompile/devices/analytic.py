@@ -19,10 +19,11 @@ import numpy as np
 from torch import fx
 
 from lrcompile.devices.cost import Cost, total
-from lrcompile.devices.device import Device, Engine
+from lrcompile.devices.device import Device, Tile
 from lrcompile.graph.op import DTYPE_BYTES, AttentionShape, ConvShape, GemmShape, OpDesc, RecurrentShape
 
 Direction = Literal["forward", "data", "weight"]
+_MIRRORED: dict[Direction, Direction] = {"forward": "data", "data": "forward", "weight": "weight"}
 _ACCUMULATOR_BYTES = 4  # partial sums of a split-K product are exchanged in fp32 or int32
 
 
@@ -30,9 +31,9 @@ _ACCUMULATOR_BYTES = 4  # partial sums of a split-K product are exchanged in fp3
 class AnalyticCostModel:
     """Prices operations on `device`: a forward pass, or with `training` the forward and backward passes."""
 
+    kind = "analytic"
     device: Device
     training: bool = False
-    kind: str = field(default="analytic", init=False)
     _known: dict[OpDesc, Cost] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def cost(self, op: OpDesc) -> Cost:
@@ -90,30 +91,36 @@ def gemm_latency_s(device: Device, shape: GemmShape, dtype: str) -> float:
     """Latency in s of `batch` products [m×k]·[k×n] with their launch."""
     element = DTYPE_BYTES[dtype]
     traffic = element * shape.batch * (shape.m * shape.k + shape.k * shape.n + shape.m * shape.n)
-    return device.launch_s["gemm"] + _product_s(device, shape, dtype, traffic, speed=1.0)
+    return device.launch_s["gemm"] + _product_s(device, shape, dtype, traffic)
 
 
 def conv_latency_s(device: Device, shape: ConvShape, dtype: str, direction: Direction = "forward") -> float:
-    """Latency in s of a convolution, or of the gradient of its input (`data`) or weight, with its launch."""
+    """Latency in s of a convolution, or of the gradient of its input (`data`) or weight, with its launch.
+
+    A device that lacks grouped convolution runs it as a dense one, with zeros between the groups.
+    """
     kind = device.compute_dtype(dtype)
     engine = device.engines[device.engine[kind]]
     element = DTYPE_BYTES[dtype]
-    taps = math.prod(shape.kernel)
+    shape = _plain(_aligned(shape, 1 if "grouped_conv" in device.lacks else shape.groups, device.alignment_conv[kind]))
+    direction = _MIRRORED[direction] if shape.transposed else direction
     maps = shape.channels_in * math.prod(shape.size_in) + shape.channels_out * math.prod(shape.size_out)
-    map_bytes = element * shape.batch * maps
-    groups = 1 if "grouped_conv" in device.lacks else shape.groups
-    weights = shape.channels_in * shape.channels_out // max(groups, 1) * taps
-    traffic = map_bytes + element * weights
-    copies_s = engine.layout_copies * 2 * map_bytes / device.bandwidth_bytes_s
-    product = _implied_gemm(replace(shape, groups=groups), direction)
+    weights = shape.channels_in // shape.groups * shape.channels_out * math.prod(shape.kernel)
+    traffic = element * (shape.batch * maps + weights)
+    product = _implied_gemm(shape, direction)
     launch_s = device.launch_s["conv"]
-    if groups > 1 and min(shape.channels_in, shape.channels_out) == groups:
+    if shape.groups > 1 and min(shape.channels_in, shape.channels_out) == shape.groups:
         flops = 2.0 * product.m * product.n * product.k * product.batch
         vector_flops = device.peak_flops[device.compute_dtype("fp32")] * engine.depthwise_efficiency
         return launch_s + _norm(device, flops / vector_flops, traffic / device.bandwidth_bytes_s)
-    winograd = set(shape.kernel) == {3} and {*shape.stride, *shape.dilation, groups} == {1} and len(shape.kernel) == 2
-    speed = engine.conv_efficiency * (engine.winograd if winograd else 1.0)
-    return launch_s + copies_s + _product_s(device, product, dtype, traffic, speed, conv=True)
+    speed = engine.conv_efficiency * (1.0 if direction == "forward" else engine.gradient_efficiency)
+    split_k = engine.split_k if direction == "weight" else engine.conv_split_k
+    latency_s = _product_s(device, product, dtype, traffic, speed, split_k)
+    if engine.winograd and _has_winograd(shape):
+        product, more = _winograd_gemm(shape, direction)
+        speed *= engine.winograd
+        latency_s = min(latency_s, _product_s(device, product, dtype, traffic + element * more, speed, split_k))
+    return launch_s + engine.conv_setup_s + latency_s
 
 
 def attention_latency_s(device: Device, shape: AttentionShape, dtype: str) -> float:
@@ -126,7 +133,7 @@ def attention_latency_s(device: Device, shape: AttentionShape, dtype: str) -> fl
     rows = 2 * shape.queries * shape.heads + 2 * shape.keys * shape.heads_kv
     operand_bytes = element * shape.batch * shape.head_dim * rows
     if "flash_attention" not in device.lacks:
-        parts = (_product_s(device, product, dtype, operand_bytes / 2, 1.0) for product in (scores, values))
+        parts = (_product_s(device, product, dtype, operand_bytes / 2) for product in (scores, values))
         return device.launch_s["gemm"] + sum(parts)
     score_bytes = element * batch * shape.queries * shape.keys
     products = (gemm_latency_s(device, product, dtype) for product in (scores, values))
@@ -136,7 +143,8 @@ def attention_latency_s(device: Device, shape: AttentionShape, dtype: str) -> fl
 def recurrent_latency_s(device: Device, shape: RecurrentShape, dtype: str) -> float:
     """Latency in s of a recurrent call: a layer takes one product for all its inputs, then one a step, in sequence."""
     gates = shape.gates * shape.hidden_size
-    step = _product_s(device, *_with_traffic(GemmShape(shape.batch, gates, shape.hidden_size), dtype), speed=1.0)
+    state_bytes = DTYPE_BYTES[dtype] * shape.batch * (shape.hidden_size + gates)  # the weight stays in cache
+    step = _product_s(device, GemmShape(shape.batch, gates, shape.hidden_size), dtype, state_bytes)
     latency_s = 0.0
     for layer in range(shape.layers):
         width = shape.input_size if layer == 0 else shape.hidden_size * shape.directions
@@ -151,16 +159,22 @@ def memory_latency_s(device: Device, traffic_bytes: float) -> float:
 
 
 def _product_s(
-    device: Device, shape: GemmShape, dtype: str, traffic_bytes: float, speed: float, conv: bool = False
+    device: Device,
+    shape: GemmShape,
+    dtype: str,
+    traffic_bytes: float,
+    speed: float = 1.0,
+    split_k: tuple[int, ...] | None = None,
 ) -> float:
     kind = device.compute_dtype(dtype)
     dram_s = traffic_bytes / device.bandwidth_bytes_s
     if 0 in (shape.m, shape.n, shape.k, shape.batch):
         return dram_s
-    align = (device.alignment_conv if conv else device.alignment)[kind]
-    n, k = (float(math.ceil(extent / align) * align) for extent in (shape.n, shape.k))
+    align = device.alignment[kind] if split_k is None else 1
+    n, k = (float(_round_up(extent, align)) for extent in (shape.n, shape.k))
     m, batch = float(shape.m), float(shape.batch)
-    menu = _menu(device.engines[device.engine[kind]], device.units)
+    engine = device.engines[device.engine[kind]]
+    menu = _menu(engine.tiles, split_k or engine.split_k, device.units)
     rows, columns = np.ceil(m / menu.tile_m), np.ceil(n / menu.tile_n)
     waves = np.ceil(batch * rows * columns * menu.split_per_unit)
     compute_s = waves * np.ceil(k / menu.split) * (menu.flops_over_efficiency * device.units)
@@ -190,47 +204,80 @@ class _Menu:
 
 
 @lru_cache(maxsize=64)
-def _menu(engine: Engine, units: int) -> _Menu:
-    kernels = [(tile.m, tile.n, split, tile.efficiency) for tile in engine.tiles for split in engine.split_k]
+def _menu(tiles: tuple[Tile, ...], split_k: tuple[int, ...], units: int) -> _Menu:
+    kernels = [(tile.m, tile.n, split, tile.efficiency) for tile in tiles for split in split_k]
     tile_m, tile_n, split, efficiency = np.array(kernels, dtype=float).T
     partial_bytes = np.where(split > 1, 2 * _ACCUMULATOR_BYTES * split, 0)
     return _Menu(tile_m, tile_n, split, split / units, 2 * tile_m * tile_n / efficiency, partial_bytes)
 
 
+def _round_up(extent: int, step: int) -> int:
+    return -(-extent // step) * step
+
+
+def _aligned(shape: ConvShape, groups: int, step: int) -> ConvShape:
+    """`shape` in `groups` groups, the channels of each padded to whole vectors; depthwise kernels need no padding."""
+    if groups > 1 and min(shape.channels_in, shape.channels_out) == groups:
+        return shape
+    inputs, outputs = (_round_up(width // groups, step) * groups for width in (shape.channels_in, shape.channels_out))
+    return replace(shape, channels_in=inputs, channels_out=outputs, groups=groups)
+
+
+def _plain(shape: ConvShape) -> ConvShape:
+    """A transposed convolution as the plain one whose input gradient it computes; still marked as transposed."""
+    if not shape.transposed:
+        return shape
+    return replace(
+        shape,
+        channels_in=shape.channels_out,
+        channels_out=shape.channels_in,
+        size_in=shape.size_out,
+        size_out=shape.size_in,
+    )
+
+
 def _implied_gemm(shape: ConvShape, direction: Direction) -> GemmShape:
-    """The product that a convolution amounts to; a transposed one is the input gradient of the plain one."""
-    if shape.transposed:
-        mirrored = {"forward": "data", "data": "forward", "weight": "weight"}
-        shape = replace(
-            shape,
-            channels_in=shape.channels_out,
-            channels_out=shape.channels_in,
-            size_in=shape.size_out,
-            size_out=shape.size_in,
-            transposed=False,
-        )
-        return _implied_gemm(shape, mirrored[direction])  # type: ignore[arg-type]
-    groups = max(shape.groups, 1)
     taps = math.prod(shape.kernel)
     size_in, size_out = math.prod(shape.size_in), math.prod(shape.size_out)
-    inputs, outputs = shape.channels_in // groups, shape.channels_out // groups
+    inputs, outputs = shape.channels_in // shape.groups, shape.channels_out // shape.groups
     if direction == "forward":
-        return GemmShape(shape.batch * size_out, outputs, inputs * taps, groups)
+        return GemmShape(shape.batch * size_out, outputs, inputs * taps, shape.groups)
     if direction == "weight":
-        return GemmShape(outputs, inputs * taps, shape.batch * size_out, groups)
-    reach = math.ceil(outputs * taps * size_out / max(size_in, 1))
-    return GemmShape(shape.batch * size_in, inputs, reach, groups)
+        return GemmShape(outputs, inputs * taps, shape.batch * size_out, shape.groups)
+    # With a stride only size_out/size_in of the taps meet an output. Kernels differ in how many of the others they
+    # skip; half of them, on a log scale, fits DeepBench V100 best over both precisions.
+    reach = math.ceil(outputs * taps * math.sqrt(min(1.0, size_out / max(size_in, 1))))
+    return GemmShape(shape.batch * size_in, inputs, reach, shape.groups)
 
 
-def _with_traffic(shape: GemmShape, dtype: str) -> tuple[GemmShape, str, float]:
-    """A step's product as `_product_s` takes it: the weight stays in cache from step to step, the state moves."""
-    return shape, dtype, DTYPE_BYTES[dtype] * shape.batch * shape.m * (shape.k + shape.n)
+def _has_winograd(shape: ConvShape) -> bool:
+    return shape.kernel == (3, 3) and {*shape.stride, *shape.dilation, shape.groups} == {1}
+
+
+def _winograd_gemm(shape: ConvShape, direction: Direction) -> tuple[GemmShape, int]:
+    """The products of F(4×4, 3×3), one for each of 36 points, and how many elements the transforms move besides.
+
+    Lavin and Gray, Fast Algorithms for Convolutional Neural Networks, 2016; transforms as separate kernels (our reading
+    of cuDNN's non-fused algorithm).
+    """
+    points = 36
+    inputs, outputs = shape.channels_in, shape.channels_out
+    size = shape.size_in if direction == "data" else shape.size_out
+    patches = shape.batch * math.prod(math.ceil(extent / 4) for extent in size)
+    moved = 2 * points * (patches * (inputs + outputs) + inputs * outputs)
+    if direction == "forward":
+        return GemmShape(patches, outputs, inputs, points), moved
+    if direction == "data":
+        return GemmShape(patches, inputs, outputs, points), moved
+    return GemmShape(outputs, inputs, patches, points), moved
 
 
 def _op_class(op: OpDesc) -> str:
     if op.conv is not None:
         return "conv"
-    return "gemm" if op.gemm or op.attention or op.recurrent else "other"
+    if op.recurrent is not None:
+        return "recurrent"
+    return "gemm" if op.gemm or op.attention else "other"
 
 
 def _describe_all(gm: fx.GraphModule) -> dict[str, OpDesc]:

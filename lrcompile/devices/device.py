@@ -15,7 +15,8 @@ from typing import Any, Literal
 from lrcompile.errors import DeviceError
 from lrcompile.graph.op import DTYPE_BYTES
 
-OP_CLASSES = ("gemm", "conv", "other")
+LAUNCH_CLASSES = ("gemm", "conv", "other")
+SIGMA_CLASSES = ("gemm", "conv", "recurrent", "other")
 FEATURES = ("flash_attention", "grouped_conv", "rank5")
 PROVENANCE = ("datasheet", "published measurement", "fitted", "assumed", "measured here")
 
@@ -31,7 +32,7 @@ _UNITS: dict[str, dict[str, float]] = {
     "size": {"KiB": 2.0**10, "MiB": 2.0**20, "GiB": 2.0**30},
     "count": {"units": 1, "elements": 1},
     "fraction": {"of peak": 1, "of latency": 1},
-    "number": {"factor": 1, "copies": 1, "exponent": 1},
+    "number": {"factor": 1, "exponent": 1},
 }
 
 
@@ -48,17 +49,21 @@ class Tile:
 class Engine:
     """One kind of arithmetic unit with the menu of kernels that libraries have for it.
 
-    `conv_efficiency` is the rate of an implicit GEMM over that of a plain one, `winograd` how much faster a 3×3
-    stride-1 convolution runs than its arithmetic says (1: no such kernel), `layout_copies` how often a convolution's
-    input and output are copied once more to change their layout.
+    `split_k` lists how many ways a product may be cut along K, `conv_split_k` the same for a convolution and its
+    input gradient. `conv_efficiency` is the rate of an implicit GEMM over that of a plain one, `gradient_efficiency`
+    the rate of its gradients over its own, `conv_setup_s` what a convolution starts with besides its launch.
+    `winograd` is the rate of the products of F(4×4, 3×3) over that of an implicit GEMM, 0 where no such kernel is
+    used; `depthwise_efficiency` the part of the device's fp32 peak that a depthwise kernel reaches.
     """
 
     tiles: tuple[Tile, ...]
     split_k: tuple[int, ...]
+    conv_split_k: tuple[int, ...]
     conv_efficiency: float
+    gradient_efficiency: float
+    conv_setup_s: float
     depthwise_efficiency: float
     winograd: float
-    layout_copies: float
 
 
 @dataclass(frozen=True)
@@ -190,9 +195,9 @@ class _Reader:
         keys = ("units", "clock", "bandwidth_peak", "bandwidth_sustained", "l2", "l2_bandwidth", "norm_exponent")
         self.keys("hardware", hardware, keys)
         launch = self.table(doc, "", "launch")
-        self.keys("launch", launch, (*OP_CLASSES, "recurrent_step"))
+        self.keys("launch", launch, (*LAUNCH_CLASSES, "recurrent_step"))
         sigma = self.table(doc, "", "sigma")
-        self.keys("sigma", sigma, OP_CLASSES)
+        self.keys("sigma", sigma, SIGMA_CLASSES)
         dtypes = self.table(doc, "", "dtype")
         engines = {name: self.engine(name) for name in self.table(doc, "", "engine")}
         self.keys("dtype", dtypes, _COMPUTE_DTYPES)
@@ -241,9 +246,9 @@ class _Reader:
             rank_step=steps,
             rank_step_preferred=preferred,
             engines=engines,
-            launch_s={name: self.figure(launch, "launch", name, "time", zero=True) for name in OP_CLASSES},
+            launch_s={name: self.figure(launch, "launch", name, "time", zero=True) for name in LAUNCH_CLASSES},
             recurrent_step_s=self.figure(launch, "launch", "recurrent_step", "time", zero=True),
-            sigma_relative={name: self.figure(sigma, "sigma", name, "fraction") for name in OP_CLASSES},
+            sigma_relative={name: self.figure(sigma, "sigma", name, "fraction") for name in SIGMA_CLASSES},
             lacks=self.lacks(),
             provenance=self.provenance,
         )
@@ -251,16 +256,18 @@ class _Reader:
     def engine(self, name: str) -> Engine:
         where = f"engine.{name}"
         table = self.table(self.document["engine"], "engine", name)
-        numbers = ("conv_efficiency", "depthwise_efficiency", "winograd", "layout_copies")
-        self.keys(where, table, ("tiles", "split_k", *numbers))
+        required = ("tiles", "split_k", "conv_split_k", "conv_efficiency", "gradient_efficiency", "conv_setup")
+        self.keys(where, table, (*required, "depthwise_efficiency", "winograd"))
         tiles = self.table(table, where, "tiles")
         return Engine(
             tiles=tuple(self.tile(tiles, f"{where}.tiles", key) for key in tiles),
-            split_k=self.split_k(table, where),
+            split_k=self.split_k(table, where, "split_k"),
+            conv_split_k=self.split_k(table, where, "conv_split_k"),
             conv_efficiency=self.figure(table, where, "conv_efficiency", "number"),
+            gradient_efficiency=self.figure(table, where, "gradient_efficiency", "number"),
+            conv_setup_s=self.figure(table, where, "conv_setup", "time", zero=True),
             depthwise_efficiency=self.figure(table, where, "depthwise_efficiency", "fraction", most=1),
-            winograd=self.figure(table, where, "winograd", "number", least=1),
-            layout_copies=self.figure(table, where, "layout_copies", "number", zero=True),
+            winograd=self.figure(table, where, "winograd", "number", zero=True),
         )
 
     def tile(self, tiles: Mapping[str, Any], where: str, key: str) -> Tile:
@@ -269,10 +276,9 @@ class _Reader:
             raise self.error(f"{where}.{key}", 'a tile such as "128x64"', repr(key))
         return Tile(int(match[1]), int(match[2]), self.figure(tiles, where, key, "fraction", most=1))
 
-    def split_k(self, table: Mapping[str, Any], where: str) -> tuple[int, ...]:
-        key = f"{where}.split_k"
-        entry = self.sourced(table, where, "split_k", ("value", "source"))
-        ways = entry["value"]
+    def split_k(self, table: Mapping[str, Any], where: str, name: str) -> tuple[int, ...]:
+        key = f"{where}.{name}"
+        ways = self.sourced(table, where, name, ("value", "source"))["value"]
         good = isinstance(ways, list) and all(type(way) is int and way > 0 for way in ways) and 1 in ways
         if not good or sorted(set(ways)) != ways:
             raise self.error(key, "ascending positive integers starting at 1", repr(ways))
