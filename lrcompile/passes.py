@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any, ClassVar, TypeVar
@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from lrcompile.devices.device import Device
 from lrcompile.graph.graph import Graph, Site
-from lrcompile.graph.rewrite import Refusal, Rewrite, Rewriter
+from lrcompile.graph.rewrite import Refusal, Rewrite, Rewriter, value_names
 from lrcompile.planning.decompose import Spectrum, Tucker, spectrum, tucker
 
 T = TypeVar("T")
@@ -83,16 +83,31 @@ class Context:
 
     def gram(self, node: fx.Node, axis: int = -1) -> Tensor | None:
         """XᵀX over a value's feature axis (-1 for linear layers, 1 for convolutions), or None without calibration."""
-        return self.grams.get((node.name, axis))
+        return next((self.grams[name, axis] for name in value_names(node) if (name, axis) in self.grams), None)
+
+    def input_gram(self, site: Site, axis: int = -1) -> Tensor | None:
+        """XᵀX over the inputs of all of a site's calls, or None unless each of them was calibrated."""
+        return _sum(self.gram(node.args[0], axis) for node in site.nodes)  # type: ignore[arg-type]
+
+    def lookups(self, site: Site) -> Tensor | None:
+        """How often all of an embedding's calls looked up each row, or None unless each call was calibrated."""
+        return _sum(
+            next((self.token_counts[name] for name in value_names(node.args[0]) if name in self.token_counts), None)  # type: ignore[arg-type]
+            for node in site.nodes
+        )
+
+    def constant(self, tensor: Tensor) -> Tensor:
+        """A weight as `apply` may compute with it: itself, or on trial a fake of its shape."""
+        return tensor.detach()
 
     def spectrum(self, site: Site) -> Spectrum:
         """The activation-aware SVD of a linear layer's weight, or of a 1×1 convolution's as [S × C]."""
         weight = site.module.weight
         if isinstance(site.module, nn.Linear):
-            return self.svd(site, "linear", lambda: weight, self.gram(site.input))
+            return self.svd(site, "linear", lambda: weight, self.input_gram(site))
         transposed = isinstance(site.module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d)
         return self.svd(
-            site, "pointwise", lambda: weight.flatten(1).T if transposed else weight.flatten(1), self.gram(site.input, 1)
+            site, "pointwise", lambda: weight.flatten(1).T if transposed else weight.flatten(1), self.input_gram(site, 1)
         )
 
     def svd(self, site: Site, form: str, matrix: Callable[[], Tensor], gram: Tensor | None = None) -> Spectrum:
@@ -104,14 +119,15 @@ class Context:
         weight = site.module.weight
         transposed = isinstance(site.module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d)
         kernel = weight.transpose(0, 1) if transposed else weight
-        return self._once(site, "tucker", lambda: tucker(kernel, self.gram(site.input, 1)))
+        return self._once(site, "tucker", lambda: tucker(kernel, self.input_gram(site, 1)))
 
     def on_trial(self, fake_mode: FakeTensorMode) -> Context:
         """The same context for pricing: decompositions have shapes and no values, so that a trial costs nothing."""
-        return TrialContext(self.device, self.dtype, self.grams, self.token_counts, self._memo, fake_mode)
+        return TrialContext(self.device, self.dtype, self.grams, self.token_counts, self._memo, fake_mode=fake_mode)
 
     def _once(self, site: Site, form: str, compute: Callable[[], T]) -> T:
-        key = (_digest(site.module.weight), f"{form} {site.input.name}")  # type: ignore[arg-type]
+        inputs = " ".join(value_names(node.args[0])[0] for node in site.nodes)  # type: ignore[arg-type]
+        key = (_digest(site.module.weight), f"{form} {inputs}")  # type: ignore[arg-type]
         if key not in self._memo:
             self._memo[key] = compute()
         return self._memo[key]
@@ -122,6 +138,10 @@ class TrialContext(Context):
     """Answers every decomposition with fake factors of the right shapes."""
 
     fake_mode: FakeTensorMode = field(kw_only=True, default_factory=FakeTensorMode)
+
+    def constant(self, tensor: Tensor) -> Tensor:
+        """A fake of the weight's shape and type."""
+        return self._fake(tensor)
 
     def svd(self, site: Site, form: str, matrix: Callable[[], Tensor], gram: Tensor | None = None) -> Spectrum:
         """A spectrum of zeros with the matrix's shape."""
@@ -157,6 +177,15 @@ def apply(graph: Graph, transform: Pass, rewrite: Rewrite, context: Context) -> 
     with torch.no_grad():
         transform.apply(rewriter, rewrite)
     return rewriter
+
+
+def _sum(tensors: Iterable[Tensor | None]) -> Tensor | None:
+    total: Tensor | None = None
+    for tensor in tensors:
+        if tensor is None:
+            return None
+        total = tensor if total is None else total + tensor
+    return total
 
 
 def _digest(tensor: Tensor) -> str:

@@ -127,6 +127,9 @@ class Rewriter:
                 f"{new.name} has shape {tuple(got.shape)} {got.dtype}, "
                 f"but {old.name} had {tuple(expected.shape)} {expected.dtype}"
             )
+        new.meta["stands_for"] = tuple(dict.fromkeys((*value_names(old), *new.meta.get("stands_for", ()))))
+        if "sizes" in old.meta:
+            new.meta.setdefault("sizes", old.meta["sizes"])
         old.replace_all_uses_with(new)
         self.erase(old)
 
@@ -162,6 +165,11 @@ class Rewriter:
         if node not in self.created:
             self.created.append(node)
         return node
+
+
+def value_names(node: fx.Node) -> tuple[str, ...]:
+    """The names that a node's value went by, the latest first: statistics of a replaced node hold for its successor."""
+    return (*node.meta.get("stands_for", ()), node.name)
 
 
 def set_module(root: nn.Module, path: str, module: nn.Module) -> None:

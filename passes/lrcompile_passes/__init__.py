@@ -1,0 +1,20 @@
+"""The built-in passes, in pipeline order: the first plugin package of lrcompile."""
+
+from lrcompile.passes import Pass
+from lrcompile_passes.compose_linear import ComposeLinear
+from lrcompile_passes.fold_batch_norm import FoldBatchNorm
+from lrcompile_passes.low_rank_conv import LowRankConv
+from lrcompile_passes.low_rank_embedding import LowRankEmbedding
+from lrcompile_passes.low_rank_linear import LowRankLinear
+from lrcompile_passes.merge_siblings import MergeSiblings
+from lrcompile_passes.remove_identity import RemoveIdentity
+
+PASSES: tuple[Pass, ...] = (
+    RemoveIdentity(),
+    FoldBatchNorm(),
+    LowRankLinear(),
+    LowRankConv(),
+    LowRankEmbedding(),
+    MergeSiblings(),
+    ComposeLinear(),
+)

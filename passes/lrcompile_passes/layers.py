@@ -1,0 +1,98 @@
+"""Makes layers from tensors, and says what all passes over weights must leave alone.
+
+Every layer that a pass emits is a plain `torch.nn` module holding exactly the given tensors.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from lrcompile.graph.graph import Graph, Site, tied_with
+
+Conv: TypeAlias = nn.Conv1d | nn.Conv2d | nn.Conv3d
+ConvTranspose: TypeAlias = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
+
+CONVS: tuple[type[Conv], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED_CONVS: tuple[type[ConvTranspose], ...] = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def linear(like: nn.Module, weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
+    """A linear layer with this weight [out × in]; trainable and in the mode that `like` is."""
+    out_features, in_features = weight.shape
+    module = nn.Linear(in_features, out_features, bias is not None, device="meta")
+    return _assign(module, like, weight, bias)
+
+
+def conv(like: nn.Module, weight: Tensor, bias: Tensor | None = None, **options: Any) -> Conv:
+    """A convolution without groups from its weight [out × in × taps…]; options are those of `nn.Conv*`."""
+    out_channels, in_channels, *kernel = weight.shape
+    make = CONVS[len(kernel) - 1]
+    return _assign(
+        make(in_channels, out_channels, tuple(kernel), bias=bias is not None, device="meta", **options),  # type: ignore[arg-type]
+        like,
+        weight,
+        bias,
+    )
+
+
+def conv_transpose(like: nn.Module, weight: Tensor, bias: Tensor | None = None, **options: Any) -> ConvTranspose:
+    """A transposed convolution without groups from its weight [in × out × taps…]."""
+    in_channels, out_channels, *kernel = weight.shape
+    make = TRANSPOSED_CONVS[len(kernel) - 1]
+    return _assign(
+        make(in_channels, out_channels, tuple(kernel), bias=bias is not None, device="meta", **options),  # type: ignore[arg-type]
+        like,
+        weight,
+        bias,
+    )
+
+
+def with_weight(module: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
+    """A copy of a layer, of the same class and options, that holds other tensors of the same shape."""
+    clone = copy.copy(module)
+    clone._parameters, clone._buffers = dict(module._parameters), dict(module._buffers)
+    clone._modules = dict(module._modules)
+    return _assign(clone, module, weight, bias)
+
+
+def geometry(module: Any) -> dict[str, Any]:
+    """The options of a convolution that place its window: stride, padding, dilation, output padding."""
+    options = {"stride": module.stride, "padding": module.padding, "dilation": module.dilation}
+    return {**options, "output_padding": module.output_padding} if isinstance(module, TRANSPOSED_CONVS) else options
+
+
+def is_pointwise(module: Any) -> bool:
+    """Whether a convolution looks at one position at a time."""
+    return all(size == 1 for size in module.kernel_size)
+
+
+def cannot_rebuild(graph: Graph, site: Site, owner_map: Mapping[int, frozenset[str]]) -> str | None:
+    """Why the weight of a site cannot be recomputed, or None."""
+    weight = site.module.weight
+    if weight.dtype not in _FLOATS:
+        return f"weight is of type {str(weight.dtype).removeprefix('torch.')}"
+    other = tied_with(graph, site, owner_map)
+    return f"weight tied with {other}" if other else None
+
+
+def joint_path(paths: Sequence[str]) -> str:
+    """One path for a layer that takes the place of several: their common container, their names joined."""
+    parts = [path.split(".") for path in paths]
+    shared = 0
+    while all(len(p) > shared + 1 and p[shared] == parts[0][shared] for p in parts):
+        shared += 1
+    return ".".join([*parts[0][:shared], "_".join("_".join(p[shared:]) for p in parts)])
+
+
+def _assign(module: Any, like: Any, weight: Tensor, bias: Tensor | None) -> Any:
+    module.weight = nn.Parameter(weight, requires_grad=like.weight.requires_grad)
+    module.bias = None if bias is None else nn.Parameter(bias, requires_grad=like.weight.requires_grad)
+    module.train(like.training)
+    return module
