@@ -32,12 +32,15 @@ def open_archive(file: IO[bytes], path: Path) -> torch._C.PyTorchFileReader:
     file.seek(0)
     try:
         return torch._C.PyTorchFileReader(file)
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:
         file.seek(0)
         try:
             with zipfile.ZipFile(file) as archive:
-                names = archive.namelist()
-        except zipfile.BadZipFile:
+                members = archive.infolist()
+        except (zipfile.BadZipFile, OSError):
+            members = []
+        names = [member.filename for member in members]
+        if not members or min(member.header_offset for member in members) > 0:  # a lost end, or an archive within
             raise InputError(f"{path} is a truncated or damaged zip archive; copy or save it again") from None
         if "serialized_exported_program.json" in names:
             raise InputError(
