@@ -1,0 +1,237 @@
+"""The command line: `lrcompile model.pt --target v100 --out model_lr.onnx`, and what belongs to it."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from lrcompile.errors import InputError, LrcompileError, PlanError
+
+app = typer.Typer(
+    name="lrcompile",
+    help="Rewrites a trained model where that makes it faster on a device.  Main form: lrcompile MODEL --target NAME --out FILE",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+COMMANDS = ("compile", "devices", "passes", "predict", "bench", "explain")
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
+Target = Annotated[str, typer.Option(help="A device profile (see `lrcompile devices`), its path, or local.")]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command line and exits with its code: 0 done, 1 budget not met, 2 bad usage or input."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words and words[0] not in (*COMMANDS, "--help", "--version"):
+        words.insert(0, "compile")
+    sys.exit(_run(words))
+
+
+def _run(words: list[str]) -> int:
+    errors = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
+    try:
+        code = app(args=words, standalone_mode=False)
+        sys.stdout.flush()
+        return code if isinstance(code, int) else 0
+    except LrcompileError as error:
+        errors.print(f"lrcompile: {error}")
+        return error.exit_code
+    except KeyboardInterrupt:
+        errors.print("lrcompile: interrupted; no output was written")
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except MemoryError:
+        errors.print("lrcompile: out of memory; try a smaller --batch or fewer calibration samples")
+        return 2
+    except Exception as error:
+        if hasattr(error, "format_message"):  # a usage error of the option parser
+            errors.print(f"lrcompile: {error.format_message()}")  # type: ignore[attr-defined]
+            return 2
+        if type(error).__name__ == "Abort":
+            errors.print("lrcompile: interrupted; no output was written")
+            return 130
+        raise
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        from importlib.metadata import version as installed
+
+        typer.echo(f"lrcompile {installed('lrcompile')}")
+        raise typer.Exit
+
+
+@app.command("compile")
+def compile_command(
+    model: Annotated[str, typer.Argument(help="An exported archive, TorchScript, state dict, or pkg.mod:factory.")],
+    target: Target = "v100",
+    out: Annotated[Path | None, typer.Option(help="Output: .onnx, .pt2, or a folder.")] = None,
+    arch: Annotated[str | None, typer.Option(help="pkg.mod:factory that builds the module of a state dict.")] = None,
+    trust_pickle: Annotated[bool, typer.Option(help="Unpickle a whole module: runs code from the file.")] = False,
+    inputs: Annotated[list[str] | None, typer.Option("--input", help="name=float32[1,3,224,224]; repeat.")] = None,
+    calib: Annotated[str | None, typer.Option(help="Calibration data: .npz, .pt, .safetensors, pkg.mod:loader.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Batch size to compile for.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Precision: fp32, fp16 or bf16.")] = None,
+    max_error: Annotated[float | None, typer.Option(help="Largest relative output error.")] = None,
+    size: Annotated[str | None, typer.Option(help="Weight size: 0.5, 50% or 12MB.")] = None,
+    speedup: Annotated[float | None, typer.Option(help="Least speed-up, such as 1.5.")] = None,
+    max_latency: Annotated[str | None, typer.Option(help="Largest latency, such as 12ms.")] = None,
+    confidence: Annotated[float | None, typer.Option(help="Least P(faster) of a rewrite.")] = None,
+    passes: Annotated[str | None, typer.Option(help="Comma-separated passes to use; -name leaves one out.")] = None,
+    skip: Annotated[list[str] | None, typer.Option(help="Glob of sites to leave alone; repeat.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of made-up inputs.")] = 0,
+    plan: Annotated[Path | None, typer.Option(help="Replay this plan.")] = None,
+    plan_out: Annotated[Path | None, typer.Option(help="Save the plan here.")] = None,
+    report_json: Annotated[Path | None, typer.Option(help="Save the report here.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Compiles a model for a target; the word `compile` may be left out."""
+    from lrcompile.session import Request, run
+
+    request = Request(
+        model=model, target=target, out=out, arch=arch, trust_pickle=trust_pickle, inputs=tuple(inputs or ()),
+        calib=calib, batch=batch, dtype=dtype, max_error=max_error, size=size, speedup=speedup,
+        max_latency=max_latency, confidence=confidence, passes=passes, skip=tuple(skip or ()), seed=seed, plan=plan,
+        plan_out=plan_out, report_json=report_json,
+    )  # fmt: skip
+    from lrcompile.report.progress import ProgressDisplay
+    from lrcompile.report.terminal import print_report
+
+    with ProgressDisplay(Console(stderr=True)) as progress:
+        report = run(request, progress)
+    if as_json:
+        _print_json(report.to_json())
+        return
+    console = _console()
+    print_report(console, report)
+    for path in (out, plan_out, report_json):
+        if path is not None:
+            console.print(f"wrote     {path}")
+
+
+@app.command()
+def devices(as_json: Json = False) -> None:
+    """Lists the device profiles."""
+    from lrcompile.devices.device import available_devices, load_device
+    from lrcompile.report.terminal import simple_table
+
+    found = [load_device(name) for name in available_devices()]
+    if as_json:
+        _print_json([{"name": d.name, "kind": d.kind, "description": d.description} for d in found])
+        return
+    rows = [(d.name, d.kind, d.description) for d in found]
+    rows.append(("local", "cpu", "this machine, measured with ONNX Runtime"))
+    _console().print(simple_table(("name", "kind", "description"), rows))
+
+
+@app.command()
+def passes(as_json: Json = False) -> None:
+    """Lists the passes that are installed, in pipeline order."""
+    from lrcompile.plugins import discover
+    from lrcompile.report.terminal import simple_table
+
+    found = discover()
+    rows = [
+        (p.name, p.stage.value, (p.__doc__ or "").strip().split("\n")[0], found.origins[p.name]) for p in found.passes
+    ]
+    if as_json:
+        keys = ("name", "stage", "equation", "origin")
+        listed = [dict(zip(keys, row, strict=True)) for row in rows]
+        _print_json({"passes": listed, "problems": list(found.problems)})
+        return
+    console = _console()
+    console.print(simple_table(("name", "stage", "equation", "from"), rows))
+    for problem in found.problems:
+        console.print(f"note      {problem}")
+
+
+@app.command()
+def predict(
+    operations: Annotated[Path, typer.Argument(help="CSV of operations, one a row.")],
+    out: Annotated[Path, typer.Option(help="CSV to write: the same rows with predicted_ms and sigma.")],
+    target: Target = "v100",
+    dtype: Annotated[str | None, typer.Option(help="Precision: fp32, fp16, bf16 or int8.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Predicts the latency of single operations, in milliseconds."""
+    from lrcompile.devices.device import load_device
+    from lrcompile.devices.predict import predict_csv
+
+    device = load_device(target)
+    count = predict_csv(operations, out, device, dtype or device.default_dtype)
+    if as_json:
+        _print_json({"rows": count, "out": str(out), "target": target, "kind": "analytic"})
+    else:
+        _console().print(f"predicted {count} operations on {target} (analytic); wrote {out}")
+
+
+@app.command()
+def bench(
+    first: Annotated[Path, typer.Argument(help="An ONNX model.")],
+    second: Annotated[Path, typer.Argument(help="Another, with the same inputs.")],
+    batch: Annotated[int, typer.Option(help="Size of open batch dimensions.")] = 1,
+    seconds: Annotated[float, typer.Option(help="How long to measure.")] = 10.0,
+    seed: Annotated[int, typer.Option(help="Seed of the inputs.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Measures two ONNX models against each other on this machine, paired and interleaved."""
+    from lrcompile.devices.bench import paired
+    from lrcompile.report.progress import ProgressDisplay
+    from lrcompile.report.terminal import print_bench
+
+    with ProgressDisplay(Console(stderr=True)) as progress:
+        result = paired(first, second, batch=batch, seconds=seconds, seed=seed, progress=progress)
+    if as_json:
+        _print_json(result.to_json())
+    else:
+        print_bench(_console(), first, second, result)
+
+
+@app.command()
+def explain(
+    plan: Annotated[Path, typer.Argument(help="A plan written by --plan-out.")],
+    site: Annotated[str | None, typer.Argument(help="One site: everything that was considered there.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Says what a plan decided, and why."""
+    from lrcompile.planning.plan import Plan
+    from lrcompile.report.report import Decision
+    from lrcompile.report.terminal import decision_table, print_site
+
+    loaded = Plan.load(plan)
+    known = {item["site"]: item for item in loaded.sites}
+    if site is not None and site not in known:
+        near = difflib.get_close_matches(site, known, 3, 0.3)
+        raise PlanError(f"{plan} has no site {site!r}; {'did you mean ' + ', '.join(near) if near else 'see: lrcompile explain ' + str(plan)}")
+    if as_json:
+        _print_json(known[site] if site is not None else json.loads(loaded.dumps()))
+        return
+    console = _console()
+    if site is not None:
+        print_site(console, known[site])
+        return
+    console.print(f"plan for {loaded.target}, {loaded.dtype}, batch {loaded.batch}: {len(loaded.rewrites)} rewrites")
+    console.print(decision_table([Decision.from_json(item) for item in loaded.sites]))
+
+
+def _console() -> Console:
+    """Standard output; as wide as the terminal, or wide enough for a table where there is none."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=max(console.width, 160), soft_wrap=False)
+
+
+def _print_json(data: Any) -> None:
+    sys.stdout.write(json.dumps(data, indent=1, allow_nan=False) + "\n")

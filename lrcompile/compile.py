@@ -1,0 +1,374 @@
+"""The way of the data: trace → canonicalize → calibrate → propose, price → choose → apply → confirm → emit → report.
+
+Every stage is a function of values; nothing is kept between them but what one hands to the next, and the order of
+the passes is the order in which they are given.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.export import ExportedProgram
+
+from lrcompile.confirm import Measured, confirm, measure
+from lrcompile.devices.cost import Cost, CostModel, total
+from lrcompile.devices.target import Target, resolve_target
+from lrcompile.emit.write import emit
+from lrcompile.errors import InputError, PlanError
+from lrcompile.frontend.calibration_data import CalibrationData
+from lrcompile.frontend.prepare import prepare
+from lrcompile.frontend.trace import Traced, batch_size, trace
+from lrcompile.graph.describe import describe
+from lrcompile.graph.graph import Graph, fingerprint
+from lrcompile.graph.rewrite import Rewrite
+from lrcompile.passes import Context, Pass, Stage
+from lrcompile.planning.budget import Budget
+from lrcompile.planning.calibration import collect
+from lrcompile.planning.canonicalize import canonicalize, check_exact
+from lrcompile.planning.plan import Plan
+from lrcompile.planning.price import Pricing, price
+from lrcompile.planning.search import Choice, Problem, search
+from lrcompile.planning.sensitivity import Evaluator, rewritten
+from lrcompile.plugins import discover
+from lrcompile.report.report import Decision, Report, decide, error_figures, latency_figures, model_figures
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """A compiled model: `model` is the rewritten graph as a module, `plan` the decisions, `report` the figures."""
+
+    model: fx.GraphModule
+    plan: Plan
+    report: Report
+    traced: Traced
+
+    def save(self, path: str | Path) -> Report:
+        """Writes `.onnx`, `.pt2` or a folder, verified and atomically; returns the report with the verification.
+
+        Raises:
+            InputError: the path has another suffix or cannot be written.
+            VerificationError: what was emitted does not compute what the model computes; nothing is written.
+        """
+        start = time.perf_counter()
+        emitted = emit(Path(path), self.model, self.traced)
+        return replace(
+            self.report,
+            verification={**self.report.verification, **emitted.verification},
+            timings_s={**self.report.timings_s, "emit": time.perf_counter() - start},
+            notes=[*self.report.notes, *emitted.notes],
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """A model ready for decisions: everything that does not depend on the budget, so that it is computed once."""
+
+    traced: Traced
+    graph: Graph
+    canonical: tuple[Rewrite, ...]
+    target: Target
+    passes: Mapping[str, Pass]
+    context: Context
+    evaluator: Evaluator
+    pricing: Pricing
+    base: Cost
+    calibration: CalibrationData | None
+    skipped: tuple[str, ...]
+    seed: int
+    notes: tuple[str, ...]
+    clock: Clock
+
+
+def compile(  # the name that users look for
+    model: nn.Module | ExportedProgram | torch.jit.ScriptModule,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    target: str | Target = "v100",
+    budget: Budget | None = None,
+    calibration: CalibrationData | None = None,
+    passes: Sequence[Pass] | None = None,
+    plan: Plan | None = None,
+    skip: Sequence[str] = (),
+    dtype: str | None = None,
+    batch: int | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Result:
+    """Rewrites a model where that makes it faster on the target, within the budget.
+
+    `args` and `kwargs` are example inputs; what is priced is the model at their shapes. `target` is the name or path
+    of a profile, or "local". `skip` holds glob patterns of sites to leave alone. With `plan`, its rewrites are applied
+    and nothing is searched. Without `calibration`, decompositions see the weights alone and the output error is
+    measured on the example inputs.
+
+    Raises:
+        InputError: the model, inputs or options cannot be used.
+        BudgetError: the budget cannot be met; the message holds the range that can.
+        PlanError: the plan belongs to another model or to other calibration data.
+        VerificationError: a rewrite changed what the model computes.
+    """
+    options: dict[str, Any] = {"calibration": calibration, "passes": passes, "dtype": dtype, "batch": batch}
+    if plan is not None:
+        return replay(model, args, kwargs, plan=plan, progress=progress, **options)
+    prepared = prepare_model(
+        model, args, kwargs, target=target, skip=skip, seed=seed, progress=progress, **options
+    )
+    return solve(prepared, budget or Budget())
+
+
+def prepare_model(
+    model: nn.Module | ExportedProgram | torch.jit.ScriptModule,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    target: str | Target = "v100",
+    calibration: CalibrationData | None = None,
+    passes: Sequence[Pass] | None = None,
+    skip: Sequence[str] = (),
+    dtype: str | None = None,
+    batch: int | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Prepared:
+    """Everything up to the choice; see `compile`. The result can be solved for one budget after another."""
+    clock = Clock(progress or _silent)
+    target = target if isinstance(target, Target) else resolve_target(target)
+    transforms, problems = _passes(passes)
+    torch.manual_seed(seed)
+    with clock("trace"):
+        model, args, kwargs, dtype = prepare(model, tuple(args), dict(kwargs or {}), dtype, batch)
+        traced = trace(model, args, kwargs)
+    keep, skipped = _keeper(traced.graph, skip)
+    batches = calibration.flat(traced.input_names, traced.flat) if calibration else [traced.flat]
+    with clock("canonicalize"):
+        context = Context(target.device, dtype)
+        graph, canonical, refusals = canonicalize(traced.graph, transforms, context, keep)
+        evaluator = Evaluator(traced.graph, batches)
+        by_name = {transform.name: transform for transform in transforms}
+        check_exact(traced.graph, canonical, by_name, context, evaluator, evaluator.error(graph))
+    if calibration:
+        with clock("calibrate"):
+            statistics = collect(graph, batches, clock.progress)
+            context = Context(target.device, dtype, statistics.grams, statistics.token_counts)
+    with clock("price"):
+        pricing = price(graph, transforms, context, target.model, keep, clock.progress)
+        costs = {} if target.is_local else _node_costs(graph, target.model)
+        pricing = replace(pricing, refusals=(*refusals, *pricing.refusals), node_costs=costs)
+        base = measure(traced, graph).before if target.is_local else total(list(costs.values()))
+    return Prepared(
+        traced=traced,
+        graph=graph,
+        canonical=canonical,
+        target=target,
+        passes=by_name,
+        context=context,
+        evaluator=evaluator,
+        pricing=pricing,
+        base=base,
+        calibration=calibration,
+        skipped=skipped,
+        seed=seed,
+        notes=(*problems, *traced.notes),
+        clock=clock,
+    )
+
+
+def solve(prepared: Prepared, budget: Budget) -> Result:
+    """The best model within a budget; `prepared` is not changed and can be solved again.
+
+    Raises:
+        BudgetError: the budget cannot be met; the message holds the range that can.
+    """
+    p, clock = prepared, prepared.clock
+    problem = Problem(p.graph, p.pricing.candidates, p.passes, p.context, p.evaluator, p.base, clock.progress)
+    with clock("choose"):
+        choice = search(problem, budget)
+        exact = [rewrite for rewrite in choice.rewrites if rewrite.exact]
+        if exact and len(exact) == len(choice.rewrites):
+            check_exact(p.graph, exact, p.passes, p.context, p.evaluator, choice.error)
+    measured: Measured | None = None
+    if p.target.is_local:
+        with clock("confirm"):
+            choice, measured = confirm(p.traced, problem, choice)
+    decisions = decide(
+        p.graph, p.pricing, choice.candidates, budget.confidence, budget.error_limit, p.skipped,
+        overruled=measured.overruled if measured else None,
+    )  # fmt: skip
+    rewrites = (*p.canonical, *choice.rewrites) if not (measured and measured.returned_original) else ()
+    plan = Plan(
+        target=p.target.name,
+        dtype=p.context.dtype,
+        batch=batch_size(p.traced.flat),
+        fingerprint=fingerprint(p.traced.graph.gm),
+        calibration=p.calibration.digest if p.calibration else None,
+        seed=p.seed,
+        budget=budget,
+        rewrites=rewrites,
+        options={name: asdict(p.passes[name]) for name in sorted({r.pass_name for r in rewrites})},
+        sites=[decision.to_json() for decision in decisions],
+    )
+    if measured:
+        latency = latency_figures("measured", measured.before, measured.after)
+    else:
+        latency = latency_figures(p.target.model.kind, p.base, p.base - total([c.gain for c in choice.candidates]))
+    report = Report(
+        target=p.target.name,
+        model=model_figures(p.traced, choice.graph),
+        latency_ms=latency,
+        error=error_figures(budget, p.calibration, choice.error),
+        sites=decisions,
+        verification={"torch_vs_original": choice.error, "onnx_vs_torch": None},
+        timings_s=dict(clock.seconds),
+        notes=(*p.notes, *_remarks(p, choice, measured)),
+        rewrites=rewrites,
+        settings={"dtype": p.context.dtype, "batch": batch_size(p.traced.flat), "seed": p.seed},
+    )
+    return Result(choice.graph.gm, plan, report, p.traced)
+
+
+def _remarks(p: Prepared, choice: Choice, measured: Measured | None) -> list[str]:
+    """What the user should know besides the figures."""
+    remarks = []
+    if choice.relaxed:
+        remarks.append("the size asked for needed rewrites that do not make the target faster; see the table")
+    if measured and measured.overruled:
+        remarks.append(measured.overruled)
+    elif not choice.candidates:
+        remarks.append(f"no rewrite gains anything on {p.target.name} within the budget: only exact fusions were made")
+    if not p.calibration:
+        remarks.append("no calibration data: decompositions see the weights only, errors are on the example inputs")
+    return remarks
+
+
+def replay(
+    model: nn.Module | ExportedProgram | torch.jit.ScriptModule,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    plan: Plan,
+    calibration: CalibrationData | None = None,
+    passes: Sequence[Pass] | None = None,
+    dtype: str | None = None,
+    batch: int | None = None,
+    progress: Progress | None = None,
+) -> Result:
+    """Applies a plan's rewrites to the model that it was made for; nothing is priced or searched.
+
+    Raises:
+        PlanError: the plan belongs to another model or other calibration data, or names a pass that is not installed.
+    """
+    clock = Clock(progress or _silent)
+    target = resolve_target(plan.target)
+    transforms, problems = _passes(passes)
+    by_name = _with_options({transform.name: transform for transform in transforms}, plan)
+    torch.manual_seed(plan.seed)
+    with clock("trace"):
+        model, args, kwargs, dtype = prepare(model, tuple(args), dict(kwargs or {}), dtype or plan.dtype, batch)
+        traced = trace(model, args, kwargs)
+    plan.check_fits(fingerprint(traced.graph.gm), calibration.digest if calibration else None)
+    batches = calibration.flat(traced.input_names, traced.flat) if calibration else [traced.flat]
+    context = Context(target.device, dtype)
+    canonical_names = {name for name, transform in by_name.items() if transform.stage is Stage.CANONICALIZE}
+    count = next(
+        (i for i, r in enumerate(plan.rewrites) if r.pass_name not in canonical_names), len(plan.rewrites)
+    )  # canonical rewrites come first: what calibration data are collected on
+    with clock("apply"):
+        graph = rewritten(traced.graph, plan.rewrites[:count], by_name, context)
+        if calibration:
+            statistics = collect(graph, batches, clock.progress)
+            context = Context(target.device, dtype, statistics.grams, statistics.token_counts)
+        graph_after = rewritten(graph, plan.rewrites[count:], by_name, context)
+        error = Evaluator(traced.graph, batches).error(graph_after)
+    choice = Choice((), graph_after, error)
+    before = total([c for c in _node_costs(graph, target.model).values()]) if not target.is_local else None
+    after = total([c for c in _node_costs(graph_after, target.model).values()]) if not target.is_local else None
+    measured = None if before is not None else measure(traced, graph_after)
+    latency = (
+        latency_figures(target.model.kind, before, after)
+        if before is not None and after is not None
+        else latency_figures("measured", measured.before, measured.after)  # type: ignore[union-attr]
+    )
+    report = Report(
+        target=plan.target,
+        model=model_figures(traced, graph_after),
+        latency_ms=latency,
+        error=error_figures(plan.budget, calibration, choice.error),
+        sites=[Decision.from_json(site) for site in plan.sites],
+        verification={"torch_vs_original": error, "onnx_vs_torch": None},
+        timings_s=dict(clock.seconds),
+        notes=(*problems, *traced.notes, "replayed from a plan"),
+        rewrites=plan.rewrites,
+        settings={"dtype": dtype, "batch": batch_size(traced.flat), "seed": plan.seed},
+    )
+    return Result(graph_after.gm, plan, report, traced)
+
+
+def _passes(passes: Sequence[Pass] | None) -> tuple[tuple[Pass, ...], tuple[str, ...]]:
+    if passes is not None:
+        return tuple(passes), ()
+    found = discover()
+    return found.passes, found.problems
+
+
+def _with_options(passes: Mapping[str, Pass], plan: Plan) -> dict[str, Pass]:
+    """The passes with the options that the plan was made with."""
+    result = dict(passes)
+    for rewrite in plan.rewrites:
+        if rewrite.pass_name not in passes:
+            raise PlanError(
+                f"the plan uses pass {rewrite.pass_name!r}, which is not installed; "
+                f"known: {', '.join(sorted(passes))}; install its plugin or make a new plan"
+            )
+    for name, options in plan.options.items():
+        try:
+            result[name] = replace(passes[name], **options)
+        except (TypeError, KeyError) as error:
+            raise PlanError(f"the plan sets options of pass {name!r} that it does not have: {error}") from error
+    return result
+
+
+def _keeper(graph: Graph, skip: Sequence[str]) -> tuple[Callable[[str], bool], tuple[str, ...]]:
+    """(whether a site may be rewritten, the sites that --skip names)."""
+    sites = list(graph.sites())
+    for pattern in skip:
+        if not fnmatch.filter(sites, pattern):
+            some = ", ".join(sites[:5])
+            raise InputError(f"--skip {pattern!r} matches no site; sites are paths such as {some}")
+    skipped = tuple(site for site in sites if any(fnmatch.fnmatchcase(site, pattern) for pattern in skip))
+    return lambda site: not any(site == s or site.startswith(s + ".") for s in skipped), skipped
+
+
+def _node_costs(graph: Graph, model: CostModel) -> dict[str, Cost]:
+    return {node.name: model.cost(describe(graph.gm, node)) for node in graph.nodes}
+
+
+def _silent(stage: str, done: int, total: int) -> None:
+    """Shows no progress."""
+
+
+@dataclass(frozen=True)
+class Clock:
+    """Seconds spent in each stage; passes progress on."""
+
+    progress: Progress
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        self.progress(stage, 0, 0)
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start

@@ -1,0 +1,245 @@
+"""From a node of a lifted graph to what it asks of a device."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from lrcompile.graph.op import AttentionShape, ConvShape, Kind, OpDesc, RecurrentShape, conv_op, gemm_op
+
+aten = torch.ops.aten
+
+DTYPE_NAMES = {
+    torch.float64: "fp64",
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.int64: "int64",
+    torch.int32: "int32",
+    torch.int16: "int16",
+    torch.int8: "int8",
+    torch.uint8: "uint8",
+    torch.bool: "bool",
+}
+
+
+def describe(gm: fx.GraphModule, node: fx.Node) -> OpDesc:
+    """The operation of a node whose inputs and output carry concrete shapes in `meta["val"]`.
+
+    An operator that is not known is described as elementwise over what it reads and writes.
+    """
+    if node.op == "call_module":
+        return _describe_module(gm.get_submodule(node.target), node)  # type: ignore[arg-type]
+    if node.op != "call_function":
+        return _plain("view", node, 0.0)
+    if node.target is operator.getitem or not isinstance(node.target, torch._ops.OpOverload):
+        return _plain("view", node, 0.0)
+    packet = node.target.overloadpacket
+    if packet in _SPECIAL:
+        return _SPECIAL[packet](node)
+    if packet in _KINDS:
+        kind, per_element = _KINDS[packet]
+        return _plain(kind, node, per_element)
+    return _plain("elementwise", node, 1.0)
+
+
+def _describe_module(module: nn.Module, node: fx.Node) -> OpDesc:
+    x, y, label = _value(node.args[0]), _value(node), type(module).__name__
+    weight_bytes = float(sum(p.numel() * p.element_size() for p in module.parameters()))
+    match module:
+        case nn.Linear():
+            rows = x.numel() // max(1, x.shape[-1])
+            op = gemm_op(rows, module.out_features, module.in_features, _dtype(y), label="Linear")
+            return replace(op, weight_bytes=weight_bytes)
+        case nn.Conv1d() | nn.Conv2d() | nn.Conv3d():
+            op = conv_op(_conv_shape(module, x, y, transposed=False), _dtype(y), label=label)
+            return replace(op, weight_bytes=weight_bytes)
+        case nn.ConvTranspose1d() | nn.ConvTranspose2d() | nn.ConvTranspose3d():
+            op = conv_op(_conv_shape(module, x, y, transposed=True), _dtype(y), label=label)
+            return replace(op, weight_bytes=weight_bytes)
+        case nn.Embedding():
+            return replace(_plain("gather", node, 0.0), weight_bytes=0.0, activation_bytes=2.0 * _bytes(y), label=label)
+        case nn.Dropout() | nn.Identity():
+            return replace(_plain("view", node, 0.0), label=label)
+        case nn.BatchNorm1d() | nn.BatchNorm2d() | nn.BatchNorm3d():
+            return replace(_plain("normalization", node, 2.0), weight_bytes=weight_bytes, label=label)
+        case nn.LayerNorm():
+            return replace(_plain("normalization", node, 8.0), weight_bytes=weight_bytes, label=label)
+    return replace(_plain("elementwise", node, 1.0), weight_bytes=weight_bytes, label=label)
+
+
+def _conv_shape(module: Any, x: Tensor, y: Tensor, *, transposed: bool) -> ConvShape:
+    axes = len(module.kernel_size)
+    if isinstance(module.padding, str):
+        spans = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+        padding = tuple((span // 2, span - span // 2) if module.padding == "same" else (0, 0) for span in spans)
+    else:
+        padding = tuple((p, p) for p in module.padding)
+    return ConvShape(
+        batch=x.shape[0] if x.dim() == axes + 2 else 1,
+        channels_in=module.in_channels,
+        channels_out=module.out_channels,
+        size_in=tuple(x.shape[-axes:]),
+        size_out=tuple(y.shape[-axes:]),
+        kernel=tuple(module.kernel_size),
+        stride=tuple(module.stride),
+        padding=padding,
+        dilation=tuple(module.dilation),
+        groups=module.groups,
+        transposed=transposed,
+    )
+
+
+def _matmul(node: fx.Node) -> OpDesc:
+    arguments = node.args[1:3] if node.target.overloadpacket in (aten.addmm, aten.baddbmm) else node.args[:2]  # type: ignore[union-attr]
+    a, b = (_value(argument) for argument in arguments)
+    y = _value(node)
+    if a.dim() < 2 or b.dim() < 2:
+        return _plain("reduction", node, 2.0)
+    m, k, n = a.shape[-2], a.shape[-1], b.shape[-1]
+    batch = max(1, y.numel() // max(1, m * n))
+    weight = isinstance(arguments[1], fx.Node) and arguments[1].op == "get_attr"
+    return gemm_op(m, n, k, _dtype(y), batch=batch, weight=weight, label=_name(node))
+
+
+def _linear(node: fx.Node) -> OpDesc:
+    x, weight, y = _value(node.args[0]), _value(node.args[1]), _value(node)
+    rows = x.numel() // max(1, x.shape[-1])
+    return gemm_op(rows, weight.shape[0], weight.shape[1], _dtype(y), label=_name(node))
+
+
+def _attention(node: fx.Node) -> OpDesc:
+    q, k, y = _value(node.args[0]), _value(node.args[1]), _value(node)
+    batch = 1
+    for size in q.shape[:-3]:
+        batch *= size
+    heads, heads_kv = (q.shape[-3], k.shape[-3]) if q.dim() > 2 else (1, 1)
+    causal = bool(node.args[5] if len(node.args) > 5 else node.kwargs.get("is_causal", False))
+    shape = AttentionShape(batch, heads, heads_kv, q.shape[-2], k.shape[-2], q.shape[-1], causal)
+    products = 4.0 * batch * heads * q.shape[-2] * k.shape[-2] * q.shape[-1]
+    inputs = sum(_bytes(v) for v in (q, k, _value(node.args[2])))
+    return OpDesc("attention", _dtype(y), products, 0.0, inputs + _bytes(y), attention=shape, label="attention")
+
+
+def _recurrent(gates: int) -> Callable[[fx.Node], OpDesc]:
+    def describe_recurrent(node: fx.Node) -> OpDesc:
+        x = _value(node.args[0])
+        state = pytree.tree_leaves(node.args[1])[0]
+        hidden = _value(state)
+        layers, bidirectional, batch_first = node.args[4], bool(node.args[7]), bool(node.args[8])
+        directions = 2 if bidirectional else 1
+        batch, steps = (x.shape[0], x.shape[1]) if batch_first else (x.shape[1], x.shape[0])
+        shape = RecurrentShape(batch, steps, x.shape[-1], hidden.shape[-1], int(layers), directions, gates)  # type: ignore[call-overload]
+        weights = [_value(w) for w in pytree.tree_leaves(node.args[2])]
+        macs = sum(w.numel() for w in weights if w.dim() == 2) * batch * steps
+        outputs = sum(_bytes(v) for v in pytree.tree_leaves(node.meta["val"]))
+        return OpDesc(
+            "recurrent", _dtype(x), 2.0 * macs, sum(_bytes(w) for w in weights), _bytes(x) + outputs,
+            recurrent=shape, label=_name(node),
+        )  # fmt: skip
+
+    return describe_recurrent
+
+
+def _convolution(node: fx.Node) -> OpDesc:
+    """A convolution on a computed weight: priced as a product of its window matrix."""
+    weight, y = _value(node.args[1]), _value(node)
+    macs = y.numel() * weight.numel() / max(1, weight.shape[0])
+    return replace(_plain("elementwise", node, 0.0), flops=2.0 * macs, label=_name(node))
+
+
+_SPECIAL: dict[Any, Callable[[fx.Node], OpDesc]] = {
+    aten.mm: _matmul,
+    aten.bmm: _matmul,
+    aten.matmul: _matmul,
+    aten.addmm: _matmul,
+    aten.baddbmm: _matmul,
+    aten.linear: _linear,
+    aten.scaled_dot_product_attention: _attention,
+    aten.lstm: _recurrent(4),
+    aten.gru: _recurrent(3),
+    aten.rnn_tanh: _recurrent(1),
+    aten.rnn_relu: _recurrent(1),
+    aten.conv1d: _convolution,
+    aten.conv2d: _convolution,
+    aten.conv3d: _convolution,
+    aten.convolution: _convolution,
+}
+
+_VIEWS = (
+    "view reshape flatten unflatten squeeze unsqueeze expand slice select t alias detach sym_size sym_numel "
+    "sym_stride split split_with_sizes chunk unbind narrow view_as expand_as _unsafe_view arange zeros ones full empty "
+    "lift_fresh_copy lift_fresh scalar_tensor item _local_scalar_dense contiguous dropout transpose permute "
+    "movedim swapaxes zeros_like ones_like full_like new_zeros new_ones new_full"
+).split()
+_MOVEMENTS = "cat stack pad constant_pad_nd reflection_pad2d replication_pad2d roll flip clone repeat im2col unfold".split()
+_REDUCTIONS = (
+    "sum mean max min amax amin var var_mean std argmax argmin cumsum all any max_pool1d max_pool2d max_pool3d "
+    "avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d topk norm linalg_vector_norm"
+).split()
+_NORMALIZATIONS = "softmax _softmax log_softmax layer_norm group_norm batch_norm instance_norm rms_norm native_layer_norm".split()
+_GATHERS = "embedding index index_select gather scatter index_put take_along_dim".split()
+_HEAVY = {"gelu": 12.0, "tanh": 8.0, "sigmoid": 6.0, "silu": 6.0, "exp": 6.0, "erf": 8.0, "sin": 8.0, "cos": 8.0, "pow": 6.0}
+
+
+def _table() -> dict[Any, tuple[Kind, float]]:
+    groups: list[tuple[Kind, float, list[str]]] = [
+        ("view", 0.0, _VIEWS),
+        ("movement", 0.0, _MOVEMENTS),
+        ("reduction", 1.0, _REDUCTIONS),
+        ("normalization", 5.0, _NORMALIZATIONS),
+        ("gather", 0.0, _GATHERS),
+    ]
+    table: dict[Any, tuple[Kind, float]] = {}
+    for kind, per_element, names in groups:
+        table.update({getattr(aten, name): (kind, per_element) for name in names if hasattr(aten, name)})
+    table.update({getattr(aten, name): ("elementwise", cost) for name, cost in _HEAVY.items()})
+    return table
+
+
+_KINDS = _table()
+
+
+def _plain(kind: Kind, node: fx.Node, per_element: float) -> OpDesc:
+    """An operation priced by its traffic, with `per_element` operations for each input element."""
+    outputs = [v for v in pytree.tree_leaves(node.meta.get("val")) if isinstance(v, Tensor)]
+    constants = [n for n in node.all_input_nodes if n.op == "get_attr"]
+    weights = [_value(n) for n in constants if isinstance(n.meta.get("val"), Tensor)]
+    inputs = [
+        v
+        for n in node.all_input_nodes
+        if n.op != "get_attr"
+        for v in pytree.tree_leaves(n.meta.get("val"))
+        if isinstance(v, Tensor)
+    ]
+    name = _dtype(outputs[0]) if outputs else "int64"
+    if kind == "view":
+        return OpDesc("view", name, 0.0, 0.0, 0.0, label=_name(node))
+    elements = max([v.numel() for v in [*inputs, *outputs]], default=0)
+    traffic = float(sum(_bytes(v) for v in [*inputs, *outputs]))
+    if kind == "gather":
+        traffic = 2.0 * sum(_bytes(v) for v in outputs)
+    return OpDesc(kind, name, per_element * elements, float(sum(map(_bytes, weights))), traffic, label=_name(node))
+
+
+def _value(argument: Any) -> Tensor:
+    return argument.meta["val"] if isinstance(argument, fx.Node) else argument
+
+
+def _bytes(value: Any) -> float:
+    return float(value.numel() * value.element_size()) if isinstance(value, Tensor) else 0.0
+
+
+def _dtype(value: Tensor) -> str:
+    return DTYPE_NAMES.get(value.dtype, "fp32")
+
+
+def _name(node: fx.Node) -> str:
+    target: Any = node.target
+    return target.overloadpacket.__name__ if isinstance(target, torch._ops.OpOverload) else node.op

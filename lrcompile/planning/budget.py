@@ -1,0 +1,114 @@
+"""What the user asks for: how much error, how small, how fast; and how sure a gain has to be."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from lrcompile.errors import InputError
+
+DEFAULT_MAX_ERROR = 0.05
+DEFAULT_CONFIDENCE = 0.8
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Limits on the rewritten model; those left None do not bind.
+
+    `max_error`: relative output error, ‖y − ŷ‖/‖y‖ of the worst output. `size`: weight bytes as a share of the
+    original (≤ 1) or in bytes (> 1). `speedup`: predicted latency before/after. `max_latency_s`: predicted latency
+    in seconds. `confidence`: the least probability of being faster at which a rewrite is accepted.
+
+    With `max_error`, or with no limit at all (then `DEFAULT_MAX_ERROR` holds), the fastest model within the limits
+    is sought; with only size, speed or latency limits, the most accurate one.
+    """
+
+    max_error: float | None = None
+    size: float | None = None
+    speedup: float | None = None
+    max_latency_s: float | None = None
+    confidence: float = DEFAULT_CONFIDENCE
+
+    def __post_init__(self) -> None:
+        for name in ("max_error", "size", "speedup", "max_latency_s", "confidence"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, int | float) and math.isfinite(value) and value >= 0):
+                raise InputError(f"budget {name} is {value!r}; expected a finite number of at least 0")
+        if self.speedup is not None and self.speedup < 1:
+            raise InputError(f"--speedup {self.speedup} asks for a slower model; expected 1 or more, such as 1.5")
+        if self.size == 0:
+            raise InputError("--size 0 leaves no model; expected a share of the original such as 0.5, or bytes")
+        if not self.confidence < 1:
+            raise InputError(f"--confidence {self.confidence} can never be reached; expected less than 1, such as 0.8")
+
+    @property
+    def error_limit(self) -> float | None:
+        """The error limit in force: the one given, the default where nothing is limited, else None."""
+        if self.max_error is not None:
+            return self.max_error
+        return None if any((self.size, self.speedup, self.max_latency_s)) else DEFAULT_MAX_ERROR
+
+    def bytes_limit(self, original_bytes: float) -> float:
+        """The size limit in bytes, infinite where there is none."""
+        if self.size is None:
+            return math.inf
+        return self.size * original_bytes if self.size <= 1 else self.size
+
+    def latency_limit_s(self, original_s: float) -> float:
+        """The latency limit in seconds, infinite where there is none."""
+        limits = [math.inf]
+        if self.speedup is not None:
+            limits.append(original_s / self.speedup)
+        if self.max_latency_s is not None:
+            limits.append(self.max_latency_s)
+        return min(limits)
+
+    def to_json(self) -> dict[str, Any]:
+        """The limits as plain values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Budget:
+        """The budget that `to_json` wrote; unknown keys are ignored."""
+        known = {f.name for f in fields(cls)}
+        return cls(**{k: v for k, v in data.items() if k in known})
+
+
+def parse_size(text: str) -> float:
+    """A share ("0.5", "50%") or a number of bytes ("12MB", "300KiB").
+
+    Raises:
+        InputError: the text is neither.
+    """
+    match = re.fullmatch(r"\s*([0-9.]+)\s*(%|[kmg]i?b|b)?\s*", text, re.IGNORECASE)
+    try:
+        number = float(match[1]) if match else math.nan
+    except ValueError:
+        number = math.nan
+    if match is None or math.isnan(number):
+        raise InputError(f"--size got {text!r}; expected a share such as 0.5 or 50%, or bytes such as 12MB")
+    unit = (match[2] or "").lower()
+    if unit == "%":
+        return number / 100
+    if not unit:
+        return number
+    power = {"b": 0, "k": 1, "m": 2, "g": 3}[unit[0]]
+    return number * (1024 if "i" in unit else 1000) ** power
+
+
+def parse_latency(text: str) -> float:
+    """Seconds from "12ms", "800us" or "0.5s"; a bare number is milliseconds.
+
+    Raises:
+        InputError: the text is no duration.
+    """
+    match = re.fullmatch(r"\s*([0-9.]+)\s*(us|ms|s)?\s*", text, re.IGNORECASE)
+    try:
+        number = float(match[1]) if match else math.nan
+    except ValueError:
+        number = math.nan
+    if match is None or math.isnan(number):
+        raise InputError(f"--max-latency got {text!r}; expected a duration such as 12ms or 800us")
+    return number * {"us": 1e-6, "ms": 1e-3, "s": 1.0}[(match[2] or "ms").lower()]

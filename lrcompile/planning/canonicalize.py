@@ -1,0 +1,69 @@
+"""Exact rewrites that are always welcome, applied until none is left, and checked as they are made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from lrcompile.errors import VerificationError
+from lrcompile.graph.graph import Graph, prune
+from lrcompile.graph.rewrite import Refusal, Rewrite
+from lrcompile.passes import Context, Pass, Stage, apply, proposals
+from lrcompile.planning.sensitivity import Evaluator, rewritten
+
+ROUNDING = {"fp64": 1e-10, "fp32": 1e-5, "fp16": 2e-3, "bf16": 2e-2}  # relative output error of exact rewrites
+MOST_ROUNDS = 20
+
+
+def canonicalize(
+    graph: Graph, passes: Sequence[Pass], context: Context, keep: Callable[[str], bool] = lambda site: True
+) -> tuple[Graph, tuple[Rewrite, ...], tuple[Refusal, ...]]:
+    """(rewritten copy, what was applied in order, what was refused in the last round)."""
+    result = graph.copy()
+    applied: list[Rewrite] = []
+    for _ in range(MOST_ROUNDS):
+        refusals: list[Refusal] = []
+        before = len(applied)
+        for transform in passes:
+            if transform.stage is not Stage.CANONICALIZE:
+                continue
+            for proposal in list(proposals(result, transform, context)):
+                if isinstance(proposal, Refusal):
+                    refusals.append(proposal)
+                elif all(keep(site) for site in proposal.site):
+                    apply(result, transform, proposal, context)
+                    applied.append(proposal)
+        if len(applied) == before:
+            break
+    result.gm.graph.lint()
+    prune(result.gm)
+    result.gm.recompile()
+    return result, tuple(applied), tuple(refusals)
+
+
+def check_exact(
+    graph: Graph,
+    rewrites: Sequence[Rewrite],
+    passes: Mapping[str, Pass],
+    context: Context,
+    evaluator: Evaluator,
+    error: float,
+) -> None:
+    """Accepts an error within rounding; otherwise finds and names the first rewrite that is not exact.
+
+    Raises:
+        VerificationError: a rewrite that promised equality changed the output.
+    """
+    limit = ROUNDING.get(context.dtype, 1e-5)
+    if error <= limit:
+        return
+    low, high = 0, len(rewrites)  # the first `low` rewrites are within the limit, the first `high` are not
+    while high - low > 1:
+        middle = (low + high) // 2
+        trial = evaluator.error(rewritten(graph, rewrites[:middle], passes, context))
+        low, high = (middle, high) if trial <= limit else (low, middle)
+    culprit = rewrites[high - 1]
+    raise VerificationError(
+        f"pass {culprit.pass_name} at {', '.join(culprit.site)} promised an exact rewrite, but the output changed by "
+        f"{error:.2e} (relative; at most {limit:.0e} expected for {context.dtype}); leave it out with "
+        f"--passes=-{culprit.pass_name} and report it"
+    )

@@ -1,0 +1,114 @@
+"""The plan: the decisions of a compile as a small JSON file that can be read, disputed and replayed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lrcompile.errors import PlanError
+from lrcompile.graph.rewrite import Rewrite
+from lrcompile.planning.budget import Budget
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which rewrites, in order, on which graph, for which device and budget.
+
+    `fingerprint` is that of the traced graph with its weights; `calibration` is the digest of the calibration data,
+    None where there were none; `options` holds the fields of every pass in use; `sites` is the decision table.
+    """
+
+    target: str
+    dtype: str
+    batch: int | None
+    fingerprint: str
+    calibration: str | None
+    seed: int
+    budget: Budget
+    rewrites: tuple[Rewrite, ...]
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    sites: Sequence[Mapping[str, Any]] = ()
+
+    def dumps(self) -> str:
+        """The plan as JSON text; the same plan gives the same text."""
+        data = {
+            "schema": SCHEMA,
+            "target": self.target,
+            "dtype": self.dtype,
+            "batch": self.batch,
+            "fingerprint": self.fingerprint,
+            "calibration": self.calibration,
+            "seed": self.seed,
+            "budget": self.budget.to_json(),
+            "options": {name: dict(options) for name, options in sorted(self.options.items())},
+            "rewrites": [rewrite.to_json() for rewrite in self.rewrites],
+            "sites": list(self.sites),
+        }
+        return json.dumps(data, indent=1) + "\n"
+
+    @classmethod
+    def loads(cls, text: str, source: str = "plan") -> Plan:
+        """The plan in a JSON text.
+
+        Raises:
+            PlanError: the text is no plan of this schema.
+        """
+        try:
+            data = json.loads(text)
+        except ValueError as error:
+            raise PlanError(f"{source} is not JSON ({error}); expected a file written by --plan-out") from error
+        if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+            got = data.get("schema") if isinstance(data, dict) else type(data).__name__
+            raise PlanError(f"{source} is no plan of schema {SCHEMA} (got {got}); write a new one with --plan-out")
+        try:
+            return cls(
+                target=data["target"],
+                dtype=data["dtype"],
+                batch=data["batch"],
+                fingerprint=data["fingerprint"],
+                calibration=data["calibration"],
+                seed=int(data["seed"]),
+                budget=Budget.from_json(data["budget"]),
+                rewrites=tuple(Rewrite.from_json(item) for item in data["rewrites"]),
+                options=data["options"],
+                sites=data["sites"],
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise PlanError(
+                f"{source} is a damaged plan ({type(error).__name__}: {error}); write a new one with --plan-out"
+            ) from error
+
+    @classmethod
+    def load(cls, path: Path) -> Plan:
+        """The plan in a file.
+
+        Raises:
+            PlanError: the file cannot be read or is no plan.
+        """
+        try:
+            return cls.loads(path.read_text(encoding="utf-8"), str(path))
+        except (OSError, UnicodeDecodeError) as error:
+            raise PlanError(f"cannot read plan {path}: {error}") from error
+
+    def check_fits(self, fingerprint: str, calibration: str | None) -> None:
+        """Refuses a plan that was made for something else.
+
+        Raises:
+            PlanError: the model or the calibration data differ from those that the plan was made with.
+        """
+        if fingerprint != self.fingerprint:
+            raise PlanError(
+                f"the plan was made for another model: its fingerprint is {self.fingerprint[:12]}…, this model's is "
+                f"{fingerprint[:12]}…; give the original model with the same --dtype, or make a new plan"
+            )
+        if calibration != self.calibration:
+            had = f"calibration data {self.calibration[:12]}…" if self.calibration else "no calibration data"
+            got = f"calibration data {calibration[:12]}…" if calibration else "none"
+            raise PlanError(
+                f"the plan was made with {had}, got {got}; the factors depend on them: give the same --calib as then"
+            )

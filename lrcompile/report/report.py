@@ -1,0 +1,262 @@
+"""What happened in a compile, as data: the figures, the decision for each site, and why."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import nn
+
+from lrcompile.devices.cost import Cost
+from lrcompile.frontend.calibration_data import CalibrationData
+from lrcompile.frontend.trace import Traced
+from lrcompile.graph.describe import describe
+from lrcompile.graph.graph import Graph, parameter_count, weight_bytes
+from lrcompile.graph.rewrite import Rewrite
+from lrcompile.planning.budget import Budget
+from lrcompile.planning.calibration import CONVS
+from lrcompile.planning.price import Candidate, Pricing
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Decision:
+    """One site of the model: what was decided, with which figures, and why.
+
+    `decision` is "rewritten", "kept" or "refused". Latencies are those of everything that the rewrite takes up,
+    in milliseconds; for a site rewritten together with others they stand at the first of them.
+    """
+
+    site: str
+    op: str
+    decision: str
+    pass_name: str | None
+    params: Mapping[str, Any]
+    error: float | None
+    latency_ms_before: float | None
+    latency_ms_after: float | None
+    p_faster: float | None
+    reason: str
+    alternatives: Sequence[Mapping[str, Any]] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; the pass stands under "pass"."""
+        data = asdict(self)
+        return {("pass" if key == "pass_name" else key): finite(value) for key, value in data.items()}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Decision:
+        """The decision that `to_json` wrote."""
+        return cls(**{("pass_name" if key == "pass" else key): value for key, value in data.items()})
+
+
+@dataclass(frozen=True)
+class Report:
+    """The result of a compile in figures. Latencies are milliseconds; `kind` is "analytic" or "measured"."""
+
+    target: str
+    model: Mapping[str, float]
+    latency_ms: Mapping[str, Any]
+    error: Mapping[str, Any]
+    sites: Sequence[Decision]
+    verification: Mapping[str, float | None]
+    timings_s: Mapping[str, float]
+    notes: Sequence[str] = ()
+    rewrites: Sequence[Rewrite] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as plain JSON values."""
+        return finite(
+            {
+                "schema": SCHEMA,
+                "target": self.target,
+                "settings": dict(self.settings),
+                "model": dict(self.model),
+                "latency_ms": dict(self.latency_ms),
+                "error": dict(self.error),
+                "sites": [decision.to_json() for decision in self.sites],
+                "rewrites": [rewrite.to_json() for rewrite in self.rewrites],
+                "verification": dict(self.verification),
+                "timings_s": dict(self.timings_s),
+                "notes": list(self.notes),
+            }
+        )
+
+
+def decide(
+    graph: Graph,
+    pricing: Pricing,
+    chosen: Sequence[Candidate],
+    confidence: float,
+    error_limit: float | None,
+    skipped: Sequence[str] = (),
+    overruled: str | None = None,
+) -> list[Decision]:
+    """The decision for every linear, convolution and embedding layer, in graph order.
+
+    `overruled` is the reason for which a measurement of the whole model set the choice aside.
+    """
+    by_site: dict[str, list[Candidate]] = defaultdict(list)
+    for candidate in pricing.candidates:
+        for site in candidate.sites:
+            by_site[site].append(candidate)
+    refusals: dict[str, list[str]] = defaultdict(list)
+    for refusal in pricing.refusals:
+        refusals[refusal.site].append(f"{refusal.pass_name}: {refusal.reason}")
+    taken = {site: candidate for candidate in chosen for site in candidate.sites}
+    decisions = []
+    for path, site in graph.sites().items():
+        candidates = by_site[path]
+        if not isinstance(site.module, nn.Linear | nn.Embedding | CONVS) and path not in taken:
+            continue
+        label = operation_label(site.module)
+        cost = pricing.node_costs.get(site.nodes[0].name)
+        if path in taken:
+            decisions.append(_rewritten(path, label, taken[path], candidates))
+        elif path in skipped:
+            decisions.append(_kept(path, label, "kept", cost, "skipped by --skip", ()))
+        elif candidates:
+            reason = overruled or _why_kept(candidates, confidence, error_limit)
+            decisions.append(_kept(path, label, "kept", cost, reason, candidates))
+        else:
+            reason = "; ".join(refusals[path]) or "no pass proposes anything here"
+            decisions.append(_kept(path, label, "refused" if refusals[path] else "kept", cost, reason, ()))
+    return decisions
+
+
+def latency_figures(kind: str, before: Cost, after: Cost) -> dict[str, Any]:
+    """The report's latency entry, in milliseconds; `sigma` is the standard deviation of the saving."""
+    return {
+        "before": before.latency_s * 1e3,
+        "after": after.latency_s * 1e3,
+        "speedup": before.latency_s / max(after.latency_s, 1e-12),
+        "kind": kind,
+        "sigma": abs((before - after).sigma_s) * 1e3,
+    }
+
+
+def model_figures(traced: Traced, after: Graph) -> dict[str, float]:
+    """Parameters and operations (a multiply-add is two) of the model before and after."""
+    before = traced.graph
+    return {
+        "params_before": parameter_count(before.gm),
+        "params_after": parameter_count(after.gm),
+        "weight_bytes_before": weight_bytes(before.gm),
+        "weight_bytes_after": weight_bytes(after.gm),
+        "flops_before": sum(describe(before.gm, node).flops for node in before.nodes),
+        "flops_after": sum(describe(after.gm, node).flops for node in after.nodes),
+    }
+
+
+def error_figures(budget: Budget, calibration: CalibrationData | None, measured: float) -> dict[str, Any]:
+    """The report's error entry: what is measured, on what, the limit and the result."""
+    return {
+        "metric": "relative output error",
+        "basis": f"calibration data, {calibration.samples} samples" if calibration else "weights only; example inputs",
+        "budget": budget.error_limit,
+        "measured": measured,
+    }
+
+
+def _rewritten(path: str, label: str, candidate: Candidate, rivals: Sequence[Candidate]) -> Decision:
+    names = "+".join(dict.fromkeys(rewrite.pass_name for rewrite in candidate.rewrites))
+    params = dict(candidate.rewrites[0].params) if len(candidate.rewrites) == 1 else _joined_params(candidate)
+    first = candidate.sites[0] == path
+    ratio = candidate.before.latency_s / max(candidate.after.latency_s, 1e-12)
+    reason = f"{ratio:.2f}× faster here" if ratio >= 1 else f"{1 / ratio:.2f}× slower here, for the size asked for"
+    return Decision(
+        site=path,
+        op=label,
+        decision="rewritten",
+        pass_name=names,
+        params=params,
+        error=candidate.error,
+        latency_ms_before=candidate.before.latency_s * 1e3 if first else None,
+        latency_ms_after=candidate.after.latency_s * 1e3 if first else None,
+        p_faster=candidate.p_faster,
+        reason=reason if first else f"together with {candidate.sites[0]}",
+        alternatives=_alternatives(rivals),
+    )
+
+
+def _joined_params(candidate: Candidate) -> dict[str, Any]:
+    joined: dict[str, Any] = {}
+    for rewrite in candidate.rewrites:
+        joined.update(rewrite.params)
+    return joined
+
+
+def _kept(
+    path: str, label: str, decision: str, cost: Cost | None, reason: str, rivals: Sequence[Candidate]
+) -> Decision:
+    latency = cost.latency_s * 1e3 if cost is not None else None
+    return Decision(path, label, decision, None, {}, None, latency, latency, None, reason, _alternatives(rivals))
+
+
+def _why_kept(candidates: Sequence[Candidate], confidence: float, error_limit: float | None) -> str:
+    best = max(candidates, key=lambda c: c.gain.latency_s)
+    name = best.rewrites[-1]
+    text = f"{name.pass_name}({', '.join(f'{k}={v}' for k, v in name.params.items())})"
+    ratio = best.before.latency_s / max(best.after.latency_s, 1e-12)
+    if best.gain.latency_s <= 0:
+        return f"nothing is faster here: at best {text} takes {1 / ratio:.2f}× the time"
+    sure = [c for c in candidates if c.p_faster >= confidence and c.gain.latency_s > 0]
+    if not sure:
+        surest = max(candidates, key=lambda c: c.p_faster)
+        return f"{text} may be {ratio:.2f}× faster, but P(faster) = {surest.p_faster:.2f} is under {confidence:.2f}"
+    exact_only = error_limit is not None and error_limit <= 1e-5
+    least = min(sure, key=lambda c: c.error)
+    if exact_only and not least.exact:
+        return f"{text} would be {ratio:.2f}× faster, but only exact rewrites were allowed"
+    return (
+        f"a gain is possible ({ratio:.2f}× at most), but costs accuracy (layer error {least.error:.3g} at the least): "
+        "the budget was better spent elsewhere"
+    )
+
+
+def _alternatives(candidates: Sequence[Candidate], most: int = 12) -> list[dict[str, Any]]:
+    """The strongest rivals of a site, fastest first, for `explain`."""
+    ranked = sorted(candidates, key=lambda c: -c.gain.latency_s)[:most]
+    return [
+        {
+            "rewrites": [str(rewrite) for rewrite in c.rewrites],
+            "error": c.error,
+            "latency_ms_before": c.before.latency_s * 1e3,
+            "latency_ms_after": c.after.latency_s * 1e3,
+            "sigma_ms": c.gain.sigma_s * 1e3,
+            "p_faster": c.p_faster,
+            "bytes_saved": c.bytes_saved,
+        }
+        for c in ranked
+    ]
+
+
+def operation_label(module: nn.Module) -> str:
+    """A layer in a few characters: Linear 384→1536, Conv2d 64→128 3×3 s2."""
+    match module:
+        case nn.Linear():
+            return f"Linear {module.in_features}→{module.out_features}"
+        case nn.Embedding():
+            return f"Embedding {module.num_embeddings}×{module.embedding_dim}"
+    if isinstance(module, CONVS):
+        kernel = "×".join(map(str, module.kernel_size))
+        stride = f" s{module.stride[0]}" if set(module.stride) != {1} else ""
+        groups = f" g{module.groups}" if module.groups > 1 else ""
+        return f"{type(module).__name__} {module.in_channels}→{module.out_channels} {kernel}{stride}{groups}"
+    return type(module).__name__
+
+
+def finite(value: Any) -> Any:
+    """JSON has no infinity: such figures become null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(k): finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(v) for v in value]
+    return value

@@ -1,0 +1,105 @@
+"""The report as a person reads it at the end of a compile."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from lrcompile.devices.bench import BenchResult
+from lrcompile.report.report import Decision, Report
+
+
+def print_report(console: Console, report: Report) -> None:
+    """Prints the decision table, the totals and the notes."""
+    console.print(decision_table(report.sites))
+    model, latency, error = report.model, report.latency_ms, report.error
+    kind = latency["kind"] if latency["kind"] == "measured" else f"predicted, {latency['kind']}"
+    console.print(
+        f"latency   {latency['before']:.4g} → {latency['after']:.4g} ms on {report.target} "
+        f"({latency['speedup']:.2f}×, ± {latency['sigma']:.2g} ms; {kind})"
+    )
+    console.print(
+        f"weights   {model['weight_bytes_before'] / 1e6:.2f} → {model['weight_bytes_after'] / 1e6:.2f} MB, "
+        f"operations {model['flops_before'] / 1e9:.3f} → {model['flops_after'] / 1e9:.3f} GFLOP"
+    )
+    limit = f", budget {error['budget']:g}" if error["budget"] is not None else ""
+    console.print(f"error     {error['measured']:.3g} {error['metric']} (measured; {error['basis']}{limit})")
+    onnx = report.verification.get("onnx_vs_torch")
+    if onnx is not None:
+        console.print(f"verified  ONNX Runtime against the rewritten model: {onnx:.1e} relative")
+    for note in report.notes:
+        console.print(f"note      {note}")
+
+
+def decision_table(sites: Sequence[Decision]) -> Table:
+    """One row a site: what was decided, at which rank, error and latency, and why not."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for name in ("site", "layer", "choice"):
+        table.add_column(name, overflow="fold")
+    for name in ("error", "before ms", "after ms", "P(faster)"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("why", overflow="fold")
+    for row in sites:
+        choice = row.decision if row.pass_name is None else f"{row.pass_name} {_options(row.params)}".strip()
+        table.add_row(
+            row.site, row.op, choice, _figure(row.error), _figure(row.latency_ms_before, "{:.4f}"),
+            _figure(row.latency_ms_after, "{:.4f}"), _figure(row.p_faster, "{:.2f}"), row.reason,
+            style=None if row.decision == "rewritten" else "dim",
+        )  # fmt: skip
+    return table
+
+
+def print_site(console: Console, site: Mapping[str, Any]) -> None:
+    """Prints everything that was considered for one site."""
+    chosen = f"{site['pass']} {_options(site['params'])}" if site["pass"] else site["decision"]
+    console.print(f"[bold]{site['site']}[/bold]  {site['op']}: {chosen}")
+    console.print(f"why       {site['reason']}")
+    if not site["alternatives"]:
+        return
+    table = Table(box=None, header_style="bold", pad_edge=False, title="considered, fastest first", title_justify="left")
+    table.add_column("rewrites", overflow="fold")
+    for name in ("error", "before ms", "after ms", "± ms", "P(faster)", "MB saved"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for item in site["alternatives"]:
+        table.add_row(
+            "; ".join(item["rewrites"]), _figure(item["error"]), _figure(item["latency_ms_before"], "{:.4f}"),
+            _figure(item["latency_ms_after"], "{:.4f}"), _figure(item["sigma_ms"], "{:.4f}"),
+            _figure(item["p_faster"], "{:.2f}"), _figure(item["bytes_saved"] / 1e6, "{:.3f}"),
+        )  # fmt: skip
+    console.print(table)
+
+
+def simple_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """A plain table of text."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for name in columns:
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _options(params: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key}={value}" for key, value in params.items())
+
+
+def _figure(value: float | None, form: str = "{:.3g}") -> str:
+    return "" if value is None else form.format(value)
+
+
+def print_bench(console: Console, first: object, second: object, result: BenchResult) -> None:
+    """Prints the result of a paired measurement."""
+    rows = [
+        (str(first), f"{result.median_a_s * 1e3:.3f}", f"{result.min_a_s * 1e3:.3f}"),
+        (str(second), f"{result.median_b_s * 1e3:.3f}", f"{result.min_b_s * 1e3:.3f}"),
+    ]
+    console.print(simple_table(("model", "median ms", "least ms"), rows))
+    console.print(
+        f"the second takes {result.ratio:.3f}× the time of the first "
+        f"(95 % interval {result.ratio_low:.3f}–{result.ratio_high:.3f}, {result.blocks} paired blocks; measured)"
+    )
+    if result.noisy:
+        console.print("note      the machine was too noisy for a verdict: repeat with a larger --seconds")

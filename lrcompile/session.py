@@ -1,0 +1,112 @@
+"""One command-line compile: from the words of the user to files; used by `lrcompile.cli`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lrcompile import compile as compiler
+from lrcompile.emit.write import check_writable, write_text
+from lrcompile.errors import InputError
+from lrcompile.frontend.calibration_data import CalibrationData, load_calibration
+from lrcompile.frontend.inputs import call_inputs, example_inputs, input_names, parse_inputs
+from lrcompile.frontend.load import Source, load
+from lrcompile.planning.budget import Budget, parse_latency, parse_size
+from lrcompile.planning.plan import Plan
+from lrcompile.plugins import discover, select
+from lrcompile.report.report import Report
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for, as given."""
+
+    model: str
+    target: str
+    out: Path | None
+    arch: str | None
+    trust_pickle: bool
+    inputs: tuple[str, ...]
+    calib: str | None
+    batch: int | None
+    dtype: str | None
+    max_error: float | None
+    size: str | None
+    speedup: float | None
+    max_latency: str | None
+    confidence: float | None
+    passes: str | None
+    skip: tuple[str, ...]
+    seed: int
+    plan: Path | None
+    plan_out: Path | None
+    report_json: Path | None
+
+
+def run(request: Request, progress: Callable[[str, int, int], None]) -> Report:
+    """Compiles as asked and writes what was asked for; nothing is written unless all of it succeeds.
+
+    Raises:
+        LrcompileError: the one of its kinds that says what the user can do.
+    """
+    if request.out is not None:
+        check_writable(request.out)
+    for path in (request.plan_out, request.report_json):
+        if path is not None:
+            check_writable(path, text=True)
+    plan = Plan.load(request.plan) if request.plan else None
+    budget = _budget(request)
+    passes = select(discover().passes, request.passes.split(",")) if request.passes else None
+    source = load(request.model, arch=request.arch, trust_pickle=request.trust_pickle)
+    calibration = _calibration(request, source)
+    args, kwargs = _inputs(request, source, calibration)
+    result = compiler.compile(
+        source.program, args, kwargs, target=request.target, budget=budget, calibration=calibration, passes=passes,
+        plan=plan, skip=request.skip, dtype=request.dtype, batch=request.batch, seed=request.seed, progress=progress,
+    )  # fmt: skip
+    report = result.report
+    if request.out is not None:
+        progress("emit", 0, 0)
+        report = result.save(request.out)
+    if request.plan_out is not None:
+        write_text(request.plan_out, result.plan.dumps())
+    if request.report_json is not None:
+        write_text(request.report_json, json.dumps(report.to_json(), indent=1, allow_nan=False) + "\n")
+    return report
+
+
+def _budget(request: Request) -> Budget:
+    options: dict[str, Any] = {"max_error": request.max_error, "speedup": request.speedup}
+    if request.size is not None:
+        options["size"] = parse_size(request.size)
+    if request.max_latency is not None:
+        options["max_latency_s"] = parse_latency(request.max_latency)
+    if request.confidence is not None:
+        options["confidence"] = request.confidence
+    return Budget(**options)
+
+
+def _calibration(request: Request, source: Source) -> CalibrationData | None:
+    if request.calib is None:
+        return None
+    return load_calibration(request.calib, input_names(source.program), request.batch or 8)
+
+
+def _inputs(
+    request: Request, source: Source, calibration: CalibrationData | None
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Example inputs: from --input, else from the model's own archive, else the first calibration batch."""
+    if request.inputs:
+        return call_inputs(source.program, example_inputs(parse_inputs(request.inputs), request.seed))
+    if source.args is not None or source.kwargs is not None:
+        return source.args or (), source.kwargs or {}
+    if calibration is not None:
+        return call_inputs(source.program, calibration.batches[0])
+    names = ", ".join(input_names(source.program))
+    raise InputError(
+        f"{source.name} holds no example inputs; give one --input for each of {names}, "
+        "such as --input x=float32[1,3,224,224], or --calib data.npz"
+    )
