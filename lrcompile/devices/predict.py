@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lrcompile.devices.analytic import AnalyticCostModel, Direction, conv_latency_s
 from lrcompile.devices.device import Device
-from lrcompile.errors import InputError
+from lrcompile.errors import DeviceError, InputError
 from lrcompile.graph.op import DTYPE_BYTES, ConvShape, OpDesc, RecurrentShape, gemm_op
 
 _GEMM_OPS = ("gemm", "linear", "bmm")
@@ -105,9 +105,10 @@ class _Row:
 
 def _predict(row: _Row, model: AnalyticCostModel, dtype: str | None) -> tuple[float, float]:
     name = dtype or row.text("dtype") or model.device.default_dtype
-    model.device.compute_dtype(name)
-    if name not in DTYPE_BYTES:
-        raise row.error(f"column dtype: expected one of {', '.join(DTYPE_BYTES)}, got {name!r}")
+    try:
+        model.device.compute_dtype(name)
+    except DeviceError as error:
+        raise DeviceError(f"row {row.number}: {error}") from error
     op = row.op()
     if op in _CONV_OPS:
         latency_s = conv_latency_s(model.device, _conv(row), name, _CONV_OPS[op])

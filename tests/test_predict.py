@@ -1,0 +1,223 @@
+"""Predictions for tables of shapes: how near they come to published measurements, and what a bad table meets."""
+
+from __future__ import annotations
+
+import csv
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from scipy.stats import kendalltau
+
+from lrcompile.devices import predict
+from lrcompile.devices.analytic import AnalyticCostModel
+from lrcompile.devices.device import load_device
+from lrcompile.devices.predict import predict_csv, predict_rows
+from lrcompile.errors import DeviceError, InputError
+from lrcompile.graph.op import gemm_op
+
+LATENCY = Path(__file__).resolve().parents[1].parent / "shared" / "latency"
+V100 = load_device("v100")
+GEMM_TABLE = "op,m,n,k,ta,tb\ngemm,1760,16,1760,N,N\ngemm,35,8457,2560,T,N\n"
+
+
+@dataclass(frozen=True)
+class Score:
+    """How well a device's profile must do on a table; MAPE in %, `floor_ms` what the measurement adds to each row."""
+
+    profile: str
+    table: str
+    device: str
+    dtype: str
+    ops: tuple[str, ...]
+    mape: float
+    tau: float
+    floor_ms: float = 0.0005  # DeepBench cuts to whole µs
+
+
+CONV = ("conv2d_fwd", "conv2d_bwd_data", "conv2d_bwd_weight")
+SCORES = [
+    Score("v100", "deepbench_gemm", "V100-SXM2-16GB", "fp16", ("gemm",), 13, 0.92),
+    Score("v100", "deepbench_gemm", "V100-SXM2-16GB", "fp32", ("gemm",), 9, 0.96),
+    Score("v100", "deepbench_conv", "V100-SXM2-16GB", "fp16", CONV[:1], 26, 0.81),
+    Score("v100", "deepbench_conv", "V100-SXM2-16GB", "fp32", CONV[:1], 17.5, 0.84),
+    Score("v100", "deepbench_conv", "V100-SXM2-16GB", "fp16", CONV, 27, 0.78),
+    Score("v100", "deepbench_conv", "V100-SXM2-16GB", "fp32", CONV, 23.5, 0.81),
+    Score("t4", "deepbench_gemm", "T4", "fp16", ("gemm",), 13, 0.92),
+    Score("t4", "deepbench_gemm", "T4", "fp32", ("gemm",), 14, 0.94),
+    Score("t4", "deepbench_conv", "T4", "fp16", CONV, 36, 0.75),
+    Score("t4", "deepbench_conv", "T4", "fp32", CONV, 30, 0.82),
+    # NeuSight times single eager calls; the floors are the launch that its tables hold besides a queued one's.
+    Score("v100", "neusight_gemm", "V100-PCIE-32GB", "fp32", ("linear",), 17, 0.93, 0.027),
+    Score("t4", "neusight_gemm", "T4", "fp32", ("linear",), 24, 0.92, 0.020),
+    Score("a100", "neusight_gemm", "A100-PCIE-40GB", "fp32", ("linear",), 23, 0.92, 0.021),
+    Score("h100", "neusight_gemm", "H100-80GB-HBM3", "fp32", ("linear", "bmm"), 13, 0.94, 0.020),
+    Score("a100", "llmcompass_gemm", "A100-SXM4-80GB", "fp16", ("gemm",), 6, 0.95, 0.020),
+]
+
+
+@pytest.mark.parametrize("score", SCORES, ids=lambda s: f"{s.profile}-{s.table}-{s.dtype}-{'+'.join(s.ops)}")
+def test_published_measurements(score: Score) -> None:
+    path = LATENCY / f"{score.table}.csv"
+    if not path.is_file():
+        pytest.skip(f"published measurements are not here: {path}")
+    with path.open(newline="") as file:
+        wanted = (score.device, score.dtype)
+        rows = [
+            row for row in csv.DictReader(file) if (row["device"], row["dtype"]) == wanted and row["op"] in score.ops
+        ]
+    assert len(rows) >= 10
+    predicted = [predicted_ms for predicted_ms, _ in predict_rows(rows, load_device(score.profile))]
+    measured = [float(row["ms"]) + (score.floor_ms if score.table.startswith("deepbench") else 0) for row in rows]
+    floor = 0 if score.table.startswith("deepbench") else score.floor_ms
+    errors = [abs((p + floor) / m - 1) for p, m in zip(predicted, measured, strict=True)]
+    mape = 100 * sum(errors) / len(errors)
+    tau = kendalltau(predicted, measured).statistic
+    ops = "+".join(score.ops)
+    print(f"{score.profile:5} {score.table:16} {score.dtype} {ops:44} n={len(rows):4} MAPE {mape:5.1f} % tau {tau:.3f}")
+    assert mape <= score.mape
+    assert tau >= score.tau
+
+
+def rows_of(text: str) -> list[dict[str, str]]:
+    return list(csv.DictReader(text.splitlines()))
+
+
+def test_a_row_is_an_operation() -> None:
+    ((predicted_ms, sigma_ms),) = predict_rows(rows_of("op,m,n,k\ngemm,512,256,1024\n"), V100, "fp16")
+    cost = AnalyticCostModel(V100).cost(gemm_op(512, 256, 1024, "fp16"))
+    assert (predicted_ms, sigma_ms) == pytest.approx((cost.latency_s * 1e3, cost.sigma_s * 1e3))
+
+
+def test_dtype_is_the_argument_then_the_column_then_the_default() -> None:
+    table = "op,dtype,m,n,k\ngemm,fp32,4096,4096,4096\n"
+    ((argument, _),) = predict_rows(rows_of(table), V100, "fp16")
+    ((column, _),) = predict_rows(rows_of(table), V100)
+    ((default, _),) = predict_rows(rows_of("op,m,n,k\ngemm,4096,4096,4096\n"), V100)
+    assert argument == default < column / 4
+
+
+def test_forms_of_columns_agree() -> None:
+    deepbench = "op,n,c,h,w,k,r,s,pad_h,pad_w,stride_h,stride_w\nconv2d_fwd,8,64,56,56,128,3,3,1,1,2,2\n"
+    neusight = "op,n,c,h,w,k,r,s,pad,stride\nconv2d_fwd,8,64,56,56,128,3,3,1,2\n"
+    bare = "n,c,h,w,k,r,s,pad,stride\n8,64,56,56,128,3,3,1,2\n"
+    assert len({predict_rows(rows_of(table), V100, "fp16")[0] for table in (deepbench, neusight, bare)}) == 1
+    plain, padded = "n,c,h,w,k,r,s\n1,8,9,9,8,3,3\n", "n,c,h,w,k,r,s,pad,stride\n1,8,9,9,8,3,3,0,1\n"
+    assert predict_rows(rows_of(plain), V100) == predict_rows(rows_of(padded), V100)
+    named, unnamed = "op,b,m,n,k\nlinear,1,64,64,64\n", "m,n,k\n64,64,64\n"
+    assert predict_rows(rows_of(named), V100) == predict_rows(rows_of(unnamed), V100)
+
+
+def test_other_operations() -> None:
+    memory = rows_of("op,rows,cols\nadd,4096,4096\nrelu,4096,4096\nln,4096,4096\nsoftmax,4096,4096\n")
+    (add, _), (relu, _), (norm, _), (softmax, _) = predict_rows(memory, V100, "fp32")
+    assert add > relu == norm == softmax > 2 * 4 * 4096 * 4096 / 775e9 * 1e3
+    steps = rows_of("op,hidden,batch,timesteps\nlstm_fwd,512,16,25\ngru_fwd,512,16,25\n")
+    (lstm, _), (gru, _) = predict_rows(steps, V100, "fp32")
+    assert lstm > gru > 25 * 8e-3
+
+
+@pytest.mark.parametrize(
+    ("table", "problem"),
+    [
+        ("op,m,n\ngemm,1,2\n", "row 1: missing column k"),
+        ("op,x\ngemm,1\n", "row 1: missing column m, n, k"),
+        ("x,y\n1,2\n", "row 1: missing column op"),
+        (
+            "op,m,n,k\ngemm,1,2,3\ngemm,1,2,three\n",
+            "row 2: column k: expected a whole number of at least 1, got 'three'",
+        ),
+        ("op,m,n,k\ngemm,1,2,\n", "row 1: column k: .* got ''"),
+        ("op,m,n,k\ngemm,1,2,nan\n", "row 1: column k"),
+        ("op,m,n,k\ngemm,inf,2,3\n", "row 1: column m"),
+        ("op,m,n,k\ngemm,1,-2,3\n", "row 1: column n"),
+        ("op,m,n,k\ngemm,1,2.5,3\n", "row 1: column n"),
+        ("op,m,n,k,b\nbmm,1,2,3,0\n", "row 1: column b"),
+        ("op,m,n,k,ta\ngemm,1,2,3,X\n", "row 1: column ta: expected N or T, got 'X'"),
+        ("op,m,n,k\nfft,1,2,3\n", "row 1: column op: expected one of gemm, .* got 'fft'"),
+        ("op,dtype,m,n,k\ngemm,,1,2,3\ngemm,tf32,1,2,3\n,fp16,1,2,3\n", "row 3: column op: .* got ''"),
+        ("op,n,c,h,w,k,r,s,pad_h\nconv2d_fwd,1,1,8,8,1,3,3,1\n", "row 1: missing column pad_w"),
+        ("op,n,c,h,w,k,r,s,stride\nconv2d_fwd,1,1,8,8,1,3,3,0\n", "row 1: column stride"),
+        ("op,n,c,h,w,k,r,s,pad\nconv2d_fwd,1,1,8,8,1,3,3,-1\n", "row 1: column pad"),
+        ("op,n,c,h,w,k,r,s\nconv2d_fwd,1,1,2,2,1,3,3\n", "row 1: kernel 3x3 does not fit"),
+    ],
+)
+def test_bad_rows_are_named(tmp_path: Path, table: str, problem: str) -> None:
+    source = tmp_path / "in.csv"
+    source.write_text(table)
+    with pytest.raises(InputError, match=problem):
+        predict_csv(source, tmp_path / "out.csv", V100)
+    assert os.listdir(tmp_path) == ["in.csv"]
+
+
+def test_unknown_dtype_names_the_row() -> None:
+    with pytest.raises(DeviceError, match=r"row 1: .*unknown data type 'pseudo_fp16'"):
+        predict_rows(rows_of("op,dtype,m,n,k\ngemm,pseudo_fp16,1,2,3\n"), V100)
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b"", "is empty"),
+        (b"\n\n", "is empty"),
+        (b"op,m,n,k\n", "no rows"),
+        (b"op,m,m,k\ngemm,1,2,3\n", "names a column twice"),
+        (b"op,m,n,k\ngemm,1,2\n", "row 1 of .*: expected 4 values"),
+        (b"op,m,n,k\ngemm,1,2,3\ngemm,1,2,3,4\n", "row 2 of .*: expected 4 values"),
+        (b"\x89PNG\r\n\x1a\n\x00\xff\xfe", "is not a CSV table"),
+        (b'op,m\n"gemm,1\n', "is not a CSV table"),
+    ],
+)
+def test_bad_files(tmp_path: Path, content: bytes, problem: str) -> None:
+    source = tmp_path / "in.csv"
+    source.write_bytes(content)
+    with pytest.raises(InputError, match=problem):
+        predict_csv(source, tmp_path / "out.csv", V100)
+    assert os.listdir(tmp_path) == ["in.csv"]
+
+
+def test_unreadable_and_unwritable(tmp_path: Path) -> None:
+    source = tmp_path / "in.csv"
+    source.write_text(GEMM_TABLE)
+    with pytest.raises(InputError, match=r"cannot read .*nothing\.csv: No such file"):
+        predict_csv(tmp_path / "nothing.csv", tmp_path / "out.csv", V100)
+    with pytest.raises(InputError, match="cannot read"):
+        predict_csv(tmp_path, tmp_path / "out.csv", V100)
+    with pytest.raises(InputError, match="cannot write"):
+        predict_csv(source, tmp_path / "no" / "out.csv", V100)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(InputError, match="cannot write"):
+        predict_csv(source, tmp_path / "folder", V100)
+    assert sorted(os.listdir(tmp_path)) == ["folder", "in.csv"]
+
+
+def test_the_table_is_copied_and_two_columns_follow(tmp_path: Path) -> None:
+    source, target = tmp_path / "in.csv", tmp_path / "out.csv"
+    note = 'op,note,m,n,k\ngemm,"a, b",64,64,64\ngemm,ü,128,64,64\n'
+    source.write_text("\ufeff" + note, encoding="utf-8")
+    assert predict_csv(source, target, V100, "fp16") == 2
+    rows = rows_of(target.read_text(encoding="utf-8"))
+    assert list(rows[0]) == ["op", "note", "m", "n", "k", "predicted_ms", "sigma"]
+    assert [row["note"] for row in rows] == ["a, b", "ü"]
+    for row, (predicted_ms, sigma_ms) in zip(rows, predict_rows(rows, V100, "fp16"), strict=True):
+        assert float(row["predicted_ms"]) == pytest.approx(predicted_ms, rel=1e-5)
+        assert float(row["sigma"]) == pytest.approx(sigma_ms, rel=1e-5)
+    first = target.read_bytes()
+    predict_csv(target, target, V100, "fp16")  # in place, columns renewed
+    assert target.read_bytes() == first
+
+
+def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, target = tmp_path / "in.csv", tmp_path / "out.csv"
+    source.write_text(GEMM_TABLE)
+    target.write_text("old")
+
+    def full_disk(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(predict.os, "replace", full_disk)
+    with pytest.raises(InputError, match="No space left"):
+        predict_csv(source, target, V100)
+    assert target.read_text() == "old"
+    assert sorted(os.listdir(tmp_path)) == ["in.csv", "out.csv"]
