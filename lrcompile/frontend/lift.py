@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from lrcompile.graph.graph import attribute
+from lrcompile.graph.graph import attribute, has_attribute, rebuild
 from lrcompile.graph.rewrite import set_module
 from lrcompile.nn.linear import TransposedLinear
 
@@ -30,14 +30,14 @@ def lift(gm: fx.GraphModule) -> fx.GraphModule:
     for node in list(gm.graph.nodes):
         if node.op != "call_function":
             continue
+        if node.target is aten.view.default:
+            node.target = aten.reshape.default  # a view forbids other memory layouts of what it reads; values are equal
         found = _describe(gm, node)
         if found is not None:
             _lift_node(gm, node, *found, lifted)
     gm.graph.eliminate_dead_code()
     gm.graph.lint()
-    result = fx.GraphModule(gm, gm.graph)
-    result.recompile()
-    return result
+    return rebuild(gm, gm.graph)
 
 
 def remove_guards(gm: fx.GraphModule) -> None:
@@ -66,10 +66,13 @@ def _describe(gm: fx.GraphModule, node: fx.Node) -> tuple[Config, list[Any], dic
     match node.target:
         case aten.linear.default:
             x, weight, bias = _arguments(node, 3)
+            if _rank(weight) != 2 or _rank(bias) not in (None, 1):
+                return None
             return _parametrised(gm, ("linear",), [x], {"weight": weight, "bias": bias}, _make_linear)
         case aten.addmm.default:
             bias, x, weight = _arguments(node, 3)
-            if node.kwargs or len(node.args) > 3:
+            scaled = node.kwargs or len(node.args) > 3
+            if scaled or _rank(weight) != 2 or _rank(bias) != 1 or not _only_multiplied(gm, weight):
                 return None
             return _parametrised(gm, ("addmm",), [x], {"weight": weight, "bias": bias}, _make_addmm)
         case aten.embedding.default:
@@ -89,7 +92,9 @@ def _describe(gm: fx.GraphModule, node: fx.Node) -> tuple[Config, list[Any], dic
             axes = node.args[0].meta["val"].dim() - 2  # type: ignore[union-attr]
             return _parametrised(gm, ("batch_norm", axes, momentum, eps), [x], slots, _make_batch_norm)
         case aten.dropout.default:
-            x, p, _ = _arguments(node, 3)
+            x, p, train = _arguments(node, 3)
+            if train:
+                return None
             return ("dropout", p), [x], {}, lambda config: nn.Dropout(config[1])
     return _describe_conv(gm, node)
 
@@ -143,6 +148,21 @@ def _arguments(node: fx.Node, count: int, defaults: tuple[Any, ...] = ()) -> lis
     return filled
 
 
+def _rank(value: Any) -> int | None:
+    """Number of dimensions of an argument, or None for one that is not given."""
+    return value.meta["val"].dim() if isinstance(value, fx.Node) else None
+
+
+def _only_multiplied(gm: fx.GraphModule, weight: fx.Node) -> bool:
+    """Whether every use of a stored tensor is as the right factor of `addmm`: only then may it be kept transposed."""
+    reads = [node for node in gm.graph.nodes if node.op == "get_attr" and node.target == weight.target]
+    return all(
+        user.target == aten.addmm.default and user.args[2] is read and user.args.count(read) == 1
+        for read in reads
+        for user in read.users
+    )
+
+
 def _tuple(value: Any, axes: int) -> Any:
     if isinstance(value, str):
         return value
@@ -162,8 +182,6 @@ def _parametrised(
             targets[slot] = value.target  # type: ignore[assignment]
         else:
             return None
-    if slots.get("weight") is None and config[0] == "linear":
-        return None
     if any(isinstance(value, fx.Node) and value.op == "get_attr" for value in data):
         return None  # a function of constants only
     return config, data, targets, maker
@@ -180,13 +198,13 @@ def _lift_node(
 ) -> None:
     tensors = {slot: attribute(gm, t) if t is not None else None for slot, t in targets.items()}
     identity = (*config, *(id(t) for t in tensors.values()))
-    path = _path(gm, node, targets, tensors)
-    while path in lifted and lifted[path] != identity:
+    path = _path(gm, node, config, targets, tensors)
+    while lifted[path] != identity if path in lifted else _is_taken(gm, path, tensors):
         path = _next_name(path)
     if path not in lifted:
         module = maker(config, **tensors)
         module.eval()
-        _adopt_children(gm, path, module)
+        _adopt_counters(gm, path, module)
         set_module(gm, path, module)
         lifted[path] = identity
     with gm.graph.inserting_before(node):
@@ -197,7 +215,11 @@ def _lift_node(
 
 
 def _path(
-    gm: fx.GraphModule, node: fx.Node, targets: dict[str, str | None], tensors: dict[str, torch.Tensor | None]
+    gm: fx.GraphModule,
+    node: fx.Node,
+    config: Config,
+    targets: dict[str, str | None],
+    tensors: dict[str, torch.Tensor | None],
 ) -> str:
     """Where the lifted module goes: the path of the module that called the operation, where that fits."""
     called_from = _calling_module(node)
@@ -205,13 +227,13 @@ def _path(
         return called_from
     target = targets.get("weight") or next((t for t in targets.values() if t is not None), None)
     if target is None:
-        return _free_name(gm, called_from or node.name.rstrip("_0123456789"))
+        return f"{called_from}.{config[0]}" if called_from else config[0]
     parent, _, leaf = target.rpartition(".")
     if leaf == "weight" and parent and _fits(gm, parent, tensors):
         return parent
-    name = leaf.removesuffix("_weight") if leaf != "weight" else "linear"
+    name = config[0] if leaf in ("weight", "bias") else leaf.removesuffix("_weight")
     if name == leaf:
-        name = f"{leaf}_{node.name.rstrip('_0123456789')}"
+        name = f"{leaf}_{config[0]}"
     return f"{parent}.{name}" if parent else name
 
 
@@ -230,34 +252,24 @@ def _fits(gm: fx.GraphModule, path: str, tensors: dict[str, torch.Tensor | None]
     except AttributeError:
         return False
     own = {**container._parameters, **container._buffers}
-    if not tensors:
-        return not own and type(container) in (nn.Module, nn.Dropout) and not container._modules
+    if container._modules:
+        return False
     given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-    if any(own.get(name) is not tensor and getattr(container, name, None) is not tensor for name, tensor in given.items()):
+    if any(getattr(container, name, None) is not tensor for name, tensor in given.items()):
         return False
     return set(own) - {"num_batches_tracked"} <= set(given)
 
 
-def _adopt_children(gm: fx.GraphModule, path: str, module: nn.Module) -> None:
-    """Carries sub-modules and counters of the container over, so that no state-dict key is lost."""
-    try:
-        container = gm.get_submodule(path)
-    except AttributeError:
-        return
-    for name, child in container._modules.items():
-        module.add_module(name, child)
+def _is_taken(gm: fx.GraphModule, path: str, tensors: dict[str, torch.Tensor | None]) -> bool:
+    return has_attribute(gm, path) and not _fits(gm, path, tensors)
+
+
+def _adopt_counters(gm: fx.GraphModule, path: str, module: nn.Module) -> None:
+    """Carries buffers such as `num_batches_tracked` over, so that no state-dict key is lost."""
+    container = gm.get_submodule(path) if has_attribute(gm, path) else nn.Module()
     for name, buffer in container._buffers.items():
         if name in module._buffers and buffer is not None:
             module._buffers[name] = buffer
-
-
-def _free_name(gm: fx.GraphModule, path: str) -> str:
-    while True:
-        try:
-            attribute(gm, path)
-        except AttributeError:
-            return path
-        path = _next_name(path)
 
 
 def _next_name(path: str) -> str:

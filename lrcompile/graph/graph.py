@@ -94,7 +94,7 @@ class Graph:
         new.set_codegen(self.gm.graph._codegen)
         for old, copied in env.items():
             copied.meta = dict(old.meta)
-        return Graph(fx.GraphModule(root, new), self.fake_mode)
+        return Graph(rebuild(root, new), self.fake_mode)
 
 
 def share(module: nn.Module) -> nn.Module:
@@ -112,6 +112,74 @@ def share(module: nn.Module) -> nn.Module:
             setattr(result, name, value)
     result.training = module.training
     return result
+
+
+def rebuild(root: nn.Module, graph: fx.Graph) -> fx.GraphModule:
+    """A GraphModule of `graph` over `root` that keeps what fx drops: state-dict keys that the graph does not name.
+
+    A weight that the graph uses under another name keeps its old one too, as the same Parameter; buffers and
+    constants that `root` does not save are not saved.
+    """
+    result = fx.GraphModule(root, graph)
+    saved = set()
+    missing: list[tuple[str, torch.Tensor]] = []
+    for path, holder in root.named_modules(remove_duplicate=False):
+        for name, tensor in {**holder._parameters, **holder._buffers}.items():
+            if tensor is None or name in holder._non_persistent_buffers_set:
+                continue
+            full = f"{path}.{name}" if path else name
+            saved.add(full)
+            if not has_attribute(result, full):
+                missing.append((full, tensor))
+    for path, holder in result.named_modules(remove_duplicate=False):
+        for name in holder._buffers:
+            if (f"{path}.{name}" if path else name) not in saved:
+                holder._non_persistent_buffers_set.add(name)
+    used = used_storages(result) if missing else frozenset()
+    for full, tensor in missing:
+        if storage_id(tensor) in used:
+            set_tensor(result, full, tensor)
+    return result
+
+
+def prune(gm: fx.GraphModule) -> None:
+    """Drops the modules, parameters and buffers that no node uses any more, other names of erased weights included."""
+    called = {node.target for node in gm.graph.nodes if node.op == "call_module"}
+    called |= {
+        node.target for node in gm.graph.nodes
+        if node.op == "get_attr" and isinstance(attribute(gm, node.target), nn.Module)
+    }  # fmt: skip
+    _prune(gm, "", called, used_storages(gm))
+
+
+def _prune(holder: nn.Module, path: str, called: set[Any], used: frozenset[int]) -> None:
+    for tensors in (holder._parameters, holder._buffers):
+        for name in [n for n, tensor in tensors.items() if tensor is not None and storage_id(tensor) not in used]:
+            del tensors[name]
+            holder._non_persistent_buffers_set.discard(name)
+    for name, child in list(holder._modules.items()):
+        full = f"{path}.{name}" if path else name
+        if full in called or child is None:
+            continue
+        if not is_container(child):  # another graph may call it: take it apart in a new place
+            child = holder._modules[name] = share(child)
+        _prune(child, full, called, used)
+        if not (child._modules or child._parameters or child._buffers):
+            del holder._modules[name]
+
+
+def used_storages(gm: fx.GraphModule) -> frozenset[int]:
+    """`storage_id` of every tensor that a node uses, by itself or through the module that it calls."""
+    found: set[int] = set()
+    for node in gm.graph.nodes:
+        if node.op not in ("call_module", "get_attr"):
+            continue
+        value = attribute(gm, node.target)
+        if isinstance(value, nn.Module):
+            found |= {storage_id(t) for t in [*value.parameters(), *value.buffers()]}
+        elif isinstance(value, torch.Tensor):
+            found.add(storage_id(value))
+    return frozenset(found)
 
 
 def is_container(module: nn.Module) -> bool:
@@ -182,6 +250,29 @@ def attribute(root: nn.Module, target: str) -> Any:
     return value
 
 
+def has_attribute(root: nn.Module, target: str) -> bool:
+    """Whether there is a value at a dotted attribute path."""
+    try:
+        attribute(root, target)
+    except AttributeError:
+        return False
+    return True
+
+
+def set_tensor(root: nn.Module, target: str, tensor: torch.Tensor) -> None:
+    """Registers a parameter or a saved buffer at a dotted path, making plain containers on the way."""
+    *parents, leaf = target.split(".")
+    holder = root
+    for name in parents:
+        if holder._modules.get(name) is None:
+            holder.add_module(name, nn.Module())
+        holder = holder.get_submodule(name)
+    if isinstance(tensor, nn.Parameter):
+        holder.register_parameter(leaf, tensor)
+    else:
+        holder.register_buffer(leaf, tensor)
+
+
 def infer(graph: Graph, node: fx.Node) -> Any:
     """The fake output value of a node, from the values of its arguments.
 
@@ -198,7 +289,15 @@ def infer(graph: Graph, node: fx.Node) -> Any:
 
 
 def propagate(gm: fx.GraphModule, flat_args: tuple[Any, ...]) -> Graph:
-    """Fills `meta["val"]` of every node with a fake tensor of the concrete shape that `flat_args` lead to."""
+    """Fills `meta["val"]` of every node with a fake tensor of the concrete shape that `flat_args` lead to.
+
+    What export knew of the shape, with symbols for open sizes, is kept as text in `meta["sizes"]`.
+    """
+    fresh = not any("sizes" in node.meta for node in gm.graph.nodes)
+    for node in gm.graph.nodes:
+        value = node.meta.get("val")
+        if fresh and isinstance(value, torch.Tensor):
+            node.meta["sizes"] = tuple(str(size) for size in value.shape)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     fake_args = [mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in flat_args]
     with torch.no_grad():
