@@ -35,7 +35,7 @@ from lrcompile.errors import InputError
 from lrcompile.frontend.archives import FILE_OPERATORS, first_line, open_archive
 
 _MODEL = constants.MODELS_FILENAME_FORMAT.format("model")
-_NAME = re.compile(r"[\w.\-/+@]*")  # nothing that could end a name in generated source text
+_NAME = re.compile(r"[\w .\-/+@]*")  # nothing that could call or end a statement in generated source text
 _SYMBOL = re.compile(r"[^\W\d]\w*|[-+]?[\d.]+([eE][-+]?\d+)?")
 _SYMPY = re.compile(
     "Symbol|Integer|Rational|Float|Add|Mul|Pow|Mod|Max|Min|Abs|Eq|Ne|Lt|Le|Gt|Ge|Equality|Unequality|StrictLessThan"
