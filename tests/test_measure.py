@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+import operator
+import os
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +20,22 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lrcompile.devices.onnx_region import UnsupportedRegion, lower_region, region_to_onnx
+from lrcompile.devices.analytic import AnalyticCostModel
+from lrcompile.devices.cost import Cost
+from lrcompile.devices.device import load_device
+from lrcompile.devices.measure import (
+    SIGMA_CONTENDED,
+    SIGMA_FLOOR,
+    LocalCostModel,
+    local_device,
+    measure,
+    open_region,
+    usable_cores,
+)
+from lrcompile.devices.onnx_region import LoweredRegion, UnsupportedRegion, lower_op, lower_region, region_to_onnx
+from lrcompile.frontend.trace import trace
 from lrcompile.graph.graph import propagate
+from lrcompile.graph.op import ConvShape, OpDesc, conv_op, gemm_op
 from lrcompile.nn.linear import TransposedLinear
 
 aten = torch.ops.aten
@@ -168,8 +186,6 @@ def test_region_computes_what_torch_does(name: str, dynamic_batch: bool) -> None
 
 def test_split_outputs_and_shared_values() -> None:
     def split(tape: Any, x: fx.Node) -> Any:
-        import operator
-
         parts = tape(aten.split_with_sizes.default, x, [3, 5], -1)
         first, second = (tape(operator.getitem, parts, i) for i in (0, 1))
         return x, second, second, tape(aten.mul.Tensor, first, 2)
@@ -260,8 +276,6 @@ class _ConvBlock(nn.Module):
 
 @pytest.mark.parametrize(("module", "x"), [(_Perceptron(), X3), (_ConvBlock(), IMAGE)], ids=["mlp", "conv"])
 def test_onnx_runtime_makes_the_same_of_it_as_of_an_export(module: nn.Module, x: Tensor, tmp_path: Path) -> None:
-    from lrcompile.frontend.trace import trace
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         exported = torch.onnx.export(
@@ -277,3 +291,252 @@ def _optimized(model: onnx.ModelProto, folder: Path) -> Counter[str]:
     options.optimized_model_filepath = str(folder / "optimized.onnx")
     ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     return Counter(node.op_type for node in onnx.load(folder / "optimized.onnx").graph.node)
+
+
+class FakeMachine:
+    """A clock that only moves when a fake run takes its time, and a count of runs."""
+
+    def __init__(self) -> None:
+        self.now_s = self.waited_s = 0.0
+        self.runs = 0
+
+    def clock(self) -> float:
+        return self.now_s
+
+    def waited(self) -> float:
+        return self.waited_s
+
+    def run(self, latencies_s: Iterator[float], waiting: float = 0.0) -> Callable[[], None]:
+        def once() -> None:
+            self.runs += 1
+            latency_s = next(latencies_s)
+            self.now_s += latency_s
+            self.waited_s += waiting * latency_s
+
+        return once
+
+
+def test_steady_runs_are_measured_in_few_rounds() -> None:
+    machine = FakeMachine()
+    runs = [machine.run(itertools.repeat(3e-3)), machine.run(itertools.repeat(2e-3))]
+    before, after = measure(runs, machine.clock, machine.waited)
+    assert before == pytest.approx((3e-3, 3e-3 * SIGMA_FLOOR))
+    assert after == pytest.approx((2e-3, 2e-3 * SIGMA_FLOOR))
+    assert machine.runs == 2 * (3 + 6)
+
+
+def test_short_runs_are_batched_into_samples_above_the_timer_noise() -> None:
+    machine = FakeMachine()
+    measure([machine.run(itertools.repeat(1.02e-5))], machine.clock, machine.waited)
+    assert machine.runs == 3 + 6 * 20
+
+
+def test_interference_that_only_adds_time_is_ignored() -> None:
+    machine = FakeMachine()
+    spiky = itertools.cycle([2e-3, 2e-3, 9e-3, 2e-3, 5e-3])
+    [(latency_s, sigma_s)] = measure([machine.run(spiky)], machine.clock, machine.waited)
+    assert latency_s == pytest.approx(2e-3)
+    assert sigma_s == pytest.approx(2e-3 * SIGMA_FLOOR)
+
+
+def test_drift_of_both_sides_does_not_widen_the_error_of_their_difference() -> None:
+    machine = FakeMachine()
+    shared = (1.0 + 0.02 * i for i in itertools.count())
+    one, other = itertools.tee(shared)
+    runs = [machine.run(1e-2 * f for f in one), machine.run(1e-2 * f for f in other)]
+    (before_s, sigma_s), _ = measure(runs, machine.clock, machine.waited)
+    assert sigma_s == pytest.approx(SIGMA_FLOOR * before_s, rel=0.5)
+
+
+def test_disagreeing_halves_are_tried_again_and_widen_the_error() -> None:
+    machine = FakeMachine()
+    slower = (1e-3 * 1.1**i for i in itertools.count())
+    [(latency_s, sigma_s)] = measure([machine.run(slower)], machine.clock, machine.waited)
+    assert sigma_s > 2 * SIGMA_FLOOR * latency_s
+    assert machine.runs > 3 + 6
+
+
+def test_waiting_for_a_core_widens_the_error() -> None:
+    machine = FakeMachine()
+    run = machine.run(itertools.repeat(1e-3), waiting=0.5)
+    [(latency_s, sigma_s)] = measure([run], machine.clock, machine.waited)
+    assert sigma_s / latency_s == pytest.approx(SIGMA_FLOOR + 0.5 * SIGMA_CONTENDED)
+
+
+MILLISECOND = 2.0**-10  # sums of it are exact
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> FakeMachine:
+    """Runs that take a millisecond for each weight of the region, on a fake clock."""
+    machine = FakeMachine()
+
+    def open_region(region: LoweredRegion, threads: int | None = None) -> Callable[[], None]:
+        return machine.run(itertools.repeat(MILLISECOND * max(1, len(region.weights))))
+
+    monkeypatch.setattr("lrcompile.devices.measure.open_region", open_region)
+    return machine
+
+
+def local_model(machine: FakeMachine, folder: Path | None, **options: Any) -> LocalCostModel:
+    return LocalCostModel(cache_dir=folder, clock=machine.clock, waited=machine.waited, **options)
+
+
+def pair(rank: int, width: int = 64) -> tuple[fx.GraphModule, fx.GraphModule]:
+    x = torch.zeros(1, 4, width)
+    before = region(of(nn.Linear(width, width)), x)
+    factors = nn.Linear(width, rank, bias=False), nn.Linear(rank, width)
+    return before, region(lambda tape, x: tape(factors[1], tape(factors[0], x)), x)
+
+
+def test_a_pair_is_measured_once_and_never_by_a_second_compile(machine: FakeMachine, tmp_path: Path) -> None:
+    first = local_model(machine, tmp_path)
+    costs = first.compare(*pair(8))
+    assert [cost.latency_s for cost in costs] == [2 * MILLISECOND, 3 * MILLISECOND]
+    assert costs[1].flops == 2 * 4 * 64 * 8 * 2
+    assert first.compare(*pair(8)) == costs  # other weights, same shapes
+    assert (first.measured, first.reused) == (1, 1)
+    runs = machine.runs
+    second = local_model(machine, tmp_path)
+    assert second.compare(*pair(8)) == costs
+    assert (second.measured, second.reused, machine.runs) == (0, 1, runs)
+    second.compare(*pair(16))
+    local_model(machine, tmp_path, threads=1).compare(*pair(8))
+    assert second.measured == 1
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_without_a_folder_results_stay_in_memory(machine: FakeMachine, tmp_path: Path) -> None:
+    model = local_model(machine, None)
+    assert model.compare(*pair(8)) == model.compare(*pair(8))
+    assert (model.measured, model.reused) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "",
+        "{",
+        "[]",
+        '{"timings_s": [[1, 2]]}',
+        '{"timings_s": [[-1, 1], [1, 1]]}',
+        '{"timings_s": [[NaN, 1], [1, 1]]}',
+        "\udcff",
+    ],
+    ids=["empty", "cut", "list", "one side", "negative", "nan", "binary"],
+)
+def test_a_damaged_cache_file_is_measured_again_and_rewritten(
+    machine: FakeMachine, tmp_path: Path, damage: str
+) -> None:
+    costs = local_model(machine, tmp_path).compare(*pair(8))
+    [file] = tmp_path.iterdir()
+    intact = file.read_bytes()
+    file.write_bytes(damage.encode("utf-8", "surrogateescape"))
+    model = local_model(machine, tmp_path)
+    assert model.compare(*pair(8)) == costs
+    assert model.measured == 1
+    assert file.read_bytes() == intact
+
+
+def test_a_very_noisy_result_is_measured_again_after_an_hour(machine: FakeMachine, tmp_path: Path) -> None:
+    local_model(machine, tmp_path).compare(*pair(8))
+    [file] = tmp_path.iterdir()
+    file.write_text('{"timings_s": [[1.0, 0.5], [1.0, 0.5]]}')
+    assert local_model(machine, tmp_path).compare(*pair(8))[0].sigma_s == 0.5
+    os.utime(file, (0, 0))
+    model = local_model(machine, tmp_path)
+    assert model.compare(*pair(8))[0].latency_s == 2 * MILLISECOND
+    assert model.measured == 1
+
+
+def test_a_folder_that_cannot_be_written_costs_nothing_but_the_memory(machine: FakeMachine, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    model = local_model(machine, tmp_path / "file" / "folder")
+    model.compare(*pair(8))
+    assert model.measured == 1
+
+
+def test_equal_regions_cost_exactly_the_same(machine: FakeMachine) -> None:
+    before, after = local_model(machine, None).compare(pair(8)[0], pair(8)[0])
+    assert before == after
+
+
+def test_an_unsupported_region_is_predicted_and_counted(machine: FakeMachine) -> None:
+    model = local_model(machine, None)
+    before = region(of(nn.GroupNorm(2, 4)), IMAGE)
+    after = region(lambda tape, x: tape(nn.Conv2d(4, 4, 1), tape(nn.GroupNorm(2, 4), x)), IMAGE)
+    costs = model.compare(before, after)
+    assert costs == AnalyticCostModel(load_device("x86-ort")).compare(before, after)
+    assert model.fallbacks == {"module GroupNorm": 1}
+    assert model.measured == 0
+
+
+def test_what_onnx_runtime_cannot_open_is_predicted(tmp_path: Path) -> None:
+    model = LocalCostModel(cache_dir=tmp_path)
+    gm = region(of(nn.Conv2d(4, 4, 1).to(torch.bfloat16)), IMAGE.to(torch.bfloat16))
+    for _ in range(2):
+        cost, _ = model.compare(gm, gm)
+    assert cost.sigma_s >= 0
+    assert sum(model.fallbacks.values()) == 2
+    assert model.measured == 0
+
+
+def test_a_hopeless_candidate_is_not_measured(machine: FakeMachine) -> None:
+    model = local_model(machine, None)
+    worse = pair(2048, width=512)
+    assert not model.worth_measuring(*worse)
+    before, after = model.compare(*worse)
+    assert after.latency_s > before.latency_s
+    assert (model.measured, model.counters.skipped) == (0, 1)
+    assert model.worth_measuring(*pair(64, width=512))
+
+
+def test_operations_alone(machine: FakeMachine) -> None:
+    model = local_model(machine, None)
+    op = gemm_op(8, 16, 32, "fp32")
+    assert model.cost(op) == Cost(
+        MILLISECOND, SIGMA_FLOOR * MILLISECOND, op.flops, op.weight_bytes, op.activation_bytes
+    )
+    assert model.cost(op) == model.cost(op)
+    assert (model.measured, model.reused) == (1, 2)
+    assert model.cost(OpDesc("view", "fp32", 0.0, 0.0, 0.0)) == Cost()
+    assert model.cost(gemm_op(8, 16, 32, "int8")).latency_s > 0
+    assert model.fallbacks == {"operation gemm in int8 has no ONNX form of its own": 1}
+
+
+CONV = ConvShape(2, 4, 6, (9, 9), (5, 5), (3, 3), (2, 2), ((1, 1), (1, 1)), (1, 1), groups=2)
+
+
+@pytest.mark.parametrize(
+    "op",
+    [
+        gemm_op(8, 16, 32, "fp32"),
+        gemm_op(8, 16, 32, "fp32", batch=3, weight=False),
+        conv_op(CONV, "fp32"),
+        conv_op(replace(CONV, size_in=(5, 5), size_out=(10, 10), transposed=True), "fp32"),
+        OpDesc("elementwise", "fp16", 100.0, 0.0, 400.0),
+    ],
+    ids=["gemm", "batched gemm", "conv", "transposed conv", "elementwise"],
+)
+def test_operations_run_at_their_described_shapes(op: OpDesc) -> None:
+    lowered = lower_op(op)
+    assert lowered is not None
+    open_region(lowered)()
+
+
+def test_a_real_pair_runs(tmp_path: Path) -> None:
+    model = LocalCostModel(cache_dir=tmp_path)
+    for cost in model.compare(*pair(8)):
+        assert cost.sigma_s > 0
+        assert 0 < cost.latency_s < 1
+    assert model.kind == "measured"
+    assert not model.fallbacks
+
+
+def test_the_local_device_is_this_machine() -> None:
+    device = local_device()
+    assert device.name == "local"
+    assert device.units == usable_cores()
+    assert device.rank_step["fp32"] in (8, 16)
+    assert device.ranks(256)
+    assert "scaled to" in device.provenance["dtype.fp32.peak"]

@@ -19,7 +19,7 @@ OPSET = 20
 _IR_VERSION = 10
 _SCALE = 0.02
 
-_DTYPES = {
+DTYPES = {
     torch.float32: TensorProto.FLOAT,
     torch.float64: TensorProto.DOUBLE,
     torch.float16: TensorProto.FLOAT16,
@@ -55,24 +55,28 @@ class Port:
 
 
 @dataclass(frozen=True, eq=False)
-class _Weight:
+class Weight:
+    """A stored tensor of a region; without values (fake, meta) it stands for its shape."""
+
     name: str
     tensor: Tensor
-    transposed: bool
-    positive: bool
+    transposed: bool = False
+    positive: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """The shape as ONNX stores it."""
         shape = tuple(int(size) for size in self.tensor.shape)
         return shape[::-1] if self.transposed else shape
 
     def proto(self) -> TensorProto:
-        elem_type = _DTYPES[self.tensor.dtype]
+        """The initializer with its values."""
+        elem_type = DTYPES[self.tensor.dtype]
         return TensorProto(name=self.name, data_type=elem_type, dims=self.shape, raw_data=self._data())
 
     def _data(self) -> bytes:
         if self.tensor.is_meta or isinstance(self.tensor, FakeTensor):
-            return _substitute(self.shape, _DTYPES[self.tensor.dtype], self.positive)
+            return _substitute(self.shape, DTYPES[self.tensor.dtype], self.positive)
         value = self.tensor.detach().cpu()
         value = (value.t() if self.transposed else value).contiguous()
         return value.reshape(-1).view(torch.uint8).numpy().tobytes()
@@ -86,7 +90,7 @@ class LoweredRegion:
     inputs: list[Port] = field(default_factory=list)
     outputs: list[Port] = field(default_factory=list)
     constants: list[TensorProto] = field(default_factory=list)
-    weights: list[_Weight] = field(default_factory=list)
+    weights: list[Weight] = field(default_factory=list)
     dynamic_batch: bool = True
 
     def signature(self) -> str:
@@ -161,7 +165,7 @@ class Builder:
         self.elem_type(tensor.dtype, node)
         key = (id(tensor), transposed)
         if key not in self._known:
-            weight = _Weight(f"w{len(self.region.weights)}", tensor, transposed, positive)
+            weight = Weight(f"w{len(self.region.weights)}", tensor, transposed, positive)
             self._known[key] = weight.name
             self.region.weights.append(weight)
         return self._known[key]
@@ -191,16 +195,15 @@ class Builder:
             target[0] = -1
         return self.emit("Reshape", name, self.integers(target, node), allowzero=int(0 in target))
 
-    def port(self, name: str, node: fx.Node) -> Port:
+    def port(self, name: str, value: Tensor, node: fx.Node) -> Port:
         """An input or output with the type and shape of a node's value."""
-        value = tensor_of(node)
         return Port(name, self.elem_type(value.dtype, node), tuple(int(size) for size in value.shape))
 
     def elem_type(self, dtype: torch.dtype, node: fx.Node) -> int:
         """ONNX's number for a data type; UnsupportedRegion where it has none."""
-        if dtype not in _DTYPES:
+        if dtype not in DTYPES:
             raise UnsupportedRegion(node, f"data type {dtype}")
-        return _DTYPES[dtype]
+        return DTYPES[dtype]
 
 
 def tensor_of(node: Any) -> Tensor:

@@ -1,0 +1,361 @@
+"""The `local` target: regions measured on this machine with ONNX Runtime, each pair once, and remembered on disk.
+
+A rewrite is judged by two sessions run in turn, A B B A, because on a shared machine the ratio of neighbours is
+steady where latencies are not. Interference only ever adds time, so the fastest quarter of the samples counts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import platform
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from onnx import helper
+from torch import fx
+
+from lrcompile.devices.analytic import AnalyticCostModel
+from lrcompile.devices.bench import ORT_ERRORS, Clock, Run, random_array, session_options, waited_s
+from lrcompile.devices.cost import Cost
+from lrcompile.devices.device import Device, load_device
+from lrcompile.devices.onnx_region import LoweredRegion, UnsupportedRegion, lower_op, lower_region
+from lrcompile.graph.describe import describe
+from lrcompile.graph.op import OpDesc
+
+SCHEMA = 1  # of the cache; raise it when a measurement means something else
+SAMPLE_S = 2e-4  # longer samples are hit by interference more often, shorter ones by the timer
+MIN_ROUNDS, MAX_ROUNDS = 6, 30
+BUDGET_S = 0.1  # a side and attempt
+ATTEMPTS = 2
+SETTLED, UNSETTLED = 0.03, 0.2  # difference between the halves of the samples
+SIGMA_FLOOR = 0.02
+CONTENDED = 0.2  # part of the time that threads waited for a core
+SIGMA_CONTENDED = 0.3
+TOO_NOISY = 0.25  # relative error above which a result is kept for an hour only
+NOISY_KEPT_S = 3600.0
+HOPELESS = 1.3
+CONFIDENCE = 0.9
+
+Timing = tuple[float, float]  # latency and its standard deviation, in seconds
+
+
+@dataclass
+class Counters:
+    """What a cost model did: pairs measured, remembered and skipped as hopeless, and regions it had to predict."""
+
+    measured: int = 0
+    reused: int = 0
+    skipped: int = 0
+    fallbacks: Counter[str] = field(default_factory=Counter)
+
+
+def default_cache_dir() -> Path:
+    """`$XDG_CACHE_HOME/lrcompile/local`, by default under `~/.cache`."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(base) / "lrcompile" / "local"
+
+
+@dataclass(frozen=True)
+class LocalCostModel:
+    """Measures operations and regions on this machine's CPU with ONNX Runtime.
+
+    `dynamic_batch` says how the model will be emitted; ONNX Runtime fuses accordingly. `threads` is its intra-op
+    count, its own default when None. Results are kept in `cache_dir`, or only in memory when that is None; very noisy
+    ones for an hour. `clock` and `waited` are those of `measure`. What ONNX Runtime cannot run is predicted with the
+    x86-ort profile and its wide error bars, and counted in `counters.fallbacks` by reason.
+    """
+
+    cache_dir: Path | None = field(default_factory=default_cache_dir)
+    dynamic_batch: bool = True
+    threads: int | None = None
+    clock: Clock = time.perf_counter
+    waited: Clock = waited_s
+    kind: str = field(default="measured", init=False)
+    counters: Counters = field(default_factory=Counters, init=False, repr=False, compare=False)
+    _memory: dict[str, tuple[Timing, ...]] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _unmeasurable: dict[str, str] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    @property
+    def measured(self) -> int:
+        """How many operations and pairs were measured."""
+        return self.counters.measured
+
+    @property
+    def reused(self) -> int:
+        """How many were known, from this process or from disk."""
+        return self.counters.reused
+
+    @property
+    def fallbacks(self) -> Mapping[str, int]:
+        """How many could not be measured and were predicted instead, by reason."""
+        return self.counters.fallbacks
+
+    def cost(self, op: OpDesc) -> Cost:
+        """The price of one operation on its own, alone in a session; views cost nothing."""
+        if op.kind == "view":
+            return Cost()
+        region = lower_op(op)
+        if region is None:
+            return self._predicted(f"operation {op.kind} in {op.dtype} has no ONNX form of its own", _prior().cost(op))
+        timings = self._timings((region,), worth=lambda: True)
+        if isinstance(timings, str):
+            return self._predicted(timings, _prior().cost(op))
+        assert timings is not None
+        return Cost(*timings[0], op.flops, op.weight_bytes, op.activation_bytes)
+
+    def compare(self, before: fx.GraphModule, after: fx.GraphModule) -> tuple[Cost, Cost]:
+        """Prices of a region before and after a rewrite, measured as a pair, all nodes included.
+
+        The error bars are those of the difference, shared between the sides. A pair that is not `worth_measuring`
+        or that ONNX Runtime cannot run gets the analytic prediction.
+        """
+        try:
+            regions = tuple(lower_region(gm, dynamic_batch=self.dynamic_batch) for gm in (before, after))
+        except UnsupportedRegion as error:
+            return self._predicted(error.reason, _prior().compare(before, after))
+        timings = self._timings(regions, worth=lambda: self.worth_measuring(before, after))
+        if timings is None:
+            self.counters.skipped += 1
+            return _prior().compare(before, after)
+        if isinstance(timings, str):
+            return self._predicted(timings, _prior().compare(before, after))
+        return _with_traffic(before, timings[0]), _with_traffic(after, timings[-1])
+
+    def worth_measuring(self, before: fx.GraphModule, after: fx.GraphModule) -> bool:
+        """False where the x86-ort profile is 90 % sure that the rewrite is more than 1.3 times slower.
+
+        Launches are left out, because their length varies most between machines. Half of a profile's error is taken
+        to be common to both sides, which cancels in a comparison (our reading).
+        """
+        old, new = _arithmetic().compare(before, after)
+        excess = new.latency_s - HOPELESS * old.latency_s
+        sigma = math.hypot(new.sigma_s, HOPELESS * old.sigma_s) / 2
+        return Cost(excess, sigma).p_positive < CONFIDENCE
+
+    def _timings(self, regions: Sequence[LoweredRegion], worth: Callable[[], bool]) -> tuple[Timing, ...] | str | None:
+        """The timings of one or two regions, known or new; the reason where there are none; None if not worth it."""
+        signatures = list(dict.fromkeys(region.signature() for region in regions))
+        distinct = regions[: len(signatures)]  # a pair of equals is measured as one
+        key = _key(signatures, self.threads)
+        if key in self._unmeasurable:
+            return self._unmeasurable[key]
+        known = self._memory.get(key) or self._load(key, len(distinct))
+        if known is not None:
+            self._memory[key] = known
+            self.counters.reused += 1
+            return known
+        if not worth():
+            return None
+        try:
+            timings = measure([open_region(region, self.threads) for region in distinct], self.clock, self.waited)
+        except ORT_ERRORS as error:
+            lines = str(error).strip().splitlines()
+            self._unmeasurable[key] = f"ONNX Runtime: {lines[0][:200] if lines else type(error).__name__}"
+            return self._unmeasurable[key]
+        self.counters.measured += 1
+        self._memory[key] = timings
+        self._store(key, timings)
+        return timings
+
+    def _predicted(self, reason: str, prediction: Any) -> Any:
+        self.counters.fallbacks[reason] += 1
+        return prediction
+
+    def _load(self, key: str, sides: int) -> tuple[Timing, ...] | None:
+        if self.cache_dir is None:
+            return None
+        path = self.cache_dir / f"{key}.json"
+        try:
+            age_s = time.time() - path.stat().st_mtime
+            stored = json.loads(path.read_text(encoding="utf-8"))
+            timings = tuple((float(latency_s), float(sigma_s)) for latency_s, sigma_s in stored["timings_s"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None  # absent or damaged: measured again and rewritten
+        good = all(math.isfinite(value) and value > 0 for timing in timings for value in timing)
+        noisy = any(sigma_s > TOO_NOISY * latency_s for latency_s, sigma_s in timings)
+        return timings if good and len(timings) == sides and not (noisy and age_s > NOISY_KEPT_S) else None
+
+    def _store(self, key: str, timings: tuple[Timing, ...]) -> None:
+        if self.cache_dir is None:
+            return
+        with contextlib.suppress(OSError):  # a full or read-only disk costs a measurement next time, nothing else
+            self.cache_dir.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile("w", dir=self.cache_dir, suffix=".tmp", delete=False) as file:
+                json.dump({"timings_s": timings}, file)
+            os.replace(file.name, self.cache_dir / f"{key}.json")
+
+
+def open_region(region: LoweredRegion, threads: int | None = None) -> Run:
+    """A call that runs the region once in ONNX Runtime, on bound inputs and outputs, so that nothing is copied.
+
+    Raises:
+        ORT_ERRORS: ONNX Runtime cannot open the region or allocate its inputs.
+    """
+    model = region.model().SerializeToString()
+    session = ort.InferenceSession(model, session_options(threads), providers=["CPUExecutionProvider"])
+    binding = session.io_binding()
+    rng = np.random.default_rng(0)
+    held = []  # a bound value does not own its memory
+    for port in region.inputs:
+        value = random_array(rng, port.shape, helper.tensor_dtype_to_np_dtype(port.elem_type))
+        held.append(ort.OrtValue.ortvalue_from_numpy(value))
+        binding.bind_ortvalue_input(port.name, held[-1])
+    for port in region.outputs:
+        dtype = helper.tensor_dtype_to_np_dtype(port.elem_type)
+        held.append(ort.OrtValue.ortvalue_from_shape_and_type(list(port.shape), dtype))
+        binding.bind_ortvalue_output(port.name, held[-1])
+
+    def run(held: list[ort.OrtValue] = held) -> None:
+        session.run_with_iobinding(binding)
+
+    run()
+    return run
+
+
+def measure(runs: Sequence[Run], clock: Clock = time.perf_counter, waited: Clock = waited_s) -> tuple[Timing, ...]:
+    """Latency in s of one or two calls, and its standard deviation; two are run in turn.
+
+    Of two, the deviation is that of their difference, shared, so that drift which both felt does not count. `waited`
+    gives the seconds that other programs have kept this one's threads from running; a steady load of that kind slows
+    both halves of the samples alike, so it is tried to avoid, and what remains widens the deviation (our reading:
+    a region that always waits takes up to twice as long where it runs on several cores).
+    """
+    counts = [_runs_in_a_sample(run, clock) for run in runs]
+    attempts = []
+    for _ in range(ATTEMPTS):
+        start, waited_before = clock(), waited()
+        samples = _sample(runs, counts, clock)
+        contention = min(1.0, (waited() - waited_before) / max(clock() - start, 1e-9))
+        attempts.append((contention + _spread(samples), contention, samples))
+        if contention <= CONTENDED and _spread(samples) <= UNSETTLED:
+            break
+    _, contention, samples = min(attempts, key=lambda attempt: attempt[0])
+    floor = SIGMA_FLOOR + SIGMA_CONTENDED * contention
+    return tuple((_low(side), max(_noise(samples), floor * _low(side))) for side in samples)
+
+
+def local_device() -> Device:
+    """The x86-ort profile with this machine's cores and vector width; what it predicts is not calibrated."""
+    profile = load_device("x86-ort")
+    cores, wide = usable_cores(), "avx512f" in _cpu_facts().get("flags", "").split()
+    block = 16 if wide else 8  # channels in a block of ONNX Runtime's NCHWc convolutions
+    faster = cores * (2 if wide else 1) / profile.units
+    source = f"assumed (x86-ort, scaled to {cores} cores{' with AVX-512' if wide else ''})"
+    return replace(
+        profile,
+        name="local",
+        description=f"{cpu_name()}, ONNX Runtime {ort.__version__}, {cores} cores",
+        units=cores,
+        peak_flops={name: rate * faster for name, rate in profile.peak_flops.items()},
+        alignment_conv={**profile.alignment_conv, "fp32": block},
+        rank_step={**profile.rank_step, "fp32": block},
+        provenance={**profile.provenance, **{f"dtype.{name}.peak": source for name in profile.peak_flops}},
+    )
+
+
+def usable_cores() -> int:
+    """Cores that this process may use: what ONNX Runtime's default thread count follows, at every batch size."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def cpu_name() -> str:
+    """The processor's name as the system tells it."""
+    return _cpu_facts().get("model name") or platform.processor() or platform.machine()
+
+
+@lru_cache(maxsize=1)
+def _cpu_facts() -> dict[str, str]:
+    try:
+        first = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0]
+    except OSError:
+        return {}
+    return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())}
+
+
+@lru_cache(maxsize=1)
+def _prior() -> AnalyticCostModel:
+    return AnalyticCostModel(load_device("x86-ort"))
+
+
+@lru_cache(maxsize=1)
+def _arithmetic() -> AnalyticCostModel:
+    device = load_device("x86-ort")
+    return AnalyticCostModel(replace(device, launch_s=dict.fromkeys(device.launch_s, 0.0)))
+
+
+def _key(signatures: Sequence[str], threads: int | None) -> str:
+    count = usable_cores() if threads is None else threads
+    facts = [SCHEMA, ort.__version__, cpu_name(), count, *signatures]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def _with_traffic(gm: fx.GraphModule, timing: Timing) -> Cost:
+    ops = [describe(gm, node) for node in gm.graph.nodes if node.op in ("call_module", "call_function")]
+    return Cost(
+        *timing,
+        sum(op.flops for op in ops),
+        sum(op.weight_bytes for op in ops),
+        sum(op.activation_bytes for op in ops),
+    )
+
+
+def _runs_in_a_sample(run: Run, clock: Clock) -> int:
+    least = math.inf
+    for _ in range(3):
+        start = clock()
+        run()
+        least = min(least, clock() - start)
+    return min(1000, max(1, math.ceil(SAMPLE_S / max(least, 1e-7))))
+
+
+def _sample(runs: Sequence[Run], counts: Sequence[int], clock: Clock) -> list[list[float]]:
+    """Samples of every call, in A B B A order, until both halves agree or the time is spent."""
+    samples: list[list[float]] = [[] for _ in runs]
+    sides = list(range(len(runs)))
+    start = clock()
+    for done in range(MAX_ROUNDS):
+        if done >= MIN_ROUNDS and (_spread(samples) <= SETTLED or clock() - start > BUDGET_S * len(runs)):
+            break
+        for side in sides if done % 2 == 0 else sides[::-1]:
+            begin = clock()
+            for _ in range(counts[side]):
+                runs[side]()
+            samples[side].append((clock() - begin) / counts[side])
+    return samples
+
+
+def _noise(samples: Sequence[Sequence[float]]) -> float:
+    """Standard deviation in s of a side, from how far the halves of the samples disagree."""
+    differences = [first - second for first, second in map(_halves, samples)]
+    if len(differences) == 1:
+        return abs(differences[0]) / 2
+    return abs(differences[0] - differences[1]) / 2 / math.sqrt(2)
+
+
+def _low(samples: Sequence[float]) -> float:
+    """Mean of the fastest quarter."""
+    fastest = sorted(samples)[: max(1, len(samples) // 4)]
+    return sum(fastest) / len(fastest)
+
+
+def _halves(samples: Sequence[float]) -> tuple[float, float]:
+    middle = len(samples) // 2
+    return _low(samples[:middle]), _low(samples[middle:])
+
+
+def _spread(samples: Sequence[Sequence[float]]) -> float:
+    """The largest relative difference between the first and second half of a side's samples."""
+    halves = [_halves(side) for side in samples]
+    return max(abs(first - second) / max(min(first, second), 1e-12) for first, second in halves)
