@@ -70,7 +70,8 @@ def _cannot_compose(first: Site, second: Site) -> str | None:
     if a.padding_mode != "zeros" or b.padding_mode != "zeros":
         return "padding mode is not zeros"
     if is_pointwise(b) and not _pads(b):
-        return "stride after padding 'same'" if isinstance(a.padding, str) and set(b.stride) != {1} else None
+        strided = set(b.stride) != {1} and isinstance(geometry(a)["padding"], str)
+        return "stride after padding 'same'" if strided else None
     if not is_pointwise(a):
         return "both kernels are larger than 1×1" if not is_pointwise(b) else "the 1×1 convolution pads"
     if _pads(a) or set(a.stride) != {1}:
@@ -81,9 +82,8 @@ def _cannot_compose(first: Site, second: Site) -> str | None:
 
 
 def _pads(module: Any) -> bool:
-    if isinstance(module.padding, str):
-        return module.padding == "same" and not is_pointwise(module)
-    return any(module.padding)
+    padding = geometry(module)["padding"]
+    return isinstance(padding, str) or (padding != 0 and any(padding))
 
 
 def _product(first: Any, second: Any, context: Context) -> nn.Module:
@@ -99,7 +99,7 @@ def _product(first: Any, second: Any, context: Context) -> nn.Module:
     weight = weight.to(first.weight.dtype).contiguous()
     if isinstance(first, nn.Linear):
         return linear(first, weight, bias)
-    options = geometry(first) if is_pointwise(second) else geometry(second)
+    options = geometry(first) if is_pointwise(second) and not _pads(second) else geometry(second)
     options["stride"] = tuple(a * b for a, b in zip(first.stride, second.stride, strict=True))
     return conv(first, weight, bias, **options)
 

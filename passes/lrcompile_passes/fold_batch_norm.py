@@ -70,12 +70,12 @@ def _normalizes(graph: Graph, node: fx.Node) -> bool:
 
 
 def _cannot_fold(graph: Graph, site: Site) -> str | None:
-    users = {user for node in site.nodes for user in node.users}
-    if len(site.nodes) > 1 and (len(users) != len(site.nodes) or len({user.target for user in users}) > 1):
+    users = list(dict.fromkeys(user for node in site.nodes for user in node.users))
+    norms: list[Any] = [graph.module(user) for user in users]
+    if len(site.nodes) > 1 and (len(users) != len(site.nodes) or not all(_same(norms[0], norm) for norm in norms)):
         return f"module called at {len(site.nodes)} sites, not each followed by the same batch norm alone"
     if len(users) > len(site.nodes):
         return f"output has {len(users)} users, only one is the batch norm"
-    norms = [graph.module(user) for user in users]
     if not all(isinstance(norm, BATCH_NORMS) and norm.running_mean is not None and not norm.training for norm in norms):
         return "batch norm uses the statistics of the batch"
     if isinstance(site.module, nn.Linear) and any(len(shape(node)) != 2 for node in site.nodes):
@@ -84,3 +84,10 @@ def _cannot_fold(graph: Graph, site: Site) -> str | None:
     if weight.dtype is torch.float16 and not folded(site.module, norms[0])[0].isfinite().all():
         return "the folded weight exceeds the range of float16"
     return None
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two modules are one batch norm, as lifted at each of the names that the model has for it."""
+    names = ("running_mean", "running_var", "weight", "bias")
+    both = isinstance(a, BATCH_NORMS) and isinstance(b, BATCH_NORMS)
+    return both and a.eps == b.eps and all(getattr(a, name) is getattr(b, name) for name in names)

@@ -64,7 +64,8 @@ def with_weight(module: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Mo
 
 def geometry(module: Any) -> dict[str, Any]:
     """The options of a convolution that place its window: stride, padding, dilation, output padding."""
-    options = {"stride": module.stride, "padding": module.padding, "dilation": module.dilation}
+    padding = 0 if module.padding == "same" and is_pointwise(module) else module.padding
+    options = {"stride": module.stride, "padding": padding, "dilation": module.dilation}
     return {**options, "output_padding": module.output_padding} if isinstance(module, TRANSPOSED_CONVS) else options
 
 

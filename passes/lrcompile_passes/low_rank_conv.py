@@ -83,7 +83,7 @@ class LowRankConv(Pass):
             if not front or error < front[-1][0]:
                 front.append((error, rank_out, rank_in))
         step = max(1, ceil(len(front) / self.pairs))
-        for error, rank_out, rank_in in front[::step]:
+        for error, rank_out, rank_in in front[::-1][::step][::-1]:
             yield site.rewrite(form="tucker", rank_out=rank_out, rank_in=rank_in, error=error)
 
     def apply(self, rewriter: Rewriter, rewrite: Rewrite) -> None:
