@@ -131,6 +131,8 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
     "mul promotes": (of(aten.mul.Tensor), (X3, TOKENS[..., None])),
     "div": (of(aten.div.Tensor, 3), (X3,)),
     "rsub": (of(aten.rsub.Scalar, 1), (X3,)),
+    "rsqrt": (of(aten.rsqrt.default), (X3.abs() + 0.1,)),
+    "in place": (of(aten.relu_.default), (X3,)),
     "pow": (of(aten.pow.Tensor_Scalar, 2), (X3,)),
     "view": (of(aten.view.default, [6, 8]), (X3,)),
     "reshape": (of(aten.reshape.default, [2, -1]), (X3,)),
@@ -178,7 +180,7 @@ def test_region_computes_what_torch_does(name: str, dynamic_batch: bool) -> None
     function, inputs = CASES[name]
     gm = region(function, *inputs)
     with torch.no_grad():
-        expected = gm(*inputs)
+        expected = gm(*(value.clone() for value in inputs))
     [got] = run_onnx(region_to_onnx(gm, dynamic_batch=dynamic_batch), inputs)
     assert got.shape == tuple(expected.shape)
     torch.testing.assert_close(torch.from_numpy(got), expected, rtol=1e-5, atol=1e-5)
@@ -229,6 +231,11 @@ UNSUPPORTED: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...], str]] = {
     "statistics": (of(nn.BatchNorm2d(4, track_running_stats=False)), (IMAGE,), "without running statistics"),
     "rounding": (of(aten.div.Tensor_mode, 2, rounding_mode="floor"), (X3,), "division with rounding"),
     "unbatched": (of(nn.Conv2d(4, 4, 3)), (IMAGE[0],), "without a batch axis"),
+    "in place": (
+        lambda tape, x: (lambda y: tape(aten.add.Tensor, tape(aten.relu_.default, y), y))(tape(aten.neg.default, x)),
+        (X3,),
+        "relu_ writes into a value that others read",
+    ),
     "data type": (of(aten.abs.default), (torch.zeros(2, dtype=torch.complex64),), "data type torch.complex64"),
 }
 

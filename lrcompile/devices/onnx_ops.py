@@ -126,6 +126,10 @@ def _silu(b: Builder, node: fx.Node, a: Arguments) -> str:
     return b.emit("Mul", x, b.emit("Sigmoid", x))
 
 
+def _rsqrt(b: Builder, node: fx.Node, a: Arguments) -> str:
+    return b.emit("Reciprocal", b.emit("Sqrt", b.operand(a["self"], node)))
+
+
 def _hardsigmoid(b: Builder, node: fx.Node, a: Arguments) -> str:
     return b.emit("HardSigmoid", b.name(a["self"], node), alpha=1 / 6, beta=0.5)
 
@@ -410,6 +414,7 @@ FUNCTIONS: Mapping[str, FunctionHandler] = {
     "mean": _reduce("ReduceMean"),
     "mul": _binary("Mul"),
     "pow": _pow,
+    "rsqrt": _rsqrt,
     "rsub": _rsub,
     "scaled_dot_product_attention": _attention,
     "select": _select,

@@ -105,9 +105,10 @@ def _function(builder: Builder, node: fx.Node) -> Value:
     if not isinstance(node.target, torch._ops.OpOverload):
         raise UnsupportedRegion(node, f"function {getattr(node.target, '__name__', node.target)}")
     name = node.target._schema.name.removeprefix("aten::")
-    if name.endswith("_") and len(node.all_input_nodes[0].users) > 1:
-        raise UnsupportedRegion(node, f"{name} writes into a value that others read")
-    name = name.rstrip("_")
+    if name.endswith("_") and not name.endswith("__"):
+        if len(node.all_input_nodes[0].users) > 1:
+            raise UnsupportedRegion(node, f"{name} writes into a value that others read")
+        name = name.removesuffix("_")
     arguments = bind(node)
     if name in UNARY:
         return builder.emit(UNARY[name], builder.name(node.args[0], node))
