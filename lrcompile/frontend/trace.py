@@ -165,7 +165,8 @@ def _has_dynamic_batch(program: ExportedProgram) -> bool:
         if node.op == "placeholder" and node.name in program.graph_signature.user_inputs
     ]
     tensors = [v for v in values if isinstance(v, torch.Tensor) and v.dim()]
-    return bool(tensors) and all(isinstance(v.shape[0], torch.SymInt) for v in tensors)
+    sizes = [v.shape[0] for v in tensors]  # a size that export fixed on the way stays a SymInt, of a constant
+    return bool(sizes) and all(isinstance(size, torch.SymInt) and size.node.maybe_as_int() is None for size in sizes)
 
 
 def _convert_torchscript(
