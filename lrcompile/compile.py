@@ -150,13 +150,13 @@ def prepare_model(
         model, args, kwargs, dtype = prepare(model, tuple(args), dict(kwargs or {}), dtype, batch)
         traced = trace(model, args, kwargs)
     keep, skipped = _keeper(traced.graph, skip)
-    batches = calibration.flat(traced.input_names, traced.flat) if calibration else [traced.flat]
+    batches = _batches(traced, calibration)
     with clock("canonicalize"):
         context = Context(target.device, dtype)
         graph, canonical, refusals = canonicalize(traced.graph, transforms, context, keep)
         evaluator = Evaluator(traced.graph, batches)
         by_name = {transform.name: transform for transform in transforms}
-        check_exact(traced.graph, canonical, by_name, context, evaluator, evaluator.error(graph))
+        check_exact(traced.graph, canonical, by_name, context, evaluator, evaluator.error(graph, first=1))
     if calibration:
         with clock("calibrate"):
             statistics = collect(graph, batches, clock.progress)
@@ -277,7 +277,7 @@ def replay(
         model, args, kwargs, dtype = prepare(model, tuple(args), dict(kwargs or {}), dtype or plan.dtype, batch)
         traced = trace(model, args, kwargs)
     plan.check_fits(fingerprint(traced.graph.gm), calibration.digest if calibration else None)
-    batches = calibration.flat(traced.input_names, traced.flat) if calibration else [traced.flat]
+    batches = _batches(traced, calibration)
     context = Context(target.device, dtype)
     canonical_names = {name for name, transform in by_name.items() if transform.stage is Stage.CANONICALIZE}
     count = next(
@@ -336,6 +336,20 @@ def _with_options(passes: Mapping[str, Pass], plan: Plan) -> dict[str, Pass]:
         except (TypeError, KeyError) as error:
             raise PlanError(f"the plan sets options of pass {name!r} that it does not have: {error}") from error
     return result
+
+
+def _batches(traced: Traced, calibration: CalibrationData | None) -> list[tuple[Any, ...]]:
+    """Flat inputs to run the graph on: the calibration batches, or the example inputs alone."""
+    if calibration is None:
+        return [traced.flat]
+    example = dict(zip(traced.input_names, traced.flat, strict=True))
+    checked = calibration.check_against(example)
+    size = batch_size(traced.flat)
+    if not traced.dynamic_batch and checked.batches and size is not None:
+        got = next(iter(checked.batches[0].values())).shape[0]
+        if got != size:
+            raise InputError(f"the model takes batches of {size} only, the calibration data come in {got}; give --batch {size}")
+    return [tuple(batch[name] for name in traced.input_names) for batch in checked.batches]
 
 
 def _keeper(graph: Graph, skip: Sequence[str]) -> tuple[Callable[[str], bool], tuple[str, ...]]:

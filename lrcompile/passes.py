@@ -13,6 +13,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from lrcompile.devices.device import Device
 from lrcompile.graph.graph import Graph, Site
@@ -76,6 +77,7 @@ class Context:
     grams: Mapping[tuple[str, int], Tensor] = field(default_factory=dict)
     token_counts: Mapping[str, Tensor] = field(default_factory=dict)
     _memo: dict[tuple[str, str], Any] = field(default_factory=dict, repr=False)
+    _digests: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary, repr=False)
 
     def ranks(self, below: int) -> tuple[int, ...]:
         """Rank candidates under `below`, at the device's steps for this precision, ascending."""
@@ -123,11 +125,14 @@ class Context:
 
     def on_trial(self, fake_mode: FakeTensorMode) -> Context:
         """The same context for pricing: decompositions have shapes and no values, so that a trial costs nothing."""
-        return TrialContext(self.device, self.dtype, self.grams, self.token_counts, self._memo, fake_mode=fake_mode)
+        return TrialContext(self.device, self.dtype, self.grams, self.token_counts, self._memo, self._digests, fake_mode=fake_mode)
 
     def _once(self, site: Site, form: str, compute: Callable[[], T]) -> T:
         inputs = " ".join(value_names(node.args[0])[0] for node in site.nodes)  # type: ignore[arg-type]
-        key = (_digest(site.module.weight), f"{form} {inputs}")  # type: ignore[arg-type]
+        weight: Any = site.module.weight
+        if weight not in self._digests:
+            self._digests[weight] = _digest(weight)
+        key = (self._digests[weight], f"{form} {inputs}")
         if key not in self._memo:
             self._memo[key] = compute()
         return self._memo[key]
@@ -144,25 +149,40 @@ class TrialContext(Context):
         return self._fake(tensor)
 
     def svd(self, site: Site, form: str, matrix: Callable[[], Tensor], gram: Tensor | None = None) -> Spectrum:
-        """A spectrum of zeros with the matrix's shape."""
+        """A spectrum whose factors have shapes only."""
         with self.fake_mode, torch.no_grad():
             fake = self._fake(matrix())
-            rows, columns = fake.shape
-            rank = min(rows, columns)
-            return Spectrum(fake, torch.empty(rank), torch.empty(rows, rank, dtype=torch.float64), gram is not None)
+            return TrialSpectrum(fake, torch.empty(min(fake.shape)), fake, gram is not None)
 
     def tucker(self, site: Site) -> Tucker:
-        """A Tucker decomposition of zeros with the kernel's shape."""
+        """A Tucker decomposition whose factors have shapes only."""
         weight = site.module.weight
         transposed = isinstance(site.module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d)
         with self.fake_mode, torch.no_grad():
             kernel = self._fake(weight.transpose(0, 1) if transposed else weight)  # type: ignore[arg-type]
-            out, into = kernel.shape[:2]
-            basis = [torch.empty(n, n, dtype=torch.float64) for n in (out, into)]
-            return Tucker(kernel, basis[0], basis[1], basis[1], torch.empty(out, into), False)
+            return TrialTucker(kernel, kernel, kernel, kernel, kernel, False)
 
     def _fake(self, tensor: Tensor) -> Tensor:
         return tensor if isinstance(tensor, FakeTensor) else self.fake_mode.from_tensor(tensor.detach())
+
+
+class TrialSpectrum(Spectrum):
+    """A spectrum without values."""
+
+    def factors(self, rank: int) -> tuple[Tensor, Tensor]:
+        """Empty (up [rows × rank], down [rank × columns])."""
+        rows, columns = self.matrix.shape
+        return self.matrix.new_empty(rows, rank), self.matrix.new_empty(rank, columns)
+
+
+class TrialTucker(Tucker):
+    """A Tucker decomposition without values."""
+
+    def factors(self, rank_out: int, rank_in: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Empty (up [S × r2], core [r2 × r1 × taps…], down [r1 × C])."""
+        out, into, *taps = self.kernel.shape
+        new = self.kernel.new_empty
+        return new(out, rank_out), new(rank_out, rank_in, *taps), new(rank_in, into)
 
 
 def proposals(graph: Graph, transform: Pass, context: Context) -> Iterator[Rewrite | Refusal]:

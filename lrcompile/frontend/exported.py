@@ -17,6 +17,9 @@ import io
 import json
 import math
 import operator
+import contextlib
+import importlib
+import importlib.util
 import re
 import warnings
 from collections.abc import Iterator
@@ -210,9 +213,17 @@ def _check_tree(text: str) -> None:
     for kind, context in _tree_nodes(tree):
         decoded = json.loads(context) if isinstance(context, str) and context[:1] in '[{"n' else context
         strings = list(_strings([kind, decoded]))
+        _register_output_type(kind)
         if kind == "collections.defaultdict" or "__enum__" in strings:
             raise _UnsafeError(f"has inputs or outputs of type {kind} that name Python objects")
         _check_value(strings)
+
+
+def _register_output_type(kind: str | None) -> None:
+    """Imports the module of a Hugging Face output class, which registers the class; no other package is imported."""
+    if kind and re.fullmatch(r"transformers(\.\w+)+", kind) and importlib.util.find_spec("transformers"):
+        with contextlib.suppress(ImportError):
+            importlib.import_module(kind.rpartition(".")[0])
 
 
 def _tree_nodes(tree: dict[str, Any]) -> Iterator[tuple[Any, Any]]:

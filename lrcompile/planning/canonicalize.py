@@ -59,7 +59,7 @@ def check_exact(
     low, high = 0, len(rewrites)  # the first `low` rewrites are within the limit, the first `high` are not
     while high - low > 1:
         middle = (low + high) // 2
-        trial = evaluator.error(rewritten(graph, rewrites[:middle], passes, context))
+        trial = evaluator.error(rewritten(graph, rewrites[:middle], passes, context), first=1)
         low, high = (middle, high) if trial <= limit else (low, middle)
     culprit = rewrites[high - 1]
     raise VerificationError(

@@ -15,6 +15,8 @@ from torch import Tensor
 
 DAMPING = 1e-4  # of the mean of G's diagonal, added to the diagonal: orders directions that the data do not excite
 
+SINGLE_FROM = 512  # side from which eigenvectors of single-precision weights are computed in single precision
+
 
 @dataclass(frozen=True, eq=False)
 class Spectrum:
@@ -85,10 +87,10 @@ def spectrum(matrix: Tensor, gram: Tensor | None = None) -> Spectrum:
     rows, columns = weight.shape
     scaled = weight if gram is None else weight @ _root(gram)[0]
     if rows <= columns:
-        values, basis = torch.linalg.eigh(scaled @ scaled.T)
+        values, basis = _eigh(scaled @ scaled.T, matrix)
         values, basis = values.flip(0), basis.flip(1)
     else:
-        values, right = torch.linalg.eigh(scaled.T @ scaled)
+        values, right = _eigh(scaled.T @ scaled, matrix)
         values = values.flip(0)
         basis, _ = torch.linalg.qr(scaled @ right.flip(1))  # columns are orthogonal already: spans stay nested
     return Spectrum(matrix.detach(), values.clamp_min(0).sqrt(), basis, gram is not None)
@@ -104,8 +106,8 @@ def tucker(kernel: Tensor, gram: Tensor | None = None) -> Tucker:
     identity = torch.eye(channels, dtype=torch.float64)
     root, inverse = (identity, identity) if gram is None else _root(gram)
     scaled = weight if gram is None else torch.einsum("sck,cd->sdk", weight, root)
-    _, out_basis = torch.linalg.eigh(_mode_gram(scaled, 0))
-    _, into_basis = torch.linalg.eigh(_mode_gram(scaled, 1))
+    _, out_basis = _eigh(_mode_gram(scaled, 0), kernel)
+    _, into_basis = _eigh(_mode_gram(scaled, 1), kernel)
     out_basis, into_basis = out_basis.flip(1), into_basis.flip(1)
     core = torch.einsum("so,sck,ci->oik", out_basis, scaled, into_basis)
     energy = core.square().sum(2)
@@ -113,6 +115,15 @@ def tucker(kernel: Tensor, gram: Tensor | None = None) -> Tucker:
     return Tucker(
         kernel.detach(), out_basis, root @ into_basis, into_basis.T @ inverse, captured, gram is not None
     )
+
+
+def _eigh(symmetric: Tensor, source: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues and -vectors, ascending; large ones in single precision (3–5 times faster) unless the source is double."""
+    if len(symmetric) < SINGLE_FROM or source.dtype == torch.float64:
+        return torch.linalg.eigh(symmetric)
+    scale = symmetric.diagonal().max().clamp_min(1e-300)
+    values, vectors = torch.linalg.eigh((symmetric / scale).float())
+    return values.double() * scale, vectors.double()
 
 
 def _mode_gram(tensor: Tensor, mode: int) -> Tensor:

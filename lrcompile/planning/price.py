@@ -63,6 +63,7 @@ class Pricing:
 
 
 Progress = Callable[[str, int, int], None]
+Priced = tuple[Cost, Cost, float]
 
 
 def price(
@@ -131,26 +132,40 @@ class _Trials:
         self.model = model
         self.nodes_of = {path: site.nodes for path, site in graph.sites().items()}
         self.node_by_name = {node.name: node for node in graph.nodes}
-        self.priced: dict[str, tuple[Cost, Cost, float]] = {}
+        self.priced: dict[str, Priced] = {}
+        self.lone: dict[str, tuple[Priced, tuple[int, ...]]] = {}
 
     def price(self, chain: tuple[Rewrite, ...], fuse: Sequence[Pass]) -> Iterator[Candidate]:
-        """The chain as a candidate, and one more for each FUSE rewrite of what the chain made, if that is cheaper."""
+        """The chain as a candidate, and one more for each FUSE rewrite of what the chain made, if that is cheaper.
+
+        A chain that does the same to an equal region as an earlier one, and offers nothing to fuse, is not tried again.
+        """
         region = self.region(chain)
-        after, touched, created = self.applied(region, chain)
-        base = self.candidate(chain, region, after, touched)
-        yield base
-        if len(chain) == 1 and self.passes[chain[0].pass_name].stage is Stage.FUSE:
+        names = [node.name for node in region.nodes]
+        key = _structure(region) + _wording(chain, region)
+        if key in self.lone:
+            costs, positions = self.lone[key]
+            yield self.candidate(chain, *costs, {names[i] for i in positions})
             return
-        made = {node.target for node in created if node.op == "call_module"}
-        for transform in fuse:
-            for follow in list(proposals(after, transform, self.trial_context)):
-                if isinstance(follow, Refusal) or not made & set(follow.site):
-                    continue
-                longer = (*chain, follow)
-                fused, fused_touched, _ = self.applied(region, longer)
-                candidate = self.candidate(longer, region, fused, fused_touched)
-                if candidate.gain.latency_s > base.gain.latency_s:
-                    yield candidate
+        after, touched, created = self.applied(region, chain)
+        costs = self.compared(region, after)
+        base = self.candidate(chain, *costs, touched)
+        yield base
+        follows = []
+        if len(chain) > 1 or self.passes[chain[0].pass_name].stage is not Stage.FUSE:
+            made = {node.target for node in created if node.op == "call_module"}
+            for transform in fuse:
+                for follow in list(proposals(after, transform, self.trial_context)):
+                    if isinstance(follow, Rewrite) and made & set(follow.site):
+                        follows.append(follow)
+        if not follows:
+            self.lone[key] = costs, tuple(i for i, name in enumerate(names) if name in touched)
+        for follow in follows:
+            longer = (*chain, follow)
+            fused, fused_touched, _ = self.applied(region, longer)
+            candidate = self.candidate(longer, *self.compared(region, fused), fused_touched)
+            if candidate.gain.latency_s > base.gain.latency_s:
+                yield candidate
 
     def continuations(
         self, chain: tuple[Rewrite, ...], passes: Sequence[Pass], context: Context
@@ -184,17 +199,21 @@ class _Trials:
         alive = set(after.nodes)
         return after, touched & original, [node for node in created if node in alive]
 
-    def candidate(self, chain: tuple[Rewrite, ...], region: Graph, after: Graph, touched: set[str]) -> Candidate:
-        """Prices a trial; trials of the same structure share one price."""
+    def compared(self, region: Graph, after: Graph) -> Priced:
+        """(cost before, cost after, bytes saved); pairs of the same structure are priced once."""
         key = _structure(region) + "→" + _structure(after)
         if key not in self.priced:
-            before_cost, after_cost = self.model.compare(region.gm, after.gm)
             saved = _parameter_bytes(region) - _parameter_bytes(after)
-            self.priced[key] = (before_cost, after_cost, saved)
-        before_cost, after_cost, saved = self.priced[key]
+            self.priced[key] = (*self.model.compare(region.gm, after.gm), saved)
+        return self.priced[key]
+
+    def candidate(
+        self, chain: tuple[Rewrite, ...], before: Cost, after: Cost, saved: float, touched: set[str]
+    ) -> Candidate:
+        """The candidate of a priced trial."""
         sites = tuple(dict.fromkeys(s for rewrite in chain for s in rewrite.site if self._is_original(s)))
         error = max((rewrite.error for rewrite in chain), default=0.0)
-        return Candidate(chain, sites, frozenset(touched), before_cost, after_cost, saved, error)
+        return Candidate(chain, sites, frozenset(touched), before, after, saved, error)
 
     def _is_original(self, site: str) -> bool:
         return site in self.nodes_of or site in self.node_by_name
@@ -274,6 +293,16 @@ def _structure(graph: Graph) -> str:
             target = ""
         lines.append(f"{node.op} {target} {arguments} {sizes}")
     return "\n".join(lines)
+
+
+def _wording(chain: Iterable[Rewrite], region: Graph) -> str:
+    """A chain with its sites as positions in the region; sites that the chain itself makes keep their endings."""
+    position = {path: f"#{i}" for i, path in enumerate(region.sites())}
+    words = []
+    for rewrite in chain:
+        sites = [position.get(site, site) for site in rewrite.site]
+        words.append(f"{rewrite.pass_name} {sites} {sorted(rewrite.params.items())}")
+    return "\n" + "\n".join(words)
 
 
 @dataclass(frozen=True)

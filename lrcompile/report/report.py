@@ -112,7 +112,7 @@ def decide(
     decisions = []
     for path, site in graph.sites().items():
         candidates = by_site[path]
-        if not isinstance(site.module, nn.Linear | nn.Embedding | CONVS) and path not in taken:
+        if not isinstance(site.module, (nn.Linear, nn.Embedding, *CONVS)) and path not in taken:
             continue
         label = operation_label(site.module)
         cost = pricing.node_costs.get(site.nodes[0].name)
@@ -204,19 +204,16 @@ def _why_kept(candidates: Sequence[Candidate], confidence: float, error_limit: f
     text = f"{name.pass_name}({', '.join(f'{k}={v}' for k, v in name.params.items())})"
     ratio = best.before.latency_s / max(best.after.latency_s, 1e-12)
     if best.gain.latency_s <= 0:
-        return f"nothing is faster here: at best {text} takes {1 / ratio:.2f}× the time"
+        return f"nothing is faster: at best {1 / ratio:.2f}× the time, {text}"
     sure = [c for c in candidates if c.p_faster >= confidence and c.gain.latency_s > 0]
     if not sure:
         surest = max(candidates, key=lambda c: c.p_faster)
-        return f"{text} may be {ratio:.2f}× faster, but P(faster) = {surest.p_faster:.2f} is under {confidence:.2f}"
+        return f"not sure enough: {text} {ratio:.2f}× faster with P = {surest.p_faster:.2f} < {confidence:.2f}"
     exact_only = error_limit is not None and error_limit <= 1e-5
     least = min(sure, key=lambda c: c.error)
     if exact_only and not least.exact:
         return f"{text} would be {ratio:.2f}× faster, but only exact rewrites were allowed"
-    return (
-        f"a gain is possible ({ratio:.2f}× at most), but costs accuracy (layer error {least.error:.3g} at the least): "
-        "the budget was better spent elsewhere"
-    )
+    return f"up to {ratio:.2f}× faster, but the layer's error is {least.error:.2g} or more: outside the error budget"
 
 
 def _alternatives(candidates: Sequence[Candidate], most: int = 12) -> list[dict[str, Any]]:
