@@ -37,8 +37,7 @@ from lrcompile.graph.op import OpDesc
 SCHEMA = 1  # of the cache; raise it when a measurement means something else
 SAMPLE_S = 2e-4  # longer samples are hit by interference more often, shorter ones by the timer
 MIN_ROUNDS, MAX_ROUNDS = 6, 30
-BUDGET_S = 0.1  # a side and attempt
-ATTEMPTS = 2
+BUDGET_S = 0.1  # a side
 SETTLED, UNSETTLED = 0.03, 0.2  # difference between the halves of the samples
 SIGMA_FLOOR = 0.02
 CONTENDED = 0.2  # part of the time that threads waited for a core
@@ -228,20 +227,22 @@ def measure(runs: Sequence[Run], clock: Clock = time.perf_counter, waited: Clock
     """Latency in s of one or two calls, and its standard deviation; two are run in turn.
 
     Of two, the deviation is that of their difference, shared, so that drift which both felt does not count. `waited`
-    gives the seconds that other programs have kept this one's threads from running; a steady load of that kind slows
-    both halves of the samples alike, so it is tried to avoid, and what remains widens the deviation (our reading:
-    a region that always waits takes up to twice as long where it runs on several cores).
+    gives the seconds that other programs have kept this one's threads from running. A steady load of that kind slows
+    both halves of the samples alike: a poor measurement is repeated if the load goes, and what remains of it widens
+    the deviation (our reading: what waits all the time takes up to twice as long where it runs on several cores).
     """
     counts = [_runs_in_a_sample(run, clock) for run in runs]
-    attempts = []
-    for _ in range(ATTEMPTS):
+
+    def attempt(rounds: int) -> tuple[float, list[list[float]]]:
         start, waited_before = clock(), waited()
-        samples = _sample(runs, counts, clock)
-        contention = min(1.0, (waited() - waited_before) / max(clock() - start, 1e-9))
-        attempts.append((contention + _spread(samples), contention, samples))
-        if contention <= CONTENDED and _spread(samples) <= UNSETTLED:
-            break
-    _, contention, samples = min(attempts, key=lambda attempt: attempt[0])
+        samples = _sample(runs, counts, clock, rounds)
+        return min(1.0, (waited() - waited_before) / max(clock() - start, 1e-9)), samples
+
+    contention, samples = attempt(MAX_ROUNDS)
+    poor = contention > CONTENDED or _spread(samples) > UNSETTLED
+    if poor and attempt(MIN_ROUNDS)[0] <= CONTENDED:
+        again = attempt(MAX_ROUNDS)
+        contention, samples = min((contention, samples), again, key=lambda found: found[0] + _spread(found[1]))
     floor = SIGMA_FLOOR + SIGMA_CONTENDED * contention
     return tuple((_low(side), max(_noise(samples), floor * _low(side))) for side in samples)
 
@@ -320,12 +321,12 @@ def _runs_in_a_sample(run: Run, clock: Clock) -> int:
     return min(1000, max(1, math.ceil(SAMPLE_S / max(least, 1e-7))))
 
 
-def _sample(runs: Sequence[Run], counts: Sequence[int], clock: Clock) -> list[list[float]]:
+def _sample(runs: Sequence[Run], counts: Sequence[int], clock: Clock, rounds: int) -> list[list[float]]:
     """Samples of every call, in A B B A order, until both halves agree or the time is spent."""
     samples: list[list[float]] = [[] for _ in runs]
     sides = list(range(len(runs)))
     start = clock()
-    for done in range(MAX_ROUNDS):
+    for done in range(rounds):
         if done >= MIN_ROUNDS and (_spread(samples) <= SETTLED or clock() - start > BUDGET_S * len(runs)):
             break
         for side in sides if done % 2 == 0 else sides[::-1]:
