@@ -91,6 +91,11 @@ def _describe(gm: fx.GraphModule, node: fx.Node) -> tuple[Config, list[Any], dic
             slots = {"weight": weight, "bias": bias, "running_mean": mean, "running_var": var}
             axes = node.args[0].meta["val"].dim() - 2  # type: ignore[union-attr]
             return _parametrised(gm, ("batch_norm", axes, momentum, eps), [x], slots, _make_batch_norm)
+        case aten._native_batch_norm_legit_no_training.default:
+            x, weight, bias, mean, var, momentum, eps = _arguments(node, 7)
+            slots = {"weight": weight, "bias": bias, "running_mean": mean, "running_var": var}
+            axes = node.args[0].meta["val"].dim() - 2  # type: ignore[union-attr]
+            return _parametrised(gm, ("batch_norm", axes, momentum, eps), [x], slots, _make_batch_norm)
         case aten.dropout.default:
             x, p, train = _arguments(node, 3)
             if train:
@@ -198,7 +203,8 @@ def _lift_node(
 ) -> None:
     tensors = {slot: attribute(gm, t) if t is not None else None for slot, t in targets.items()}
     identity = (*config, *(id(t) for t in tensors.values()))
-    path = _path(gm, node, config, targets, tensors)
+    twins = (path for path, other in lifted.items() if other == identity)
+    path = (next(twins, None) if targets else None) or _path(gm, node, config, targets, tensors)
     while lifted[path] != identity if path in lifted else _is_taken(gm, path, tensors):
         path = _next_name(path)
     if path not in lifted:
@@ -210,6 +216,11 @@ def _lift_node(
     with gm.graph.inserting_before(node):
         new = gm.graph.call_module(path, tuple(data))
     new.meta = dict(node.meta)
+    if node.target is aten._native_batch_norm_legit_no_training.default:  # returns statistics that inference ignores
+        for item in list(node.users):
+            new.meta["val"] = item.meta["val"]
+            item.replace_all_uses_with(new)
+            gm.graph.erase_node(item)
     node.replace_all_uses_with(new)
     gm.graph.erase_node(node)
 
@@ -222,11 +233,13 @@ def _path(
     tensors: dict[str, torch.Tensor | None],
 ) -> str:
     """Where the lifted module goes: the path of the module that called the operation, where that fits."""
-    called_from = _calling_module(node)
+    called_from, kind = _calling_module(node)
     if called_from and _fits(gm, called_from, tensors):
         return called_from
     target = targets.get("weight") or next((t for t in targets.values() if t is not None), None)
     if target is None:
+        if kind.startswith("torch.nn.modules.") and not has_attribute(gm, called_from):
+            return called_from  # a layer without parameters, of which export keeps nothing
         return f"{called_from}.{config[0]}" if called_from else config[0]
     parent, _, leaf = target.rpartition(".")
     if leaf == "weight" and parent and _fits(gm, parent, tensors):
@@ -237,12 +250,14 @@ def _path(
     return f"{parent}.{name}" if parent else name
 
 
-def _calling_module(node: fx.Node) -> str:
+def _calling_module(node: fx.Node) -> tuple[str, str]:
+    """Path and class name of the innermost module that the operation ran in, each empty if unknown."""
     stack = node.meta.get("nn_module_stack") or {}
     if not stack:
-        return ""
-    path = list(stack.values())[-1][0]
-    return re.sub(r"@\d+", "", path).removeprefix("L['self'].").removeprefix("L__self__.")
+        return "", ""
+    path, kind = list(stack.values())[-1]
+    path = re.sub(r"@\d+", "", path).removeprefix("L['self'].").removeprefix("L__self__.")
+    return path, kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _fits(gm: fx.GraphModule, path: str, tensors: dict[str, torch.Tensor | None]) -> bool:

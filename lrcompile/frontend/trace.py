@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
 from lrcompile.errors import InputError, VerificationError
+from lrcompile.frontend.functionalize import functionalize
 from lrcompile.frontend.lift import lift
 from lrcompile.graph.graph import Graph, propagate
 
@@ -60,7 +62,7 @@ def trace(
         if note:
             notes.append(note)
     expected = _run_reference(reference, args, kwargs)
-    gm = exported.module()
+    gm = functionalize(exported).module()
     assert isinstance(gm, fx.GraphModule)
     gm = lift(gm)
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
@@ -117,7 +119,7 @@ def _export(
     if size == 1:  # export specialises sizes 0 and 1, so trace on two samples
         args, kwargs = pytree.tree_map(_twice, (args, kwargs))
     shapes = pytree.tree_map(lambda t: {0: Dim.AUTO} if isinstance(t, torch.Tensor) and t.dim() else None, (args, kwargs))
-    dynamic_shapes = _bind(module, args, kwargs, shapes)
+    dynamic_shapes = _bind(module, shapes)
     try:
         program = _quiet_export(module, args, kwargs, dynamic_shapes)
         if _has_dynamic_batch(program):
@@ -130,15 +132,10 @@ def _export(
     return _quiet_export(module, args, kwargs, None), False, f"batch stays fixed at {size}: {reason}"
 
 
-def _bind(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any) -> Any:
-    """Dynamic shapes as export wants them: positional ones, with keyword ones by name, as one structure."""
+def _bind(module: nn.Module, shapes: Any) -> dict[str, Any]:
+    """Dynamic shapes as export wants them: by parameter name, with `*args` as one tuple."""
     arg_shapes, kwarg_shapes = shapes
-    if not kwargs:
-        return arg_shapes
-    import inspect
-
-    names = list(inspect.signature(module.forward).parameters)
-    return {**dict(zip(names, arg_shapes, strict=False)), **kwarg_shapes}
+    return inspect.signature(module.forward).bind(*arg_shapes, **kwarg_shapes).arguments
 
 
 def _twice(value: Any) -> Any:
