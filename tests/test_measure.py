@@ -96,6 +96,7 @@ TOKENS = torch.tensor([[1, 2, 0], [3, 3, 1]])
 HEADS = tuple(torch.randn(2, 4, 5, 8, generator=torch.Generator().manual_seed(i)) for i in range(3))
 MASK = torch.ones(5, 5, dtype=torch.bool).tril()
 
+VECTORS = (torch.linspace(0.1, 0.4, 4), torch.linspace(-1, 1, 4))
 ACTIVATIONS = (
     *("relu", "gelu", "silu", "sigmoid", "tanh", "hardswish", "hardsigmoid", "relu6", "leaky_relu", "hardtanh"),
     *("neg", "exp", "erf"),
@@ -170,6 +171,18 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
     "attention masked": (of(aten.scaled_dot_product_attention.default), (*HEADS, MASK)),
     "attention biased": (of(aten.scaled_dot_product_attention.default), (*HEADS, MASK.float())),
     "attention 3d": (of(aten.scaled_dot_product_attention.default), tuple(h[0] for h in HEADS)),
+    "instance norm": (of(aten.instance_norm.default, *[None] * 4, True, 0.1, 1e-5, False), (IMAGE,)),
+    "instance norm affine": (of(aten.instance_norm.default, None, None, True, 0.1, 1e-5, False), (IMAGE, *VECTORS)),
+    "group norm": (lambda tape, x, w, c: tape(aten.group_norm.default, x, 2, w, c), (IMAGE, *VECTORS)),
+    "group norm plain": (of(aten.group_norm.default, 2), (IMAGE,)),
+    "rms norm": (of(aten.rms_norm.default, [3, 8]), (X3,)),
+    "rms norm weighted": (lambda tape, x, w: tape(aten.rms_norm.default, x, [8], w, 0.1), (X3, X3[0, 0])),
+    "prelu": (of(aten.prelu.default), (IMAGE, VECTORS[0][:1])),
+    "prelu of channels": (of(aten.prelu.default), (IMAGE, VECTORS[0])),
+    "nearest": (of(aten.upsample_nearest2d.vec, None, [2.0, 3.0]), (IMAGE,)),
+    "nearest to a size": (of(aten.upsample_nearest1d.vec, [27], None), (SIGNAL,)),
+    "bilinear": (of(aten.upsample_bilinear2d.vec, None, False, [2.0, 2.0]), (IMAGE,)),
+    "trilinear": (of(aten.upsample_trilinear3d.vec, None, True, [2.0, 2.0, 2.0]), (VOLUME,)),
     "layer norm function": (of(aten.layer_norm.default, [8]), (X3,)),
 }
 

@@ -30,7 +30,7 @@ ORT_ERRORS: tuple[type[Exception], ...] = (
     ValueError,
     *(value for value in vars(ort_state).values() if isinstance(value, type) and issubclass(value, Exception)),
 )  # those of ONNX Runtime share no base class
-BLOCK_S = 0.01
+BLOCK_S = 0.005
 MIN_BLOCKS = 6  # fewer give no 95 % interval of a median
 NOISY = 0.05
 _DTYPES: dict[str, Any] = {
@@ -164,7 +164,7 @@ def waited_s() -> float:
 
 
 def interleave(run_a: Run, run_b: Run, seconds: float, clock: Clock, progress: Progress) -> Blocks:
-    """Runs A B B A groups of blocks of at least 10 ms until `seconds` have passed, and six groups at least."""
+    """Runs A B B A groups of blocks of at least 5 ms until `seconds` have passed, and six groups at least."""
     runs = (run_a, run_b)
     counts = [_warm_up(run, seconds, clock) for run in runs]
     times: tuple[list[float], list[float]] = ([], [])

@@ -343,6 +343,69 @@ def _layer_norm(b: Builder, node: fx.Node, a: Arguments) -> str:
     return _normalize_layer(b, node, b.name(a["input"], node), a["normalized_shape"], weight, bias, a["eps"])
 
 
+def _instance_norm(b: Builder, node: fx.Node, a: Arguments) -> str:
+    if not a["use_input_stats"]:
+        raise UnsupportedRegion(node, "instance norm with running statistics")
+    y = tensor_of(node)
+    scale = _given_or(b, node, a["weight"], 1.0, y.shape[1])
+    shift = _given_or(b, node, a["bias"], 0.0, y.shape[1])
+    return b.emit("InstanceNormalization", b.name(a["input"], node), scale, shift, epsilon=a["eps"])
+
+
+def _group_norm(b: Builder, node: fx.Node, a: Arguments) -> str:
+    shape, groups = list(tensor_of(node).shape), a["num_groups"]
+    grouped = b.reshape(b.name(a["input"], node), [shape[0], groups, math.prod(shape[1:]) // groups], node)
+    unit = (_given_or(b, node, None, value, groups) for value in (1.0, 0.0))
+    result = b.reshape(b.emit("InstanceNormalization", grouped, *unit, epsilon=a["eps"]), shape, node)
+    for op, given in (("Mul", a["weight"]), ("Add", a["bias"])):
+        if given is not None:
+            result = b.emit(op, result, _per_channel(b, node, given))
+    return result
+
+
+def _rms_norm(b: Builder, node: fx.Node, a: Arguments) -> str:
+    x, dtype, axes = b.name(a["input"], node), tensor_of(node).dtype, len(a["normalized_shape"])
+    eps = torch.finfo(dtype).eps if a["eps"] is None else a["eps"]
+    squares = b.emit("Pow", x, b.constant(2.0, dtype, node))
+    mean = b.emit("ReduceMean", squares, b.integers(list(range(-axes, 0)), node), keepdims=1, noop_with_empty_axes=0)
+    root = b.emit("Sqrt", b.emit("Add", mean, b.constant(eps, dtype, node)))
+    result = b.emit("Mul", x, b.emit("Reciprocal", root))
+    return result if a["weight"] is None else b.emit("Mul", result, b.name(a["weight"], node))
+
+
+def _prelu(b: Builder, node: fx.Node, a: Arguments) -> str:
+    return b.emit("PRelu", b.name(a["self"], node), _per_channel(b, node, a["weight"]))
+
+
+def _given_or(b: Builder, node: fx.Node, given: Any, value: float, channels: int) -> str:
+    if given is not None:
+        return b.name(given, node)
+    return b.constant([value] * channels, tensor_of(node).dtype, node)
+
+
+def _per_channel(b: Builder, node: fx.Node, weight: fx.Node) -> str:
+    """A vector over axis 1 of the node's value, or one number for all, shaped to broadcast."""
+    shape = [tensor_of(weight).numel(), *[1] * max(0, tensor_of(node).dim() - 2)]
+    return b.emit("Reshape", b.name(weight, node), b.integers(shape, node), allowzero=0)
+
+
+def _upsample(mode: str) -> FunctionHandler:
+    def lower(b: Builder, node: fx.Node, a: Arguments) -> str:
+        x, align = b.name(a["input"], node), a.get("align_corners")
+        linear = "align_corners" if align else "pytorch_half_pixel"
+        options = {
+            "coordinate_transformation_mode": "asymmetric" if mode == "nearest" else linear,
+            "mode": mode,
+            "nearest_mode": "floor",
+        }
+        if a.get("scale_factors"):
+            scales = b.constant([1.0, 1.0, *a["scale_factors"]], torch.float32, node)
+            return b.emit("Resize", x, "", scales, **options)
+        return b.emit("Resize", x, "", "", b.integers([int(size) for size in tensor_of(node).shape], node), **options)
+
+    return lower
+
+
 def _embedding(b: Builder, node: fx.Node, a: Arguments) -> str:
     return b.emit("Gather", b.name(a["weight"], node), b.name(a["indices"], node), axis=0)
 
@@ -400,6 +463,8 @@ FUNCTIONS: Mapping[str, FunctionHandler] = {
     **{name: handler for names, handler in _SHARED for name in names.split()},
     **{f"max_pool{suffix}": _max_pool(axes) for suffix, axes in _POOL_AXES.items()},
     **{f"avg_pool{suffix}": _avg_pool(axes) for suffix, axes in _POOL_AXES.items()},
+    **{f"upsample_nearest{suffix}": _upsample("nearest") for suffix in _POOL_AXES},
+    **{f"upsample_{name}": _upsample("linear") for name in ("linear1d", "bilinear2d", "trilinear3d")},
     **{f"adaptive_avg_pool{suffix}": _adaptive_avg_pool(axes) for suffix, axes in _POOL_AXES.items()},
     "add": _binary("Add"),
     "addmm": _addmm,
@@ -408,12 +473,16 @@ FUNCTIONS: Mapping[str, FunctionHandler] = {
     "embedding": _embedding,
     "expand": _expand,
     "gelu": _gelu,
+    "group_norm": _group_norm,
     "hardsigmoid": _hardsigmoid,
+    "instance_norm": _instance_norm,
     "layer_norm": _layer_norm,
     "leaky_relu": _leaky_relu,
     "mean": _reduce("ReduceMean"),
     "mul": _binary("Mul"),
     "pow": _pow,
+    "prelu": _prelu,
+    "rms_norm": _rms_norm,
     "rsqrt": _rsqrt,
     "rsub": _rsub,
     "scaled_dot_product_attention": _attention,
