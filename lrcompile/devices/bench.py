@@ -124,7 +124,7 @@ def paired(
     blocks = interleave(
         lambda: session_a.run(None, feeds), lambda: session_b.run(None, feeds), seconds, clock, progress or _silent
     )
-    contention = (waited_s() - waited) / max(clock() - start, 1e-9)
+    contention = min(1.0, (waited_s() - waited) / max(clock() - start, 1e-9))
     ratio, low, high = median_interval(blocks.ratios)
     return BenchResult(
         median_a_s=statistics.median(blocks.runs_a_s),
