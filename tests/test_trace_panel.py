@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -182,6 +183,49 @@ def test_names_that_clash() -> None:
     assert list(traced.graph.sites()) == ["fc_call2", "fc", "block.linear", "layer_norm", "block.inner"]
     copied = traced.graph.copy()
     assert copied.gm.get_submodule("block") is not gm.get_submodule("block")
+
+
+class Function(nn.Module):
+    """A function of any number of inputs, with modules to use."""
+
+    def __init__(self, function: Callable[..., Any], **modules: nn.Module) -> None:
+        super().__init__()
+        for name, module in modules.items():
+            self.add_module(name, module)
+        self.function = function
+
+    def forward(self, *inputs: Any) -> Any:
+        return self.function(self, *inputs)
+
+
+@pytest.mark.parametrize("inputs", [(torch.ones(2, 8), 3.0), ([torch.ones(1, 8), torch.zeros(1, 8)],)])
+def test_dynamic_batch_of_variable_and_nested_inputs(inputs: tuple[Any, ...]) -> None:
+    def function(self: Any, first: Any, factor: float = 1.0) -> torch.Tensor:
+        return self.layer(first if isinstance(first, torch.Tensor) else first[0] + first[1]) * factor
+
+    traced = trace(Function(function, layer=nn.Linear(8, 3)), inputs)
+    assert traced.dynamic_batch, traced.notes
+
+
+def test_one_layer_of_two_names_is_one_site() -> None:
+    layer = nn.Linear(8, 8)
+    model = nn.Sequential(layer, nn.Dropout(0.1), layer, nn.Dropout(0.2))
+    traced = trace(model, (torch.randn(2, 8),))
+    assert {path: len(site.nodes) for path, site in traced.graph.sites().items()} == {"0": 2, "1": 1, "3": 1}
+    assert set(traced.graph.gm.state_dict()) == set(model.state_dict())
+
+
+def test_copy_keeps_nested_graphs() -> None:
+    def function(self: Any, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            x = self.inner(x)
+        return self.outer(x.float())
+
+    x = torch.randn(2, 8)
+    traced = trace(Function(function, inner=nn.Linear(8, 8), outer=nn.Linear(8, 8)), (x,))
+    copied = traced.graph.copy().gm
+    prune(copied)
+    assert torch.equal(run(copied, (x,))[0], run(traced.graph.gm, (x,))[0])
 
 
 def test_shared_layer_stays_shared() -> None:

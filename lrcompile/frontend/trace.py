@@ -62,7 +62,9 @@ def trace(
         if note:
             notes.append(note)
     expected = _run_reference(reference, args, kwargs)
-    gm = functionalize(exported).module()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about torch's own deprecated ways
+        gm = functionalize(exported).module()
     assert isinstance(gm, fx.GraphModule)
     gm = lift(gm)
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]

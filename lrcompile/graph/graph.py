@@ -184,9 +184,7 @@ def used_storages(gm: fx.GraphModule) -> frozenset[int]:
 
 def is_container(module: nn.Module) -> bool:
     """Whether the module only holds others: it has no forward of its own that a graph could call."""
-    return type(module) in (nn.Module, nn.Sequential, nn.ModuleList, fx.GraphModule) or (
-        type(module).__name__ in ("InterpreterModule", "GraphModule")
-    )
+    return type(module) in (nn.Module, nn.Sequential, nn.ModuleList)
 
 
 def shape(node: fx.Node) -> tuple[int, ...]:
