@@ -1,0 +1,1 @@
+"""Writing what was compiled: ONNX, torch.export archives, folders of PyTorch code."""

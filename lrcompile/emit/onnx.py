@@ -1,0 +1,293 @@
+"""From a rewritten graph to ONNX: exported by torch, then stripped of all that would tell one run from another."""
+
+from __future__ import annotations
+
+import logging
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import onnxscript.optimizer
+import torch
+from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+from onnx_ir.tensor_adapters import TorchTensor
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
+
+from lrcompile.errors import InputError
+from lrcompile.frontend.archives import first_line
+from lrcompile.frontend.trace import export
+from lrcompile.graph.graph import Graph
+
+OPSET = 20
+BFLOAT16_OPSET = 22
+"""The first opset in which convolution and pooling take bfloat16; a model with such weights is written in it."""
+EXTERNAL_DATA_BYTES = 2_000_000_000
+"""Weights above this many bytes go to a file of their own: a protobuf message ends at 2 GiB."""
+
+BATCH = "batch"
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True, eq=False)
+class OnnxModel:
+    """An ONNX graph with the names of its inputs and outputs, and what the user should know about it."""
+
+    model: ir.Model
+    input_names: tuple[str, ...]
+    output_names: tuple[str, ...]
+    dynamic_batch: bool
+    notes: tuple[str, ...] = ()
+
+
+def save(model: ir.Model, path: Path, external_data_bytes: int = EXTERNAL_DATA_BYTES) -> tuple[Path, ...]:
+    """Writes the file, and `<name>.data` beside it if the weights are larger than that; returns what was written.
+
+    Raises:
+        OSError: the disk is full or the place cannot be written.
+    """
+    if weight_bytes(model) <= external_data_bytes:
+        ir.save(model, path)
+        return (path,)
+    data = path.with_name(path.name + ".data")
+    ir.save(model, path, external_data=data.name)
+    return path, data
+
+
+def weight_bytes(model: ir.Model) -> int:
+    """Bytes of all initializers."""
+    return sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+
+
+def to_onnx(
+    gm: fx.GraphModule,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    *,
+    input_names: Sequence[str],
+    output_names: Sequence[str],
+    dynamic_batch: bool,
+    opset: int = OPSET,
+) -> onnx.ModelProto:
+    """The ONNX model of a lifted graph; see `lower`.
+
+    Raises:
+        InputError: torch cannot express the graph in ONNX.
+    """
+    lowered = lower(
+        gm, args, kwargs,
+        input_names=input_names, output_names=output_names, dynamic_batch=dynamic_batch, opset=opset,
+    )  # fmt: skip
+    return ir.to_proto(lowered.model)
+
+
+def lower(
+    gm: fx.GraphModule,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    *,
+    input_names: Sequence[str],
+    output_names: Sequence[str],
+    dynamic_batch: bool,
+    opset: int = OPSET,
+) -> OnnxModel:
+    """Exports a lifted graph to ONNX; equal graphs give equal bytes, on any machine with the same libraries.
+
+    `input_names` and `output_names` are those of the flat inputs and outputs; a name that is taken gets a number.
+    With `dynamic_batch` the first axis of the inputs is called "batch", where the graph leaves it open.
+
+    Raises:
+        InputError: torch cannot express the graph in ONNX.
+    """
+    if any(tensor.dtype == torch.bfloat16 for tensor in gm.state_dict().values()):
+        opset = max(opset, BFLOAT16_OPSET)
+    program, dynamic = export(_with_heads(gm), args, dict(kwargs), dynamic_batch)
+    notes = ("the rewritten model fixes its batch size",) if dynamic_batch and not dynamic else ()
+    with quiet():
+        try:
+            converted = torch.onnx.export(program, dynamo=True, verbose=False, opset_version=opset, optimize=False)
+            assert converted is not None
+            _transpose_weights(converted.model.graph)
+            onnxscript.optimizer.optimize_ir(converted.model, should_fold=_should_fold)
+            _round_folded(converted.model.graph)
+        except torch.onnx.errors.OnnxExporterError as error:
+            raise InputError(
+                f"torch.onnx cannot express the model in ONNX: {_reason(error)}; "
+                "write a folder or a .pt2 archive instead"
+            ) from error
+    model = converted.model
+    _strip(model)
+    _name_batch(model, _batch_symbols(program))
+    values = pytree.tree_leaves(next(n for n in reversed(gm.graph.nodes) if n.op == "output").args)
+    taken_outputs = [n for n, value in zip(output_names, values, strict=True) if isinstance(value, fx.Node)]
+    ins, outs = _rename(model.graph, input_names, taken_outputs)
+    return OnnxModel(model, ins, outs, dynamic, notes)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silences the warnings and log lines of torch's exporters: what matters of them is raised as an error."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _reason(error: BaseException) -> str:
+    """What was being translated, and the first cause."""
+    what, cause = error.__cause__ or error, error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    operator = re.search(r"target=(?:torch\.ops\.)?([\w.]+)", first_line(what))
+    return f"{operator[1]}: {first_line(cause)}" if operator else first_line(cause)
+
+
+def _with_heads(gm: fx.GraphModule) -> fx.GraphModule:
+    """Gives attention without an axis of heads one, which torch.onnx needs; a copy where there is any."""
+    if not any(map(_is_headless, gm.graph.nodes)):
+        return gm
+    result = Graph(gm, FakeTensorMode()).copy().gm
+    for node in list(filter(_is_headless, result.graph.nodes)):
+        with result.graph.inserting_before(node):
+            node.args = tuple(
+                result.graph.call_function(aten.unsqueeze.default, (value, 1))
+                if isinstance(value, fx.Node) and value.meta["val"].dim() == 3
+                else value
+                for value in node.args
+            )
+        with result.graph.inserting_after(node):
+            squeezed = result.graph.call_function(aten.squeeze.dim, (node, 1))
+        node.replace_all_uses_with(squeezed, delete_user_cb=lambda user, new=squeezed: user is not new)
+    return result
+
+
+def _is_headless(node: fx.Node) -> bool:
+    if node.target != aten.scaled_dot_product_attention.default or not isinstance(node.args[0], fx.Node):
+        return False
+    return node.args[0].meta["val"].dim() == 3
+
+
+def _transpose_weights(graph: ir.Graph) -> None:
+    """Stores a weight transposed, under its own name, where a Transpose is all that uses it.
+
+    The optimizer would do so for small weights alone, and give them a number for a name.
+    """
+    for node in list(graph):
+        weight = node.inputs[0] if node.op_type == "Transpose" else None
+        if weight is None or not weight.is_initializer() or len(weight.uses()) > 1 or weight.is_graph_output():
+            continue
+        tensor = getattr(weight.const_value, "raw", None)
+        if node.outputs[0].is_graph_output() or not isinstance(tensor, torch.Tensor):
+            continue
+        axes = node.attributes["perm"].as_ints()
+        weight.const_value = TorchTensor(tensor.permute(*axes), weight.name)
+        weight.shape = weight.const_value.shape
+        node.outputs[0].replace_all_uses_with(weight)
+        graph.remove(node, safe=True)
+
+
+def _should_fold(node: ir.Node) -> bool | None:
+    """Whether to compute a node of constants now: not a tied weight's transpose, which would store it twice."""
+    weight = node.inputs[0] if node.op_type == "Transpose" else None
+    return False if weight is not None and weight.is_initializer() and len(weight.uses()) > 1 else None
+
+
+def _round_folded(graph: ir.Graph) -> None:
+    """Rounds weights that the optimizer folded bfloat16 batch normalisation into: it leaves them in float32."""
+    for node in graph:
+        x, *parameters = node.inputs or (None,)
+        if node.op_type not in ("Conv", "ConvTranspose", "Gemm") or x is None or x.dtype != ir.DataType.BFLOAT16:
+            continue
+        for value in parameters:
+            if value is not None and value.const_value is not None and value.const_value.dtype == ir.DataType.FLOAT:
+                rounded = torch.from_numpy(value.const_value.numpy()).bfloat16()
+                value.const_value = TorchTensor(rounded, value.name)
+                value.dtype = ir.DataType.BFLOAT16
+
+
+def _strip(model: ir.Model) -> None:
+    """Drops stack traces, Python names and machine paths."""
+    ClearMetadataAndDocStringPass()(model)
+    for value in _values(model.graph):
+        value.metadata_props.clear()
+        value.doc_string = None
+    model.producer_name, model.producer_version = "lrcompile", None
+    model.graph.name = "main"
+
+
+def _values(graph: ir.Graph) -> Iterator[ir.Value]:
+    yield from graph.inputs
+    yield from graph.initializers.values()
+    for node in ir.traversal.RecursiveGraphIterator(graph):
+        yield from node.outputs
+
+
+def _batch_symbols(program: ExportedProgram) -> frozenset[str]:
+    """The symbols that torch.export gave the first axis of the inputs."""
+    inputs = set(program.graph_signature.user_inputs)
+    values = [n.meta.get("val") for n in program.graph.nodes if n.op == "placeholder" and n.name in inputs]
+    tensors = [value for value in values if isinstance(value, torch.Tensor) and value.dim()]
+    return frozenset(str(t.shape[0]) for t in tensors if isinstance(t.shape[0], torch.SymInt))
+
+
+def _name_batch(model: ir.Model, symbols: frozenset[str]) -> None:
+    """Gives the batch axis its name wherever it occurs, in expressions such as 12*batch too."""
+    if not symbols:
+        return
+    pattern = re.compile(r"\b(" + "|".join(sorted(map(re.escape, symbols))) + r")\b")
+    for value in _values(model.graph):
+        if value.shape is None:
+            continue
+        value.shape = ir.Shape(
+            pattern.sub(BATCH, size.value) if isinstance(size, ir.SymbolicDim) and size.value is not None else size
+            for size in value.shape
+        )
+
+
+def _rename(
+    graph: ir.Graph, input_names: Sequence[str], output_names: Sequence[str]
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names inputs and outputs as asked, and whatever else had such a name otherwise; returns the names given."""
+    taken: set[str] = set()
+    names = [_fresh(name, taken) for name in (*input_names, *output_names)]
+    ends = [*graph.inputs, *graph.outputs]
+    if len(ends) != len(names):
+        raise InputError(
+            f"the ONNX graph has {len(graph.inputs)} inputs and {len(graph.outputs)} outputs where the model has "
+            f"{len(input_names)} and {len(output_names)}: constant inputs or outputs cannot be written as ONNX"
+        )
+    others = [value for value in _values(graph) if value not in set(ends)]
+    used = {value.name for value in others if value.name} | taken
+    for value in others:
+        if value.name in taken:
+            value.name = _fresh(value.name, used)
+    for i, value in enumerate(ends):
+        value.name = f"\0{i}"  # so that no two share a name on the way
+    for value, name in zip(ends, names, strict=True):
+        value.name = name
+    return tuple(names[: len(input_names)]), tuple(names[len(input_names) :])
+
+
+def _fresh(name: str, taken: set[str]) -> str:
+    """The name, with the first free number after it if it is taken; takes it."""
+    result, count = name, 1
+    while result in taken:
+        count += 1
+        result = f"{name}_{count}"
+    taken.add(result)
+    return result

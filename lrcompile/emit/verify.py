@@ -1,0 +1,138 @@
+"""Runs what was emitted, in ONNX Runtime, against the graph that it was emitted from."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import onnxruntime
+import torch
+from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
+from torch import fx
+
+from lrcompile.emit.onnx import save
+from lrcompile.emit.widen import widen_onnx, widen_tensor, widen_torch
+from lrcompile.errors import VerificationError
+from lrcompile.frontend.archives import first_line
+from lrcompile.frontend.trace import batch_size, run
+from lrcompile.graph.verify import relative_error
+
+ORT_ERRORS = tuple(
+    value for value in vars(ort_errors).values() if isinstance(value, type) and issubclass(value, Exception)
+)
+
+
+@dataclass(frozen=True)
+class VerifiedOnnx:
+    """The largest relative error over outputs and batch sizes, and how it was measured where that needs saying."""
+
+    error: float
+    note: str | None = None
+
+
+def torch_error(before: fx.GraphModule, after: fx.GraphModule, flat: Sequence[Any]) -> float:
+    """The `relative_error` of a rewritten lifted graph against the one before, on one set of flat inputs."""
+    return relative_error(run(before, flat), run(after, flat))
+
+
+def onnx_error(
+    model: str | Path | bytes,
+    gm: fx.GraphModule,
+    flat: Sequence[Any],
+    input_names: Sequence[str],
+    *,
+    dynamic_batch: bool = False,
+    limit: float = 1e-3,
+) -> VerifiedOnnx:
+    """Runs an ONNX model (a path or its bytes) on the CPU and compares it with the lifted graph it was made from.
+
+    With `dynamic_batch` a second batch size is run too, so that a size baked into a shape shows. Where ONNX Runtime
+    has no CPU kernel for the model's floating-point type, copies of both in float32 are compared instead, and the
+    note says so.
+
+    Raises:
+        VerificationError: ONNX Runtime cannot load or run the model, or at the second batch size it fails or is
+            further off than `limit` and ten times further off than at the first.
+    """
+    feeds = [name for name, value in zip(input_names, flat, strict=True) if isinstance(value, torch.Tensor)]
+    session, note = _native(model, gm, flat), None
+    if session is None:
+        session, gm, flat = _widened(model), widen_torch(gm), [widen_tensor(value) for value in flat]
+        note = "checked in float32: ONNX Runtime's CPU provider lacks kernels for the model's data type"
+    error = _compare(session, gm, flat, feeds)
+    size = batch_size(flat)
+    if not dynamic_batch or size is None:
+        return VerifiedOnnx(error, note)
+    other = 3 if size != 3 else 2
+    try:
+        error_there = _compare(session, gm, [resized(value, other) for value in flat], feeds)
+    except VerificationError as failure:
+        raise VerificationError(f"at batch size {other} (traced at {size}): {failure}") from failure
+    if not error_there <= max(limit, 10 * error):
+        raise VerificationError(
+            f"at batch size {other} the emitted model differs from the compiled one: relative error {error_there:.2e}, "
+            f"while it is {error:.2e} at batch size {size}; this is a fault of lrcompile, and nothing is written"
+        )
+    return VerifiedOnnx(max(error, error_there), note)
+
+
+def resized(value: Any, size: int) -> Any:
+    """The input with `size` rows along axis 0: its own, repeated, each repetition rolled along the last axis."""
+    if not isinstance(value, torch.Tensor) or value.dim() == 0:
+        return value
+    rows = [(value[i % len(value)], i // len(value)) for i in range(size)]
+    return torch.stack([row.roll(shift, -1) if row.dim() else row for row, shift in rows])
+
+
+def _native(model: str | Path | bytes, gm: fx.GraphModule, flat: Sequence[Any]) -> onnxruntime.InferenceSession | None:
+    """A session on the model as it is; None where there are no kernels for its data type."""
+    tensors = [*gm.parameters(), *gm.buffers(), *(value for value in flat if isinstance(value, torch.Tensor))]
+    if any(tensor.dtype == torch.bfloat16 for tensor in tensors):  # NumPy has no such type either
+        return None
+    try:
+        return _open(model)
+    except VerificationError as error:
+        other = any(tensor.dtype in (torch.float16, torch.float64) for tensor in tensors)
+        if other and isinstance(error.__cause__, ort_errors.NotImplemented):
+            return None
+        raise
+
+
+def _widened(model: str | Path | bytes) -> onnxruntime.InferenceSession:
+    wide = ir.from_proto(onnx.load_from_string(model)) if isinstance(model, bytes) else ir.load(model)
+    widen_onnx(wide)
+    with tempfile.TemporaryDirectory(prefix="lrcompile-") as folder:
+        path = Path(folder) / "float32.onnx"
+        save(wide, path)
+        return _open(path)
+
+
+def _open(model: str | Path | bytes) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
+    source = model if isinstance(model, bytes) else str(model)
+    try:
+        return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    except ORT_ERRORS as error:
+        raise VerificationError(f"ONNX Runtime cannot load the emitted model: {first_line(error)}") from error
+
+
+def _compare(
+    session: onnxruntime.InferenceSession, gm: fx.GraphModule, flat: Sequence[Any], feeds: Sequence[str]
+) -> float:
+    try:
+        expected = [value for value in run(gm, flat) if isinstance(value, torch.Tensor)]
+    except Exception as error:  # whatever an operation raises for a shape that it was not traced with
+        raise VerificationError(f"the compiled graph does not run: {first_line(error)}") from error
+    tensors = [value.detach().contiguous().numpy() for value in flat if isinstance(value, torch.Tensor)]
+    try:
+        got = session.run(None, dict(zip(feeds, tensors, strict=True)))
+    except ORT_ERRORS as error:
+        raise VerificationError(f"ONNX Runtime cannot run the emitted model: {first_line(error)}") from error
+    return relative_error(expected, [torch.from_numpy(value) for value in got])

@@ -1,0 +1,40 @@
+"""How far two computations of the same outputs lie apart: the one metric that every check uses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+
+def relative_error(expected: Sequence[Any], got: Sequence[Any]) -> float:
+    """The largest ‖y − ŷ‖/‖y‖ over the floating-point outputs, without a unit.
+
+    Infinite where an output is NaN, has another shape, or is not floating-point and not equal. Equal infinities, as
+    of masked scores, count as no error.
+
+    Raises:
+        ValueError: the two have different numbers of outputs.
+    """
+    return max((_error(y, other) for y, other in zip(expected, got, strict=True)), default=0.0)
+
+
+def _error(expected: Any, got: Any) -> float:
+    if not isinstance(expected, torch.Tensor) or not isinstance(got, torch.Tensor):
+        return 0.0 if expected == got else math.inf
+    if expected.shape != got.shape:
+        return math.inf
+    if not (expected.is_floating_point() or expected.is_complex()):
+        return 0.0 if torch.equal(expected, got) else math.inf
+    wide = torch.complex128 if expected.is_complex() or got.is_complex() else torch.float64
+    y, other = expected.detach().to(wide), got.detach().to(wide)
+    same_infinity = y.isinf() & (y == other)
+    difference = float((y - other).masked_fill(same_infinity, 0.0).norm())
+    size = float(y.masked_fill(same_infinity, 0.0).norm())
+    if not math.isfinite(difference) or not math.isfinite(size):
+        return math.inf
+    if difference == 0.0:
+        return 0.0
+    return difference / size if size > 0.0 else math.inf
