@@ -164,7 +164,7 @@ class _Trials:
             longer = (*chain, follow)
             fused, fused_touched, _ = self.applied(region, longer)
             candidate = self.candidate(longer, *self.compared(region, fused), fused_touched)
-            if candidate.gain.latency_s > base.gain.latency_s:
+            if candidate.gain.latency_s > max(0.0, base.gain.latency_s):
                 yield candidate
 
     def continuations(

@@ -151,33 +151,29 @@ def _closed_loop(
 ) -> Choice | None:
     """Tightens or relaxes the predicted-error limit until the measured error is just within the budget."""
     best: Choice | None = None
-    seen: dict[tuple[int, ...], float] = {}
+    seen: set[tuple[int, ...]] = set()
     target, low, high = budget_error, 0.0, math.inf
     for done in range(ROUNDS):
         problem.progress("choose", done, ROUNDS)
         picked = choose(candidates, errors, replace(limits, error=target))
-        if picked is None:
-            measured = 0.0  # the limits ask for more than this error allows
-        elif tuple(picked) in seen:
-            measured = seen[tuple(picked)]
-        else:
-            choice = applied(problem, candidates, picked)
-            measured = seen[tuple(picked)] = choice.error
-            if measured <= budget_error and (best is None or choice.gain_s > best.gain_s):
-                best = choice
-        if measured <= budget_error:
+        if picked is None:  # the limits ask for more than this error allows
             low = target
-            if picked is not None and (measured >= 0.95 * budget_error or len(picked) == 0 and target > 1e3 * budget_error):
-                break
-            step = min(4.0, budget_error / max(measured, 1e-12)) if measured else 4.0
-            target = min(target * step, (low * high) ** 0.5 if math.isfinite(high) and low else math.inf)
-            if not math.isfinite(target):
-                target = low * step
-        else:
-            high = target
-            target = max(target * 0.95 * budget_error / measured, (low * high) ** 0.5 if low else 0.0)
-        if math.isfinite(high) and low and high / low < 1.02:
+            target = (low * high) ** 0.5 if math.isfinite(high) else 4 * target
+            continue
+        if tuple(picked) in seen:
             break
+        seen.add(tuple(picked))
+        choice = applied(problem, candidates, picked)
+        if choice.error <= budget_error and (best is None or choice.gain_s > best.gain_s):
+            best = choice
+        if 0.95 * budget_error <= choice.error <= budget_error:
+            break
+        predicted = math.hypot(*(errors[i] for i in picked))
+        low, high = (max(low, target), high) if choice.error <= budget_error else (low, min(high, predicted))
+        # the measured error is taken as proportional to the predicted one, and the answer kept inside the bracket
+        target = 0.98 * budget_error * predicted / choice.error if min(predicted, choice.error) > 0 else 4 * target
+        if not low < target < high:
+            target = (low * high) ** 0.5 if low and math.isfinite(high) else 0.5 * high if math.isfinite(high) else 2 * low
     problem.progress("choose", ROUNDS, ROUNDS)
     if best is None and limits.gain_s <= 0 and limits.bytes_saved <= 0:
         exact = [i for i, c in enumerate(candidates) if c.exact]

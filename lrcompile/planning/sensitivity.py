@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -13,6 +14,8 @@ from lrcompile.graph.graph import Graph, prune
 from lrcompile.graph.rewrite import Rewrite
 from lrcompile.passes import Context, Pass, apply
 from lrcompile.planning.price import Candidate
+
+PROBE_ERROR = 0.1  # relative output error of a layer, well above rounding and well below losing the layer
 
 
 class Evaluator:
@@ -72,8 +75,8 @@ def model_errors(
 ) -> list[float]:
     """The output error of the model with each candidate alone.
 
-    One candidate a footprint is measured, the one of middling error, on the first batch; the others follow from it
-    in proportion to their own error. Exact candidates have none.
+    One candidate a footprint is measured, the one whose own error is nearest to `PROBE_ERROR`, on the first batch;
+    the others follow from it in proportion to their own error. Exact candidates have none.
     """
     groups: dict[frozenset[str], list[int]] = defaultdict(list)
     for i, candidate in enumerate(candidates):
@@ -82,8 +85,7 @@ def model_errors(
     factor: dict[frozenset[str], float] = {}
     for done, (footprint, members) in enumerate(groups.items()):
         progress("sensitivity", done, len(groups))
-        ranked = sorted(members, key=lambda i: candidates[i].error)
-        probe = candidates[ranked[len(ranked) // 2]]
+        probe = min((candidates[i] for i in members), key=lambda c: abs(math.log(max(c.error, 1e-12) / PROBE_ERROR)))
         if probe.error <= 0:
             factor[footprint] = 1.0
             continue
