@@ -149,6 +149,7 @@ def prepare_model(
     with clock("trace"):
         model, args, kwargs, dtype = prepare(model, tuple(args), dict(kwargs or {}), dtype, batch)
         traced = trace(model, args, kwargs)
+    target = target.for_batch(traced.dynamic_batch)
     keep, skipped = _keeper(traced.graph, skip)
     batches = _batches(traced, calibration)
     with clock("canonicalize"):
@@ -246,6 +247,7 @@ def _remarks(p: Prepared, choice: Choice, measured: Measured | None) -> list[str
         remarks.append(measured.overruled)
     elif not choice.candidates:
         remarks.append(f"no rewrite gains anything on {p.target.name} within the budget: only exact fusions were made")
+    remarks += p.target.remarks()
     if not p.calibration:
         remarks.append("no calibration data: decompositions see the weights only, errors are on the example inputs")
     return remarks

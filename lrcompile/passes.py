@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -124,7 +124,7 @@ class Context:
         return self._once(site, "tucker", lambda: tucker(kernel, self.input_gram(site, 1)))
 
     def on_trial(self, fake_mode: FakeTensorMode) -> Context:
-        """The same context for pricing: decompositions have shapes and no values, so that a trial costs nothing."""
+        """The same context for pricing: decompositions and statistics have shapes and no values, so that a trial is cheap."""
         return TrialContext(self.device, self.dtype, self.grams, self.token_counts, self._memo, self._digests, fake_mode=fake_mode)
 
     def _once(self, site: Site, form: str, compute: Callable[[], T]) -> T:
@@ -148,6 +148,16 @@ class TrialContext(Context):
         """A fake of the weight's shape and type."""
         return self._fake(tensor)
 
+    def gram(self, node: fx.Node, axis: int = -1) -> Tensor | None:
+        """A fake of the Gram matrix, where there is one."""
+        known = super().gram(node, axis)
+        return None if known is None else self._fake(known)
+
+    def lookups(self, site: Site) -> Tensor | None:
+        """A fake of the counts, where there are any."""
+        known = super().lookups(site)
+        return None if known is None else self._fake(known)
+
     def svd(self, site: Site, form: str, matrix: Callable[[], Tensor], gram: Tensor | None = None) -> Spectrum:
         """A spectrum whose factors have shapes only."""
         with self.fake_mode, torch.no_grad():
@@ -163,7 +173,21 @@ class TrialContext(Context):
             return TrialTucker(kernel, kernel, kernel, kernel, kernel, False)
 
     def _fake(self, tensor: Tensor) -> Tensor:
-        return tensor if isinstance(tensor, FakeTensor) else self.fake_mode.from_tensor(tensor.detach())
+        return tensor if isinstance(tensor, FakeTensor) or tensor.is_meta else self.fake_mode.from_tensor(tensor.detach())
+
+
+class ShapesOnly(FakeTensorMode):
+    """A fake mode whose fakes are plain tensors on the meta device: ten times cheaper, where all of a graph is meta."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return
+
+    def from_tensor(self, tensor: Tensor, **_: Any) -> Tensor:  # type: ignore[override]
+        """A tensor of the same shape, strides and type without values."""
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
 
 class TrialSpectrum(Spectrum):

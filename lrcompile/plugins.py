@@ -9,7 +9,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from lrcompile.errors import InputError, PluginError
-from lrcompile.passes import Pass
+from lrcompile.passes import Pass, Stage
 
 GROUP = "lrcompile.passes"
 
@@ -30,7 +30,7 @@ def discover(points: Iterable[EntryPoint] | None = None) -> Discovered:
     `problems` and the others go on.
 
     Raises:
-        PluginError: two packages register passes of one name.
+        PluginError: two passes have one name.
     """
     found: dict[str, Pass] = {}
     origins: dict[str, str] = {}
@@ -40,13 +40,13 @@ def discover(points: Iterable[EntryPoint] | None = None) -> Discovered:
         origin = f"{point.dist.name if point.dist else 'unknown package'} ({point.value})"
         try:
             passes = _instances(point.load())
-        except Exception as error:  # a plugin may fail in any way; the compiler goes on without it
+        except (Exception, SystemExit) as error:  # a plugin may fail in any way; the compiler goes on without it
             problems.append(f"plugin {point.name!r} of {origin} is left out: {type(error).__name__}: {error}")
             continue
         for transform in passes:
-            if transform.name in found and origins[transform.name] != origin:
+            if transform.name in found:
                 raise PluginError(
-                    f"two packages register a pass named {transform.name!r}: {origins[transform.name]} and {origin}; "
+                    f"two passes are named {transform.name!r}: one of {origins[transform.name]} and one of {origin}; "
                     "uninstall one, or rename its pass"
                 )
             found[transform.name] = transform
@@ -60,13 +60,14 @@ def select(passes: Sequence[Pass], names: Sequence[str]) -> tuple[Pass, ...]:
     Raises:
         InputError: a name is unknown; the nearest is suggested.
     """
+    names = [name.strip() for name in names]
     known = {transform.name for transform in passes}
     for name in names:
         plain = name.removeprefix("-")
         if plain not in known:
             near = difflib.get_close_matches(plain, known, 1, 0.4)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise InputError(f"unknown pass {plain!r}{hint} Known: {', '.join(sorted(known))}")
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise InputError(f"unknown pass {plain!r}; {hint}available: {', '.join(sorted(known))}")
     wanted = {name for name in names if not name.startswith("-")} or known
     unwanted = {name.removeprefix("-") for name in names if name.startswith("-")}
     return tuple(transform for transform in passes if transform.name in wanted - unwanted)
@@ -78,4 +79,6 @@ def _instances(loaded: Any) -> list[Pass]:
     for item in passes:
         if not isinstance(item, Pass):
             raise TypeError(f"expected a Pass or a sequence of passes, got {type(item).__name__}")
+        if not isinstance(getattr(item, "stage", None), Stage):
+            raise TypeError(f"{type(item).__name__} has no stage; expected one of {', '.join(map(str, Stage))}")
     return passes

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lrcompile import compile as compiler
+from lrcompile.compile import compile as compile_model
 from lrcompile.emit.write import check_writable, write_text
 from lrcompile.errors import InputError
 from lrcompile.frontend.calibration_data import CalibrationData, load_calibration
@@ -63,7 +63,7 @@ def run(request: Request, progress: Callable[[str, int, int], None]) -> Report:
     source = load(request.model, arch=request.arch, trust_pickle=request.trust_pickle)
     calibration = _calibration(request, source)
     args, kwargs = _inputs(request, source, calibration)
-    result = compiler.compile(
+    result = compile_model(
         source.program, args, kwargs, target=request.target, budget=budget, calibration=calibration, passes=passes,
         plan=plan, skip=request.skip, dtype=request.dtype, batch=request.batch, seed=request.seed, progress=progress,
     )  # fmt: skip

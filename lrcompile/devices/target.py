@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lrcompile.devices.analytic import AnalyticCostModel
 from lrcompile.devices.cost import CostModel
 from lrcompile.devices.device import Device, load_device
+from lrcompile.devices.measure import LocalCostModel, local_device
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,21 @@ class Target:
     model: CostModel
     is_local: bool = False
 
+    def for_batch(self, dynamic: bool) -> Target:
+        """The target for a model whose batch is open or fixed: the runtime fuses differently."""
+        if not isinstance(self.model, LocalCostModel):
+            return self
+        return replace(self, model=replace(self.model, dynamic_batch=dynamic))
+
+    def remarks(self) -> list[str]:
+        """What of a measured price list was predicted after all, and why."""
+        if not isinstance(self.model, LocalCostModel):
+            return []
+        remarks = [f"predicted instead of measured, {n} times: {why}" for why, n in self.model.fallbacks.items()]
+        if self.model.counters.skipped:
+            remarks.append(f"{self.model.counters.skipped} clear losers were predicted and not measured")
+        return remarks
+
 
 def resolve_target(name: str) -> Target:
     """The target of a name: "local", a shipped profile, or the path of a profile.
@@ -26,8 +42,6 @@ def resolve_target(name: str) -> Target:
         DeviceError: there is no such profile, or it is faulty.
     """
     if name == "local":
-        from lrcompile.devices.measure import LocalCostModel, local_device
-
         return Target("local", local_device(), LocalCostModel(), is_local=True)
     device = load_device(name)
     return Target(name, device, AnalyticCostModel(device))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,18 +59,40 @@ def onnx_error(
         VerificationError: ONNX Runtime cannot load or run the model, or at the second batch size it fails or is
             further off than `limit` and ten times further off than at the first.
     """
-    feeds = [name for name, value in zip(input_names, flat, strict=True) if isinstance(value, torch.Tensor)]
     session, note = _native(model, gm, flat), None
     if session is None:
         session, gm, flat = _widened(model), widen_torch(gm), [widen_tensor(value) for value in flat]
         note = "checked in float32: ONNX Runtime's CPU provider lacks kernels for the model's data type"
-    error = _compare(session, gm, flat, feeds)
+    feeds = [name for name, value in zip(input_names, flat, strict=True) if isinstance(value, torch.Tensor)]
+
+    def emitted(flat: Sequence[Any]) -> list[torch.Tensor]:
+        tensors = [value.detach().contiguous().numpy() for value in flat if isinstance(value, torch.Tensor)]
+        return [torch.from_numpy(value) for value in session.run(None, dict(zip(feeds, tensors, strict=True)))]
+
+    return VerifiedOnnx(emitted_error(emitted, gm, flat, dynamic_batch=dynamic_batch, limit=limit), note)
+
+
+def emitted_error(
+    emitted: Callable[[Sequence[Any]], Sequence[Any]],
+    gm: fx.GraphModule,
+    flat: Sequence[Any],
+    *,
+    dynamic_batch: bool = False,
+    limit: float = 1e-3,
+) -> float:
+    """The `relative_error` of what `emitted` returns for flat inputs, against the lifted graph it was made from.
+
+    Raises:
+        VerificationError: it does not run, or, with `dynamic_batch`, at the second batch size it fails or is further
+            off than `limit` and ten times further off than at the first.
+    """
+    error = _compare(emitted, gm, flat)
     size = batch_size(flat)
     if not dynamic_batch or size is None:
-        return VerifiedOnnx(error, note)
+        return error
     other = 3 if size != 3 else 2
     try:
-        error_there = _compare(session, gm, [resized(value, other) for value in flat], feeds)
+        error_there = _compare(emitted, gm, [resized(value, other) for value in flat])
     except VerificationError as failure:
         raise VerificationError(f"at batch size {other} (traced at {size}): {failure}") from failure
     if not error_there <= max(limit, 10 * error):
@@ -78,7 +100,7 @@ def onnx_error(
             f"at batch size {other} the emitted model differs from the compiled one: relative error {error_there:.2e}, "
             f"while it is {error:.2e} at batch size {size}; this is a fault of lrcompile, and nothing is written"
         )
-    return VerifiedOnnx(max(error, error_there), note)
+    return max(error, error_there)
 
 
 def resized(value: Any, size: int) -> Any:
@@ -123,16 +145,14 @@ def _open(model: str | Path | bytes) -> onnxruntime.InferenceSession:
         raise VerificationError(f"ONNX Runtime cannot load the emitted model: {first_line(error)}") from error
 
 
-def _compare(
-    session: onnxruntime.InferenceSession, gm: fx.GraphModule, flat: Sequence[Any], feeds: Sequence[str]
-) -> float:
+def _compare(emitted: Callable[[Sequence[Any]], Sequence[Any]], gm: fx.GraphModule, flat: Sequence[Any]) -> float:
     try:
         expected = [value for value in run(gm, flat) if isinstance(value, torch.Tensor)]
     except Exception as error:  # whatever an operation raises for a shape that it was not traced with
         raise VerificationError(f"the compiled graph does not run: {first_line(error)}") from error
-    tensors = [value.detach().contiguous().numpy() for value in flat if isinstance(value, torch.Tensor)]
     try:
-        got = session.run(None, dict(zip(feeds, tensors, strict=True)))
-    except ORT_ERRORS as error:
-        raise VerificationError(f"ONNX Runtime cannot run the emitted model: {first_line(error)}") from error
-    return relative_error(expected, [torch.from_numpy(value) for value in got])
+        with torch.no_grad():
+            got = [value for value in emitted(flat) if isinstance(value, torch.Tensor)]
+    except Exception as error:  # whatever the runtime raises
+        raise VerificationError(f"the emitted model does not run: {first_line(error)}") from error
+    return relative_error(expected, got)

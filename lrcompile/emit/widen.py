@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lrcompile.graph.graph import Graph, share
+from lrcompile.graph.graph import Graph, rebuild, share
 
 _ONNX_TYPES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
 _TORCH_TYPES = (torch.float16, torch.bfloat16, torch.float64)
@@ -34,7 +35,9 @@ def widen_onnx(model: ir.Model) -> None:
 def widen_torch(gm: fx.GraphModule) -> fx.GraphModule:
     """A copy of a lifted graph that computes in float32 throughout."""
     graph = Graph(gm, FakeTensorMode()).copy().gm.graph
-    wide = fx.GraphModule(copy.deepcopy(share(gm)), graph)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch copies nested graphs by its own deprecated ways
+        wide = rebuild(copy.deepcopy(share(gm)), graph)
     for module in wide.modules():
         for parameter in module._parameters.values():
             if parameter is not None:

@@ -120,7 +120,9 @@ def _export(
         return _quiet_export(module, args, kwargs, None), False, "inputs share no first dimension: batch stays fixed"
     if size == 1:  # export specialises sizes 0 and 1, so trace on two samples
         args, kwargs = pytree.tree_map(_twice, (args, kwargs))
-    shapes = pytree.tree_map(lambda t: {0: Dim.AUTO} if isinstance(t, torch.Tensor) and t.dim() else None, (args, kwargs))
+    shapes = pytree.tree_map(
+        lambda t: {0: Dim.AUTO} if isinstance(t, torch.Tensor) and t.dim() else None, (args, kwargs)
+    )
     dynamic_shapes = _bind(module, shapes)
     try:
         program = _quiet_export(module, args, kwargs, dynamic_shapes)
@@ -130,7 +132,9 @@ def _export(
     except InputError as error:
         reason = str(error)
     if size == 1:
-        args, kwargs = pytree.tree_map(lambda t: t[:1] if isinstance(t, torch.Tensor) and t.dim() else t, (args, kwargs))
+        args, kwargs = pytree.tree_map(
+            lambda t: t[:1] if isinstance(t, torch.Tensor) and t.dim() else t, (args, kwargs)
+        )
     return _quiet_export(module, args, kwargs, None), False, f"batch stays fixed at {size}: {reason}"
 
 
@@ -223,7 +227,6 @@ def _output_names(outputs: Any) -> tuple[str, ...]:
     names = []
     for i, (path, _) in enumerate(pytree.tree_flatten_with_path(outputs)[0]):
         keys = [getattr(entry, "key", getattr(entry, "name", None)) for entry in path]
-        parts = [str(entry) if key is not None else str(getattr(entry, "idx", i)).strip("[]") for entry, key in zip(path, keys)]
-        words = [str(key) if key is not None else part for key, part in zip(keys, parts, strict=True)]
+        words = [str(getattr(entry, "idx", i) if key is None else key) for key, entry in zip(keys, path, strict=True)]
         names.append("_".join(words) if any(key is not None for key in keys) else f"output_{i}")
     return tuple(names)

@@ -81,7 +81,7 @@ def price(
     Raises:
         PassError: a pass proposed a rewrite that it cannot apply.
     """
-    trial = _Trials(graph, {p.name: p for p in passes}, context, model)
+    trial = _Trials(graph, {p.name: p for p in passes}, context, model, keep)
     refusals: list[Refusal] = []
     chains: list[tuple[Rewrite, ...]] = []
     by_stage: dict[Stage, list[Rewrite]] = defaultdict(list)
@@ -122,57 +122,71 @@ def _joint(merges: Iterable[Rewrite], splits: Iterable[Rewrite]) -> list[tuple[R
 
 
 class _Trials:
-    """Applies chains of rewrites to copies of their neighbourhood; equal trials are priced once."""
+    """Applies chains of rewrites to copies of their neighbourhood; equal trials are made and priced once."""
 
-    def __init__(self, graph: Graph, passes: Mapping[str, Pass], context: Context, model: CostModel) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        passes: Mapping[str, Pass],
+        context: Context,
+        model: CostModel,
+        keep: Callable[[str], bool],
+    ) -> None:
         self.graph = graph
         self.passes = passes
         self.context = context
-        self.trial_context = context.on_trial(graph.fake_mode)
+        self.shapes = ShapesOnly()
+        self.trial_context = context.on_trial(self.shapes)
         self.model = model
-        self.nodes_of = {path: site.nodes for path, site in graph.sites().items()}
+        self.sites = graph.sites()
         self.node_by_name = {node.name: node for node in graph.nodes}
+        tied = owners(graph)
+        self.closed = {path for path, site in self.sites.items() if not keep(path) or tied_with(graph, site, tied)}
+        self.blanks: dict[int, Any] = {}
+        self.regions: dict[tuple[str, ...], _Region] = {}
+        self.known: dict[str, list[_Outcome]] = {}
         self.priced: dict[str, Priced] = {}
-        self.lone: dict[str, tuple[Priced, tuple[int, ...]]] = {}
 
     def price(self, chain: tuple[Rewrite, ...], fuse: Sequence[Pass]) -> Iterator[Candidate]:
         """The chain as a candidate, and one more for each FUSE rewrite of what the chain made, if that is cheaper.
 
-        A chain that does the same to an equal region as an earlier one, and offers nothing to fuse, is not tried again.
+        A chain that does the same to an equal region as an earlier one is not tried again.
         """
         region = self.region(chain)
-        names = [node.name for node in region.nodes]
-        key = _structure(region) + _wording(chain, region)
-        if key in self.lone:
-            costs, positions = self.lone[key]
-            yield self.candidate(chain, *costs, {names[i] for i in positions})
-            return
+        key = region.key + "\n" + "\n".join(region.worded(rewrite) for rewrite in chain)
+        if key not in self.known:
+            self.known[key] = list(self.outcomes(region, chain, fuse))
+        for follow, costs, touched in self.known[key]:
+            whole = chain if follow is None else (*chain, region.spoken(follow))
+            sites = tuple(dict.fromkeys(s for r in whole for s in r.site if s in self.sites or s in self.node_by_name))
+            error = max((rewrite.error for rewrite in chain), default=0.0)
+            footprint = frozenset(region.names[i] for i in touched)
+            yield Candidate(whole, sites, footprint, *costs, error)
+
+    def outcomes(self, region: _Region, chain: tuple[Rewrite, ...], fuse: Sequence[Pass]) -> Iterator[_Outcome]:
+        """What the chain alone comes to, and each FUSE rewrite after it that makes it cheaper; names left out."""
         after, touched, created = self.applied(region, chain)
-        costs = self.compared(region, after)
-        base = self.candidate(chain, *costs, touched)
-        yield base
-        follows = []
-        if len(chain) > 1 or self.passes[chain[0].pass_name].stage is not Stage.FUSE:
-            made = {node.target for node in created if node.op == "call_module"}
-            for transform in fuse:
-                for follow in list(proposals(after, transform, self.trial_context)):
-                    if isinstance(follow, Rewrite) and made & set(follow.site):
-                        follows.append(follow)
-        if not follows:
-            self.lone[key] = costs, tuple(i for i, name in enumerate(names) if name in touched)
-        for follow in follows:
-            longer = (*chain, follow)
-            fused, fused_touched, _ = self.applied(region, longer)
-            candidate = self.candidate(longer, *self.compared(region, fused), fused_touched)
-            if candidate.gain.latency_s > max(0.0, base.gain.latency_s):
-                yield candidate
+        alone = self.compared(region, after)
+        yield None, alone, touched
+        if len(chain) == 1 and self.passes[chain[0].pass_name].stage is Stage.FUSE:
+            return
+        made = {node.target for node in created if node.op == "call_module"}
+        for transform in fuse:
+            for follow in list(proposals(after, transform, self.trial_context)):
+                if isinstance(follow, Refusal) or not made & set(follow.site):
+                    continue
+                if not all(site in made or site in region.whole for site in follow.site):
+                    continue
+                fused, fused_touched, _ = self.applied(region, (*chain, follow))
+                costs = self.compared(region, fused)
+                if costs[1].latency_s - costs[0].latency_s < alone[1].latency_s - alone[0].latency_s:
+                    yield region.unspoken(follow), costs, fused_touched
 
     def continuations(
         self, chain: tuple[Rewrite, ...], passes: Sequence[Pass], context: Context
     ) -> Iterator[tuple[Rewrite, ...]]:
         """The chain followed by each FACTORIZE rewrite of the modules that it made, with their real spectra."""
-        region = self.region(chain)
-        after = region.copy()
+        after = extract(self.graph, self.neighbourhood(chain))
         created: list[fx.Node] = []
         for rewrite in chain:
             created += apply(after, self.passes[rewrite.pass_name], rewrite, context).created
@@ -182,49 +196,53 @@ class _Trials:
                 if isinstance(follow, Rewrite) and made & set(follow.site):
                     yield (*chain, follow)
 
-    def applied(self, region: Graph, chain: Iterable[Rewrite]) -> tuple[Graph, set[str], list[fx.Node]]:
-        """(rewritten copy, names of the original nodes that went or changed, new nodes)."""
-        after = region.copy()
-        original = {node.name for node in region.nodes}
+    def applied(self, region: _Region, chain: Iterable[Rewrite]) -> tuple[Graph, tuple[int, ...], list[fx.Node]]:
+        """(rewritten copy, positions of the nodes that went or changed, new nodes)."""
+        after = region.graph.copy()
         created: list[fx.Node] = []
         touched: set[str] = set()
         for rewrite in chain:
             try:
-                rewriter = apply(after, self.passes[rewrite.pass_name], rewrite, self.trial_context)
+                with torch.device("meta"):
+                    rewriter = apply(after, self.passes[rewrite.pass_name], rewrite, self.trial_context)
             except (KeyError, ValueError, RuntimeError, AttributeError) as error:
                 problem = f"cannot apply its own proposal {rewrite}: {type(error).__name__}: {error}"
                 raise PassError(rewrite.pass_name, rewrite.site[0], problem) from error
             created += rewriter.created
             touched |= {node.name for node in rewriter.created} | set(rewriter.erased)
         alive = set(after.nodes)
-        return after, touched & original, [node for node in created if node in alive]
+        positions = tuple(i for i, name in enumerate(region.names) if name in touched)
+        return after, positions, [node for node in created if node in alive]
 
-    def compared(self, region: Graph, after: Graph) -> Priced:
+    def compared(self, region: _Region, after: Graph) -> Priced:
         """(cost before, cost after, bytes saved); pairs of the same structure are priced once."""
-        key = _structure(region) + "→" + _structure(after)
+        key = region.structure + "→" + _structure(after)
         if key not in self.priced:
-            saved = _parameter_bytes(region) - _parameter_bytes(after)
-            self.priced[key] = (*self.model.compare(region.gm, after.gm), saved)
+            saved = _parameter_bytes(region.graph) - _parameter_bytes(after)
+            self.priced[key] = (*self.model.compare(region.graph.gm, after.gm), saved)
         return self.priced[key]
 
-    def candidate(
-        self, chain: tuple[Rewrite, ...], before: Cost, after: Cost, saved: float, touched: set[str]
-    ) -> Candidate:
-        """The candidate of a priced trial."""
-        sites = tuple(dict.fromkeys(s for rewrite in chain for s in rewrite.site if self._is_original(s)))
-        error = max((rewrite.error for rewrite in chain), default=0.0)
-        return Candidate(chain, sites, frozenset(touched), before, after, saved, error)
+    def region(self, chain: Sequence[Rewrite]) -> _Region:
+        """The sites of a chain with their neighbours, as a graph of its own that has shapes and no values."""
+        key = tuple(dict.fromkeys(site for rewrite in chain for site in rewrite.site))
+        if key not in self.regions:
+            graph = extract(self.graph, self.neighbourhood(chain), self.shapes, self.blank)
+            inside = {node.name for node in graph.nodes}
+            whole = frozenset(
+                path
+                for path in graph.sites()
+                if path not in self.closed and all(node.name in inside for node in self.sites[path].nodes)
+            )
+            self.regions[key] = _Region(graph, whole)
+        return self.regions[key]
 
-    def _is_original(self, site: str) -> bool:
-        return site in self.nodes_of or site in self.node_by_name
-
-    def region(self, chain: Iterable[Rewrite]) -> Graph:
-        """The sites of a chain with their neighbours, as a graph of its own."""
+    def neighbourhood(self, chain: Iterable[Rewrite]) -> set[fx.Node]:
+        """The nodes of a chain's sites, the layers that they read and that read the same, and what reads them."""
         nodes: set[fx.Node] = set()
         for rewrite in chain:
             for site in rewrite.site:
-                if site in self.nodes_of:
-                    nodes.update(self.nodes_of[site])
+                if site in self.sites:
+                    nodes.update(self.sites[site].nodes)
                 elif site in self.node_by_name:
                     nodes.add(self.node_by_name[site])
         for node in list(nodes):
@@ -233,7 +251,60 @@ class _Trials:
                     nodes.add(source)
                 nodes.update(user for user in source.users if user.op == "call_module")
             nodes.update(user for user in node.users if user.op in ("call_module", "call_function"))
-        return extract(self.graph, nodes)
+        return nodes
+
+    def blank(self, value: Any) -> Any:
+        """A tensor, or a module, without values; what is shared stays shared."""
+        if not isinstance(value, Tensor | nn.Module):
+            return value
+        if id(value) not in self.blanks:
+            if isinstance(value, Tensor):
+                fake = self.shapes.from_tensor(value)
+                known = nn.Parameter(fake, value.requires_grad) if isinstance(value, nn.Parameter) else fake
+            else:
+                known = copy.copy(value)
+                for table in ("_parameters", "_buffers", "_modules"):
+                    known.__dict__[table] = {name: self.blank(item) for name, item in getattr(value, table).items()}
+            self.blanks[id(value)] = known
+        return self.blanks[id(value)]
+
+
+class _Region:
+    """A neighbourhood on its own, without values.
+
+    `whole` are the sites of the model that FUSE passes may take in: all of their calls are inside, nothing is tied
+    to them and they are not to be kept. Sites are worded as (position, rest of the path) to compare regions.
+    """
+
+    def __init__(self, graph: Graph, whole: frozenset[str]) -> None:
+        self.graph = graph
+        self.whole = whole
+        self.names = [node.name for node in graph.nodes]
+        self.paths = list(graph.sites())
+        self.structure = _structure(graph)
+        self.key = f"{self.structure}\n{[i for i, path in enumerate(self.paths) if path in whole]}"
+
+    def unspoken(self, rewrite: Rewrite) -> Rewrite:
+        """The rewrite with the region's paths replaced by their positions, also at the start of a longer path."""
+        return replace(rewrite, site=tuple(map(self._position, rewrite.site)))
+
+    def spoken(self, rewrite: Rewrite) -> Rewrite:
+        """What `unspoken` was made from, in this region's words."""
+        sites = []
+        for site in rewrite.site:
+            position, dot, rest = site.removeprefix("#").partition(".")
+            sites.append(self.paths[int(position)] + dot + rest if site.startswith("#") else site)
+        return replace(rewrite, site=tuple(sites))
+
+    def worded(self, rewrite: Rewrite) -> str:
+        """A rewrite in words that do not depend on the region's paths."""
+        return f"{rewrite.pass_name} {self.unspoken(rewrite).site} {sorted(rewrite.params.items())}"
+
+    def _position(self, site: str) -> str:
+        for i, path in enumerate(self.paths):
+            if site == path or site.startswith(f"{path}."):
+                return f"#{i}{site[len(path) :]}"
+        return site
 
 
 def extract(graph: Graph, nodes: set[fx.Node]) -> Graph:
