@@ -1,0 +1,175 @@
+"""Passes of other packages: found through entry points, used like the built-in ones, and what faulty ones lead to."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable
+from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+
+import pytest
+import torch
+from lrcompile_passes import PASSES
+from torch import nn
+
+import lrcompile
+from lrcompile.errors import InputError, PluginError
+from lrcompile.plugins import GROUP, discover, select
+
+FIXTURE = Path(__file__).parent / "plugin"
+BUILTIN = EntryPoint("builtin", "lrcompile_passes:PASSES", GROUP)
+
+Install = Callable[[str, str, str], None]
+
+
+@pytest.fixture
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
+    """Makes a package with one entry point findable, as an installer would: its metadata on the import path."""
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def write(package: str, point: str, target: str) -> None:
+        info = tmp_path / f"{package.replace('-', '_')}-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text(f"[{GROUP}]\n{point} = {target}\n")
+
+    return write
+
+
+@pytest.fixture
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
+    """Writes an importable module for one test."""
+
+    def write(name: str, text: str) -> None:
+        (tmp_path / f"{name}.py").write_text(text)
+        monkeypatch.setitem(sys.modules, name, None)  # restored, that is dropped, after the test
+        monkeypatch.delitem(sys.modules, name)
+
+    return write
+
+
+@pytest.fixture
+def example(install: Install, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fixture package as its own pyproject.toml declares it."""
+    project = tomllib.loads((FIXTURE / "pyproject.toml").read_text())["project"]
+    ((point, target),) = project["entry-points"][GROUP].items()
+    monkeypatch.syspath_prepend(FIXTURE)
+    install(project["name"], point, target)
+
+
+@pytest.mark.usefixtures("example")
+def test_found_and_listed() -> None:
+    found = discover()
+    assert [p.name for p in found.passes][: len(PASSES)] == [p.name for p in PASSES]
+    assert found.passes[-1].name == "fold-scale"
+    assert found.origins["fold-scale"] == "lrcompile-plugin-example (lrcompile_plugin_example:FoldScale)"
+    assert found.problems == ()
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.query = nn.Linear(16, 16)
+        self.out = nn.Linear(16, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(torch.relu(self.query(x) / 4))
+
+
+@pytest.mark.usefixtures("example")
+def test_used_in_a_compile_and_replayed() -> None:
+    model, x = Scaled().eval(), torch.randn(3, 16)
+    result = lrcompile.compile(model, (x,), budget=lrcompile.Budget(max_error=0))
+    assert "fold-scale(query; scale=0.25)" in [str(rewrite) for rewrite in result.report.rewrites]
+    assert not any("div" in node.name for node in result.model.graph.nodes)
+    torch.testing.assert_close(result.model(x), model(x))
+    assert result.plan.options["fold-scale"] == {"limit": 4096.0}
+    plan = lrcompile.Plan.loads(result.plan.dumps())
+    again = lrcompile.compile(model, (x,), plan=plan)
+    assert torch.equal(again.model(x), result.model(x))
+
+
+def test_plan_of_a_plugin_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(FIXTURE)
+    transform = import_module("lrcompile_plugin_example").FoldScale(limit=8.0)
+    model, x = Scaled().eval(), torch.randn(3, 16)
+    plan = lrcompile.compile(model, (x,), passes=[transform]).plan
+    with pytest.raises(lrcompile.LrcompileError, match=r"uses pass 'fold-scale', which is not installed.*install"):
+        lrcompile.compile(model, (x,), plan=plan)
+    replayed = lrcompile.compile(model, (x,), plan=plan, passes=[type(transform)()])
+    assert replayed.plan.options == {"fold-scale": {"limit": 8.0}}
+
+
+BROKEN = {
+    "raise RuntimeError('no licence')": "RuntimeError: no licence",
+    "import module_that_does_not_exist": "No module named 'module_that_does_not_exist'",
+    "raise SystemExit('bye')": "SystemExit: bye",
+    "def (": "SyntaxError",
+    "": "has no attribute 'FoldScale'",
+    "FoldScale = 3": "expected a Pass or a sequence of passes, got int",
+    "FoldScale = [dict]": "expected a Pass or a sequence of passes, got type",
+    "from lrcompile import Pass\nclass FoldScale(Pass): pass": "abstract",
+    "from lrcompile import Pass\nclass FoldScale(Pass):\n def propose(*a): pass\n def apply(*a): pass": "has no stage",
+}
+
+
+@pytest.mark.parametrize("text", BROKEN)
+@pytest.mark.usefixtures("example")
+def test_broken_plugin_is_one_diagnostic(install: Install, module: Callable[[str, str], None], text: str) -> None:
+    module("broken_plugin", text)
+    install("broken-plugin", "aaa", "broken_plugin:FoldScale")
+    found = discover()
+    assert [p.name for p in found.passes] == [*(p.name for p in PASSES), "fold-scale"]
+    (problem,) = found.problems
+    assert problem.startswith("plugin 'aaa' of broken-plugin (broken_plugin:FoldScale) is left out: ")
+    assert BROKEN[text] in problem
+
+
+@pytest.mark.usefixtures("example")
+def test_name_clash(install: Install, module: Callable[[str, str], None]) -> None:
+    module("other_plugin", (FIXTURE / "lrcompile_plugin_example.py").read_text())
+    install("other-plugin", "zzz", "other_plugin:FoldScale")
+    with pytest.raises(PluginError) as raised:
+        discover()
+    assert str(raised.value) == (
+        "two passes are named 'fold-scale': one of lrcompile-plugin-example (lrcompile_plugin_example:FoldScale) "
+        "and one of other-plugin (other_plugin:FoldScale); uninstall one, or rename its pass"
+    )
+
+
+def test_name_clash_with_a_builtin() -> None:
+    with pytest.raises(PluginError, match="two passes are named 'remove-identity'"):
+        discover([BUILTIN, EntryPoint("mine", "lrcompile_passes.remove_identity:RemoveIdentity", GROUP)])
+
+
+def test_select() -> None:
+    everything = [p.name for p in PASSES]
+    some = ["fold-batch-norm", "merge-siblings"]
+    assert [p.name for p in select(PASSES, ["merge-siblings", " fold-batch-norm"])] == some
+    assert [p.name for p in select(PASSES, ["-merge-siblings"])] == [n for n in everything if n != "merge-siblings"]
+    assert select(PASSES, ["merge-siblings", "-merge-siblings"]) == ()
+
+
+@pytest.mark.parametrize("name", ["merge-sibling", "-merge-sibling"])
+def test_select_suggests_the_nearest(name: str) -> None:
+    with pytest.raises(InputError, match=r"unknown pass 'merge-sibling'; did you mean 'merge-siblings'\? available: "):
+        select(PASSES, [name])
+
+
+def test_order_of_discovery_does_not_matter() -> None:
+    points = list(entry_points(group=GROUP))
+    assert discover(points) == discover(reversed(points))
+
+
+@pytest.mark.slow
+def test_installs_with_pip(tmp_path: Path) -> None:
+    pytest.importorskip("hatchling", reason="needs hatchling: pip builds the plugin without a network")
+    options = ["--quiet", "--no-index", "--no-deps", "--no-build-isolation", "--target", str(tmp_path)]
+    subprocess.run([sys.executable, "-m", "pip", "install", *options, str(FIXTURE)], check=True)
+    code = "from lrcompile.plugins import discover; print([p.name for p in discover().passes][-1])"
+    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r}); {code}"]
+    shown = subprocess.run(command, check=True, capture_output=True, text=True, cwd=tmp_path)
+    assert shown.stdout.strip() == "fold-scale"
