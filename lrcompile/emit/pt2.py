@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import io
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
 
 from lrcompile.emit.onnx import quiet
+from lrcompile.emit.structure import set_plain_outputs
 from lrcompile.frontend.trace import export
-
-ARCHIVE = "model.pt2"
-"""The archive's bytes hold the stem of the file name that torch writes it under, so that is always this one."""
+from lrcompile.graph.graph import Graph
 
 
 def to_pt2(
@@ -24,10 +23,15 @@ def to_pt2(
 ) -> tuple[ExportedProgram, bool]:
     """The lifted graph as a torch.export program that holds the example inputs, and whether its batch is dynamic.
 
+    Its outputs are plain dictionaries, tuples and lists: a library's own output class would need that library.
+
     Raises:
         InputError: torch cannot export the graph.
     """
-    program, dynamic = export(gm, args, dict(kwargs), dynamic_batch)
+    plain = Graph(gm, FakeTensorMode()).copy().gm
+    set_plain_outputs(plain.graph)
+    plain.recompile()
+    program, dynamic = export(plain, args, dict(kwargs), dynamic_batch)
     program.example_inputs = (args, dict(kwargs))
     for module in program.graph_module.modules():
         if isinstance(module, fx.GraphModule):
@@ -37,16 +41,31 @@ def to_pt2(
     return program, dynamic
 
 
-def save_pt2(program: ExportedProgram, folder: Path) -> Path:
-    """Writes `model.pt2` into a folder; equal programs give equal bytes.
+def save_pt2(program: ExportedProgram, path: Path) -> None:
+    """Writes a program; equal programs give equal bytes, whatever the file's name.
 
     Raises:
         OSError: the disk is full or the place cannot be written.
     """
-    path = folder / ARCHIVE
-    with quiet(), path.open("wb") as file:
-        torch.export.save(program, file)
-    return path
+    with _Archive(path, "wb") as file, quiet():
+        torch.export.save(program, file)  # given a path instead, torch writes its stem into the archive
+    if file.error is not None:
+        raise file.error
+
+
+class _Archive(io.FileIO):
+    """A file that takes everything and keeps its first error: torch's writer ends the process when a write fails."""
+
+    error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        rest = memoryview(data).cast("B")
+        while len(rest) and self.error is None:
+            try:
+                rest = rest[super().write(rest) or 0 :]
+            except OSError as error:
+                self.error = error
+        return len(data)
 
 
 def load_pt2(path: Path) -> torch.nn.Module:

@@ -1,88 +1,256 @@
-"""Writes what was compiled: verified first, complete or not at all, an existing output untouched until then."""
+"""Writes what was compiled where the user wants it: checked first, verified, and in place only when complete."""
 
 from __future__ import annotations
 
 import errno
+import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from torch import fx
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
 
-from lrcompile.emit.onnx import lower, save
-from lrcompile.emit.verify import onnx_error
 from lrcompile.errors import InputError, VerificationError
 from lrcompile.frontend.trace import Traced
+from lrcompile.graph.graph import weight_bytes
 
-ONNX_LIMITS = {"fp64": 1e-8, "fp32": 1e-4, "fp16": 2e-2, "bf16": 5e-2}
+MARK = '"""Written by lrcompile'
+"""The first words of every `model.py` that lrcompile writes: a folder with one may be replaced."""
+
+_FOLDER_FILES = frozenset(("model.py", "weights.safetensors", "__pycache__"))
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_LIMITS = {torch.float16: 5e-2, torch.bfloat16: 2e-1}
+_LIMIT = 1e-3
 
 
 @dataclass(frozen=True)
 class Emitted:
-    """What was written, how far it is from the rewritten model, and what the user should know."""
+    """What was written: the relative error of the file against the compiled model, and what the user should know."""
 
-    paths: tuple[Path, ...]
     verification: Mapping[str, float | None]
-    notes: Sequence[str] = ()
+    notes: tuple[str, ...] = field(default=())
 
 
-def emit(out: Path, gm: fx.GraphModule, traced: Traced) -> Emitted:
-    """Writes `.onnx`, verified in ONNX Runtime.
+def emit(path: str | Path, gm: fx.GraphModule, traced: Traced) -> Emitted:
+    """Writes a compiled graph as `.onnx`, `.pt2` or a folder, verified against the graph itself.
+
+    The output appears when it is complete and verified; until then, and after any failure, what was at the path
+    stays as it was. ONNX weights of more than 2 GB go to `<path>.data`.
 
     Raises:
-        InputError: another suffix, or the place cannot be written.
-        VerificationError: ONNX Runtime computes something else; nothing is written.
+        InputError: the path cannot be written, the disk is full, or the graph cannot be expressed in the format.
+        VerificationError: what was emitted does not compute what the graph computes.
     """
-    check_writable(out)
+    check_writable(path)
+    kind, path = _kind(path), _real(Path(path))
+    with _staging(path, weight_bytes(gm)) as folder:
+        emitted, written = _EMITTERS[kind](folder / path.name, gm, traced)
+        _install([(file, path.with_name(file.name)) for file in written], folder)
+    return emitted
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Writes a text file in UTF-8, whole or not at all; a device or a pipe is written to directly.
+
+    Raises:
+        InputError: the path cannot be written or the disk is full.
+    """
+    check_writable(path, text=True)
+    path = _real(Path(path))
+    if path.exists() and not path.is_file():
+        path.write_text(text, encoding="utf-8")
+        return
+    data = text.encode()
+    with _staging(path, len(data)) as folder:
+        staged = folder / path.name
+        staged.write_bytes(data)
+        _install([(staged, path)], folder)
+
+
+def check_writable(path: str | Path, *, text: bool = False) -> None:
+    """Checks before the work that its result can be written.
+
+    `text` means a file of any suffix. A path that ends with "/" or has no suffix is a folder; one that exists is
+    replaced only if lrcompile wrote it.
+
+    Raises:
+        InputError: it cannot be; the message says what to do.
+    """
+    try:
+        real = _real(Path(path))
+        if not real.parent.exists():
+            raise InputError(f"cannot write {path}: there is no folder {real.parent}; make it with mkdir -p")
+        if not real.parent.is_dir():
+            raise InputError(f"cannot write {path}: {real.parent} is a file, not a folder; give another path")
+        if not os.access(real.parent, os.W_OK | os.X_OK):
+            raise InputError(f"cannot write {path}: no permission to write in {real.parent}; give another path")
+        if text:
+            if real.is_dir():
+                raise InputError(f"cannot write {path}: it is a folder; give the name of a file")
+        elif _kind(path) == "folder":
+            _check_folder(path, real)
+        elif real.exists() and not real.is_file():
+            raise InputError(f"cannot write {path}: it exists and is not a file; give another path")
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}; give another path") from error
+
+
+def _kind(path: str | Path) -> str:
+    suffix = "" if str(path).endswith("/") else Path(path).suffix
+    if suffix in (".onnx", ".pt2"):
+        return suffix
+    if suffix and not Path(path).is_dir():
+        raise InputError(
+            f"cannot write {path}: unknown suffix {suffix!r}; expected .onnx, .pt2, or a folder, which is a name "
+            "without a suffix or one that ends with /"
+        )
+    return "folder"
+
+
+def _check_folder(path: str | Path, real: Path) -> None:
+    if not real.exists():
+        return
+    if not real.is_dir():
+        raise InputError(f"cannot write {path}: it is a file where a folder is expected; give another path")
+    names = sorted(entry.name for entry in real.iterdir())
+    strangers = [name for name in names if name not in _FOLDER_FILES]
+    if not strangers and names and not _is_ours(real / "model.py"):
+        strangers = names
+    if strangers:
+        raise InputError(
+            f"cannot write {path}: the folder exists and holds files that lrcompile did not write "
+            f"({', '.join(strangers[:3])}{', …' if len(strangers) > 3 else ''}); give the name of a new folder"
+        )
+
+
+def _is_ours(file: Path) -> bool:
+    try:
+        with file.open(encoding="utf-8") as stream:
+            return stream.read(len(MARK)) == MARK
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+def _real(path: Path) -> Path:
+    """The path with links followed, so that what a link points to is replaced and not the link."""
+    return Path(os.path.realpath(path))
+
+
+@contextmanager
+def _staging(path: Path, size_bytes: int) -> Iterator[Path]:
+    """A folder beside the path, on the same file system, that is gone afterwards whatever happens."""
+    try:
+        folder = Path(tempfile.mkdtemp(prefix=f".{path.name[:64]}.", dir=path.parent))
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+    except OSError as error:
+        if error.errno in _FULL:
+            raise InputError(
+                f"no space left on the file system of {path.parent}: {path.name} needs about "
+                f"{math.ceil(size_bytes / 1e6)} MB; make room or write elsewhere"
+            ) from error
+        raise InputError(f"cannot write {path}: {error.strerror or error}; give another path") from error
+
+
+def _install(moves: Sequence[tuple[Path, Path]], folder: Path) -> None:
+    """Moves what is complete to where it goes: all of it, or on any failure none, with what was there put back."""
+    if len(moves) == 1 and not moves[0][1].is_dir():
+        os.replace(*moves[0])  # atomic
+        return
+    old = folder / "old"
+    old.mkdir()
+    begun: list[tuple[Path, Path]] = []
+    try:
+        for new, final in moves:
+            begun.append((new, final))
+            if final.exists():
+                os.replace(final, old / final.name)
+            os.replace(new, final)
+    except BaseException:
+        for new, final in reversed(begun):
+            if not new.exists() and final.exists():
+                os.replace(final, new)
+            if (old / final.name).exists():
+                os.replace(old / final.name, final)
+        raise
+
+
+def _emit_onnx(path: Path, gm: fx.GraphModule, traced: Traced) -> tuple[Emitted, Sequence[Path]]:
+    from lrcompile.emit.onnx import lower, save
+    from lrcompile.emit.verify import onnx_error
+
     lowered = lower(
         gm, traced.args, traced.kwargs,
         input_names=traced.input_names, output_names=traced.output_names, dynamic_batch=traced.dynamic_batch,
     )  # fmt: skip
-    with staging(out) as folder:
-        written = save(lowered.model, folder / out.name)
-        verified = onnx_error(
-            written[0], gm, traced.flat, lowered.input_names, dynamic_batch=lowered.dynamic_batch
+    written = save(lowered.model, path)
+    limit = _limit(gm)
+    checked = onnx_error(path, gm, traced.flat, lowered.input_names, dynamic_batch=lowered.dynamic_batch, limit=limit)
+    _check_error("ONNX model", checked.error, limit)
+    notes = lowered.notes if checked.note is None else (*lowered.notes, checked.note)
+    return Emitted({"onnx_vs_torch": checked.error}, notes), written
+
+
+def _emit_pt2(path: Path, gm: fx.GraphModule, traced: Traced) -> tuple[Emitted, Sequence[Path]]:
+    from lrcompile.emit.pt2 import load_pt2, save_pt2, to_pt2
+
+    program, dynamic = to_pt2(gm, traced.args, traced.kwargs, traced.dynamic_batch)
+    save_pt2(program, path)
+    error = _module_error("archive", load_pt2(path), gm, traced, dynamic)
+    notes = ("the rewritten model fixes its batch size",) if traced.dynamic_batch and not dynamic else ()
+    return Emitted({"pt2_vs_torch": error}, notes), (path,)
+
+
+def _emit_folder(path: Path, gm: fx.GraphModule, traced: Traced) -> tuple[Emitted, Sequence[Path]]:
+    from lrcompile.emit.folder import load_folder, write_folder
+
+    write_folder(path, gm, traced)
+    error = _module_error("folder", load_folder(path), gm, traced, traced.dynamic_batch)
+    return Emitted({"folder_vs_torch": error}), (path,)
+
+
+_EMITTERS: dict[str, Callable[[Path, fx.GraphModule, Traced], tuple[Emitted, Sequence[Path]]]] = {
+    ".onnx": _emit_onnx,
+    ".pt2": _emit_pt2,
+    "folder": _emit_folder,
+}
+
+
+def _module_error(what: str, module: nn.Module, gm: fx.GraphModule, traced: Traced, dynamic_batch: bool) -> float:
+    """The error of a module that takes the model's inputs, against the graph."""
+    from lrcompile.emit.verify import emitted_error
+
+    order = {name: i for i, name in enumerate(traced.input_names)}
+    kwargs = dict(sorted(traced.kwargs.items(), key=lambda item: order.get(item[0], len(order))))
+    spec = pytree.tree_structure((traced.args, kwargs))
+
+    def emitted(flat: Sequence[Any]) -> Sequence[Any]:
+        args, kwargs = pytree.tree_unflatten(flat, spec)
+        return pytree.tree_leaves(module(*args, **kwargs))
+
+    limit = _limit(gm)
+    error = emitted_error(emitted, gm, traced.flat, dynamic_batch=dynamic_batch, limit=limit)
+    _check_error(what, error, limit)
+    return error
+
+
+def _limit(gm: fx.GraphModule) -> float:
+    """The largest relative error that rounding in another order can explain, for the model's least precise type."""
+    return max((_LIMITS.get(tensor.dtype, _LIMIT) for tensor in gm.parameters()), default=_LIMIT)
+
+
+def _check_error(what: str, error: float, limit: float) -> None:
+    if not error <= limit:
+        raise VerificationError(
+            f"the emitted {what} differs from the compiled model: relative error {error:.2e}, at most {limit:.0e} "
+            "expected; nothing is written; this is a fault of lrcompile or of the exporter: try another output format"
         )
-        if not verified.error <= 1e-4 and verified.note is None:
-            raise VerificationError(f"ONNX differs by {verified.error:.2e}; nothing is written")
-        for path in reversed(written):
-            os.replace(path, out.with_name(path.name))
-    notes = [*lowered.notes, *([verified.note] if verified.note else [])]
-    return Emitted((out,), {"onnx_vs_torch": verified.error}, notes)
-
-
-@contextmanager
-def staging(out: Path) -> Iterator[Path]:
-    """A temporary folder beside the output, gone in the end whatever happens."""
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
-        yield folder
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise InputError(f"no space left on the disk of {out.parent}; nothing was written") from error
-        raise
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a small text file, complete or not at all."""
-    with staging(path) as folder:
-        (folder / path.name).write_text(text, encoding="utf-8")
-        os.replace(folder / path.name, path)
-
-
-def check_writable(out: Path, text: bool = False) -> None:
-    """Refuses early what could not be written at the end."""
-    if not text and out.suffix != ".onnx":
-        raise InputError(f"cannot tell the format of {out}; expected .onnx")
-    if not out.parent.is_dir():
-        raise InputError(f"there is no folder {out.parent} to write {out.name} into; create it first")
-    if out.is_dir():
-        raise InputError(f"{out} is a folder; expected the name of a file")
-    if not os.access(out.parent, os.W_OK):
-        raise InputError(f"the folder {out.parent} is not writable; choose another place for {out.name}")
