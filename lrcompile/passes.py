@@ -104,12 +104,15 @@ class Context:
 
     def spectrum(self, site: Site) -> Spectrum:
         """The activation-aware SVD of a linear layer's weight, or of a 1×1 convolution's as [S × C]."""
-        weight = site.module.weight
+        weight: Any = site.module.weight
         if isinstance(site.module, nn.Linear):
             return self.svd(site, "linear", lambda: weight, self.input_gram(site))
         transposed = isinstance(site.module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d)
         return self.svd(
-            site, "pointwise", lambda: weight.flatten(1).T if transposed else weight.flatten(1), self.input_gram(site, 1)
+            site,
+            "pointwise",
+            lambda: weight.flatten(1).T if transposed else weight.flatten(1),
+            self.input_gram(site, 1),
         )
 
     def svd(self, site: Site, form: str, matrix: Callable[[], Tensor], gram: Tensor | None = None) -> Spectrum:
@@ -118,14 +121,16 @@ class Context:
 
     def tucker(self, site: Site) -> Tucker:
         """Tucker-2 of a convolution's kernel as [S × C × taps]; a transposed convolution's is turned that way first."""
-        weight = site.module.weight
+        weight: Any = site.module.weight
         transposed = isinstance(site.module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d)
         kernel = weight.transpose(0, 1) if transposed else weight
         return self._once(site, "tucker", lambda: tucker(kernel, self.input_gram(site, 1)))
 
     def on_trial(self, fake_mode: FakeTensorMode) -> Context:
-        """The same context for pricing: decompositions and statistics have shapes and no values, so that a trial is cheap."""
-        return TrialContext(self.device, self.dtype, self.grams, self.token_counts, self._memo, self._digests, fake_mode=fake_mode)
+        """The same context for pricing: decompositions and statistics have shapes and no values, so it is cheap."""
+        return TrialContext(
+            self.device, self.dtype, self.grams, self.token_counts, self._memo, self._digests, fake_mode=fake_mode
+        )
 
     def _once(self, site: Site, form: str, compute: Callable[[], T]) -> T:
         inputs = " ".join(value_names(node.args[0])[0] for node in site.nodes)  # type: ignore[arg-type]
@@ -166,14 +171,16 @@ class TrialContext(Context):
 
     def tucker(self, site: Site) -> Tucker:
         """A Tucker decomposition whose factors have shapes only."""
-        weight = site.module.weight
+        weight: Any = site.module.weight
         transposed = isinstance(site.module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d)
         with self.fake_mode, torch.no_grad():
-            kernel = self._fake(weight.transpose(0, 1) if transposed else weight)  # type: ignore[arg-type]
+            kernel = self._fake(weight.transpose(0, 1) if transposed else weight)
             return TrialTucker(kernel, kernel, kernel, kernel, kernel, False)
 
     def _fake(self, tensor: Tensor) -> Tensor:
-        return tensor if isinstance(tensor, FakeTensor) or tensor.is_meta else self.fake_mode.from_tensor(tensor.detach())
+        return (
+            tensor if isinstance(tensor, FakeTensor) or tensor.is_meta else self.fake_mode.from_tensor(tensor.detach())
+        )
 
 
 class ShapesOnly(FakeTensorMode):
@@ -235,5 +242,7 @@ def _sum(tensors: Iterable[Tensor | None]) -> Tensor | None:
 def _digest(tensor: Tensor) -> str:
     if isinstance(tensor, FakeTensor):
         return f"fake {id(tensor)}"
-    data = tensor.detach().contiguous()
-    return hashlib.sha1(f"{tuple(data.shape)} {data.dtype}".encode() + data.view(torch.uint8).numpy().tobytes()).hexdigest()
+    data = tensor.detach().clone(memory_format=torch.contiguous_format)
+    digest = hashlib.sha1(f"{tuple(data.shape)} {data.dtype}".encode())
+    digest.update(data.view(torch.uint8).numpy().data if data.numel() else b"")
+    return digest.hexdigest()

@@ -112,13 +112,11 @@ def tucker(kernel: Tensor, gram: Tensor | None = None) -> Tucker:
     core = torch.einsum("so,sck,ci->oik", out_basis, scaled, into_basis)
     energy = core.square().sum(2)
     captured = energy.cumsum(0).cumsum(1) / energy.sum().clamp_min(1e-300)
-    return Tucker(
-        kernel.detach(), out_basis, root @ into_basis, into_basis.T @ inverse, captured, gram is not None
-    )
+    return Tucker(kernel.detach(), out_basis, root @ into_basis, into_basis.T @ inverse, captured, gram is not None)
 
 
 def _eigh(symmetric: Tensor, source: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues and -vectors, ascending; large ones in single precision (3–5 times faster) unless the source is double."""
+    """Eigenvalues and -vectors, ascending; large ones in single precision (twice as fast) unless W is double."""
     if len(symmetric) < SINGLE_FROM or source.dtype == torch.float64:
         return torch.linalg.eigh(symmetric)
     scale = symmetric.diagonal().max().clamp_min(1e-300)

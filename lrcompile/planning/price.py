@@ -7,19 +7,23 @@ merged are also factorised together.
 
 from __future__ import annotations
 
+import copy
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx._lazy_graph_module import _use_lazy_graph_module
+from torch.utils import _pytree as pytree
 
 from lrcompile.devices.cost import Cost, CostModel
 from lrcompile.errors import PassError
-from lrcompile.graph.graph import Graph, attribute, unique_tensors
+from lrcompile.graph.graph import Graph, attribute, owners, tied_with, unique_tensors
 from lrcompile.graph.rewrite import Refusal, Rewrite, set_module
-from lrcompile.passes import Context, Pass, Stage, apply, proposals
+from lrcompile.passes import Context, Pass, ShapesOnly, Stage, apply, proposals
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,7 @@ class Pricing:
 
 Progress = Callable[[str, int, int], None]
 Priced = tuple[Cost, Cost, float]
+_Outcome = tuple[Rewrite | None, Priced, tuple[int, ...]]  # what follows, its price, positions of the nodes taken up
 
 
 def price(
@@ -148,15 +153,18 @@ class _Trials:
         self.priced: dict[str, Priced] = {}
 
     def price(self, chain: tuple[Rewrite, ...], fuse: Sequence[Pass]) -> Iterator[Candidate]:
-        """The chain as a candidate, and one more for each FUSE rewrite of what the chain made, if that is cheaper.
+        """The chain as a candidate, and one more for each FUSE rewrite of what the chain made, if that is faster.
 
         A chain that does the same to an equal region as an earlier one is not tried again.
         """
         region = self.region(chain)
         key = region.key + "\n" + "\n".join(region.worded(rewrite) for rewrite in chain)
-        if key not in self.known:
-            self.known[key] = list(self.outcomes(region, chain, fuse))
-        for follow, costs, touched in self.known[key]:
+        outcomes = self.known.get(key)
+        if outcomes is None:
+            outcomes = list(self.outcomes(region, chain, fuse))
+            if all(follow is None or all(site.startswith("#") for site in follow.site) for follow, _, _ in outcomes):
+                self.known[key] = outcomes
+        for follow, costs, touched in outcomes:
             whole = chain if follow is None else (*chain, region.spoken(follow))
             sites = tuple(dict.fromkeys(s for r in whole for s in r.site if s in self.sites or s in self.node_by_name))
             error = max((rewrite.error for rewrite in chain), default=0.0)
@@ -164,7 +172,7 @@ class _Trials:
             yield Candidate(whole, sites, footprint, *costs, error)
 
     def outcomes(self, region: _Region, chain: tuple[Rewrite, ...], fuse: Sequence[Pass]) -> Iterator[_Outcome]:
-        """What the chain alone comes to, and each FUSE rewrite after it that makes it cheaper; names left out."""
+        """What the chain alone comes to, and each FUSE rewrite after it that makes it faster; names left out."""
         after, touched, created = self.applied(region, chain)
         alone = self.compared(region, after)
         yield None, alone, touched
@@ -175,11 +183,11 @@ class _Trials:
             for follow in list(proposals(after, transform, self.trial_context)):
                 if isinstance(follow, Refusal) or not made & set(follow.site):
                     continue
-                if not all(site in made or site in region.whole for site in follow.site):
+                if not all(site in made or site in region.open for site in follow.site):
                     continue
                 fused, fused_touched, _ = self.applied(region, (*chain, follow))
                 costs = self.compared(region, fused)
-                if costs[1].latency_s - costs[0].latency_s < alone[1].latency_s - alone[0].latency_s:
+                if costs[0].latency_s - costs[1].latency_s > max(0.0, alone[0].latency_s - alone[1].latency_s):
                     yield region.unspoken(follow), costs, fused_touched
 
     def continuations(
@@ -228,12 +236,11 @@ class _Trials:
         if key not in self.regions:
             graph = extract(self.graph, self.neighbourhood(chain), self.shapes, self.blank)
             inside = {node.name for node in graph.nodes}
-            whole = frozenset(
-                path
-                for path in graph.sites()
-                if path not in self.closed and all(node.name in inside for node in self.sites[path].nodes)
-            )
-            self.regions[key] = _Region(graph, whole)
+            free = (inside & self.node_by_name.keys()) - self.sites.keys()
+            for path in graph.sites():
+                if path not in self.closed and all(node.name in inside for node in self.sites[path].nodes):
+                    free.add(path)
+            self.regions[key] = _Region(graph, frozenset(free))
         return self.regions[key]
 
     def neighbourhood(self, chain: Iterable[Rewrite]) -> set[fx.Node]:
@@ -260,7 +267,7 @@ class _Trials:
         if id(value) not in self.blanks:
             if isinstance(value, Tensor):
                 fake = self.shapes.from_tensor(value)
-                known = nn.Parameter(fake, value.requires_grad) if isinstance(value, nn.Parameter) else fake
+                known: Any = nn.Parameter(fake, value.requires_grad) if isinstance(value, nn.Parameter) else fake
             else:
                 known = copy.copy(value)
                 for table in ("_parameters", "_buffers", "_modules"):
@@ -272,17 +279,17 @@ class _Trials:
 class _Region:
     """A neighbourhood on its own, without values.
 
-    `whole` are the sites of the model that FUSE passes may take in: all of their calls are inside, nothing is tied
-    to them and they are not to be kept. Sites are worded as (position, rest of the path) to compare regions.
+    `open` are the original sites and nodes that FUSE passes may take in: of layers, those of which all calls are
+    inside, that nothing is tied to and that are not to be kept. Regions are compared with sites as positions.
     """
 
-    def __init__(self, graph: Graph, whole: frozenset[str]) -> None:
+    def __init__(self, graph: Graph, open_sites: frozenset[str]) -> None:
         self.graph = graph
-        self.whole = whole
+        self.open = open_sites
         self.names = [node.name for node in graph.nodes]
         self.paths = list(graph.sites())
         self.structure = _structure(graph)
-        self.key = f"{self.structure}\n{[i for i, path in enumerate(self.paths) if path in whole]}"
+        self.key = f"{self.structure}\n{[i for i, path in enumerate(self.paths) if path in open_sites]}"
 
     def unspoken(self, rewrite: Rewrite) -> Rewrite:
         """The rewrite with the region's paths replaced by their positions, also at the start of a longer path."""
@@ -301,39 +308,50 @@ class _Region:
         return f"{rewrite.pass_name} {self.unspoken(rewrite).site} {sorted(rewrite.params.items())}"
 
     def _position(self, site: str) -> str:
-        for i, path in enumerate(self.paths):
-            if site == path or site.startswith(f"{path}."):
-                return f"#{i}{site[len(path) :]}"
-        return site
+        matches = [i for i, path in enumerate(self.paths) if site == path or site.startswith(f"{path}.")]
+        if not matches:
+            return site
+        longest = max(matches, key=lambda i: len(self.paths[i]))
+        return f"#{longest}{site[len(self.paths[longest]) :]}"
 
 
-def extract(graph: Graph, nodes: set[fx.Node]) -> Graph:
+def extract(
+    graph: Graph,
+    nodes: set[fx.Node],
+    mode: FakeTensorMode | None = None,
+    convert: Callable[[Any], Any] = lambda value: value,
+) -> Graph:
     """A graph of some nodes alone: what they read becomes inputs, what others read of them becomes outputs.
 
-    Names, shapes and modules are kept (modules by reference).
+    Names, shapes and modules are kept; modules and values go through `convert`, to what `mode` computes with.
     """
     new = fx.Graph()
     root = nn.Module()
     env: dict[fx.Node, fx.Node] = {}
+
+    def copied(old: fx.Node, node: fx.Node) -> None:
+        env[old] = node
+        node.meta = dict(old.meta)
+        if "val" in node.meta:
+            node.meta["val"] = pytree.tree_map(convert, node.meta["val"])
+
     ordered = [node for node in graph.nodes if node in nodes and node.op in ("call_module", "call_function")]
     sources = dict.fromkeys(source for node in ordered for source in node.all_input_nodes if source not in nodes)
     for source in sources:
         if source.op == "get_attr":
-            env[source] = new.get_attr(source.target)
-            _set_attribute(root, str(source.target), attribute(graph.gm, source.target))  # type: ignore[arg-type]
+            copied(source, new.get_attr(str(source.target)))
+            _set_attribute(root, str(source.target), convert(attribute(graph.gm, source.target)))  # type: ignore[arg-type]
         else:
-            env[source] = new.placeholder(source.name)
+            copied(source, new.placeholder(source.name))
         env[source].name = source.name
-        env[source].meta = dict(source.meta)
     for node in ordered:
-        env[node] = new.node_copy(node, lambda n: env[n])
-        env[node].meta = dict(node.meta)
+        copied(node, new.node_copy(node, lambda n: env[n]))
         if node.op == "call_module":
-            set_module(root, node.target, graph.gm.get_submodule(node.target))  # type: ignore[arg-type]
+            set_module(root, node.target, convert(graph.gm.get_submodule(node.target)))  # type: ignore[arg-type]
     inside = set(ordered)
     new.output(tuple(env[node] for node in ordered if any(user not in inside for user in node.users)))
     with _use_lazy_graph_module(True):
-        return Graph(fx._lazy_graph_module._make_graph_module(root, new), graph.fake_mode)
+        return Graph(fx._lazy_graph_module._make_graph_module(root, new), mode or graph.fake_mode)
 
 
 def _set_attribute(root: nn.Module, path: str, value: object) -> None:
@@ -356,7 +374,7 @@ def _structure(graph: Graph) -> str:
     lines = []
     for i, node in enumerate(graph.nodes):
         index[node] = i
-        arguments = fx.node.map_arg((node.args, node.kwargs), lambda n: _Ref(index[n]))
+        arguments = fx.node.map_arg((node.args, node.kwargs), lambda n: f"%{index[n]}")
         value = node.meta.get("val")
         sizes = (tuple(value.shape), value.dtype) if isinstance(value, torch.Tensor) else ""
         target = repr(graph.gm.get_submodule(node.target)) if node.op == "call_module" else node.target  # type: ignore[arg-type]
@@ -364,21 +382,6 @@ def _structure(graph: Graph) -> str:
             target = ""
         lines.append(f"{node.op} {target} {arguments} {sizes}")
     return "\n".join(lines)
-
-
-def _wording(chain: Iterable[Rewrite], region: Graph) -> str:
-    """A chain with its sites as positions in the region; sites that the chain itself makes keep their endings."""
-    position = {path: f"#{i}" for i, path in enumerate(region.sites())}
-    words = []
-    for rewrite in chain:
-        sites = [position.get(site, site) for site in rewrite.site]
-        words.append(f"{rewrite.pass_name} {sites} {sorted(rewrite.params.items())}")
-    return "\n" + "\n".join(words)
-
-
-@dataclass(frozen=True)
-class _Ref:
-    index: int
 
 
 def _parameter_bytes(graph: Graph) -> float:

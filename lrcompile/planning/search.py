@@ -72,9 +72,7 @@ def search(problem: Problem, budget: Budget) -> Choice:
     error_limit = budget.error_limit
     if error_limit is not None and error_limit <= EXACT_ERROR:
         admitted = tuple(c for c in admitted if c.exact)
-    errors = model_errors(
-        problem.graph, admitted, problem.passes, problem.context, problem.evaluator, problem.progress
-    )
+    errors = model_errors(problem.graph, admitted, problem.passes, problem.context, problem.evaluator, problem.progress)
     if error_limit is None:
         picked = choose(admitted, errors, limits, "error")
         assert picked is not None, "feasibility was checked"
@@ -85,9 +83,7 @@ def search(problem: Problem, budget: Budget) -> Choice:
     return replace(choice, relaxed=relaxed)
 
 
-def _admit(
-    problem: Problem, budget: Budget, limits: Limits, total_bytes: float
-) -> tuple[tuple[Candidate, ...], bool]:
+def _admit(problem: Problem, budget: Budget, limits: Limits, total_bytes: float) -> tuple[tuple[Candidate, ...], bool]:
     """The candidates that count under this budget; checks that latency and size can be reached at any error."""
     faster = thin(c for c in problem.candidates if c.p_faster >= budget.confidence and c.gain.latency_s > 0)
     reach = _reach(problem, faster, total_bytes)
@@ -173,7 +169,9 @@ def _closed_loop(
         # the measured error is taken as proportional to the predicted one, and the answer kept inside the bracket
         target = 0.98 * budget_error * predicted / choice.error if min(predicted, choice.error) > 0 else 4 * target
         if not low < target < high:
-            target = (low * high) ** 0.5 if low and math.isfinite(high) else 0.5 * high if math.isfinite(high) else 2 * low
+            target = (
+                (low * high) ** 0.5 if low and math.isfinite(high) else 0.5 * high if math.isfinite(high) else 2 * low
+            )
     problem.progress("choose", ROUNDS, ROUNDS)
     if best is None and limits.gain_s <= 0 and limits.bytes_saved <= 0:
         exact = [i for i, c in enumerate(candidates) if c.exact]

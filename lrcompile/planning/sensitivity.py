@@ -52,9 +52,7 @@ class Evaluator:
         return worst
 
 
-def rewritten(
-    graph: Graph, rewrites: Iterable[Rewrite], passes: Mapping[str, Pass], context: Context
-) -> Graph:
+def rewritten(graph: Graph, rewrites: Iterable[Rewrite], passes: Mapping[str, Pass], context: Context) -> Graph:
     """A copy of the graph with rewrites applied in order, and what they left unused dropped."""
     result = graph.copy()
     for rewrite in rewrites:
