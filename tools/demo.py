@@ -6,6 +6,7 @@ It fetches real weights, writes them as `model.pt`, and runs the commands that a
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import shlex
 import subprocess
@@ -72,7 +73,9 @@ def _export(archive: Path, out: Path) -> None:
     with archive.open("rb") as file, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what torch warns about here is not the caller's to mend
         program = torch.export.load(file)
-        torch.onnx.export(program, f=out, dynamo=True, opset_version=20, verbose=False)
+        logging.disable(logging.WARNING)
+        torch.onnx.export(program, f=out, dynamo=True, opset_version=20, verbose=False, external_data=False)
+        logging.disable(logging.NOTSET)
 
 
 if __name__ == "__main__":

@@ -163,7 +163,7 @@ def _normalised(image: np.ndarray) -> Tensor:
 
 def save_archive(model: nn.Module, args: tuple[Tensor, ...], path: Path) -> None:
     """Writes a torch.export archive whose batch is open, with `args` as its example inputs."""
-    open_batch = tuple({0: torch.export.Dim.AUTO} for _ in args)
+    open_batch = tuple({0: torch.export.Dim("batch")} for _ in args)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # what torch warns about here is not the caller's to mend
         program = torch.export.export(model, args, dynamic_shapes=open_batch, strict=False)
