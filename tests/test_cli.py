@@ -1,0 +1,295 @@
+"""The command line as a user meets it: files of every kind, errors in one sentence, exit codes, nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from torch import nn
+
+from lrcompile.cli import main
+
+MODULE = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Linear(256, 1024)
+        self.down = nn.Linear(1024, 256)
+        generator = torch.Generator().manual_seed(0)
+        for layer in (self.up, self.down):
+            rows, columns = layer.weight.shape
+            left = torch.randn(rows, 16, generator=generator)
+            right = torch.randn(16, columns, generator=generator)
+            layer.weight.data = left @ right / columns**0.5
+            layer.bias.data.zero_()
+
+    def forward(self, x):
+        return x + self.down(torch.relu(self.up(x)))
+
+def build():
+    return Net().eval()
+
+def build_with_inputs():
+    return Net().eval(), (torch.randn(4096, 256, generator=torch.Generator().manual_seed(1)),)
+
+def loader():
+    yield {"x": torch.randn(4096, 256, generator=torch.Generator().manual_seed(2))}
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A user's folder: the model in every form, all of them called *.pt, and the code that builds it."""
+    path = tmp_path_factory.mktemp("user")
+    (path / "user_net.py").write_text(MODULE)
+    sys.path.insert(0, str(path))
+    try:
+        import user_net
+    finally:
+        sys.path.remove(str(path))
+    model, (x,) = user_net.build_with_inputs()
+    torch.export.save(torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim.AUTO},)), path / "export.pt2")
+    os.rename(path / "export.pt2", path / "model.pt")
+    torch.save(model.state_dict(), path / "state.pt")
+    torch.save(model, path / "pickled.pt")
+    np.savez(path / "calib.npz", x=x.numpy()[:2048])
+    return path
+
+
+@pytest.fixture
+def cwd(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder that sees the user's files."""
+    for item in folder.iterdir():
+        if item.name != "__pycache__":
+            (tmp_path / item.name).symlink_to(item)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    return tmp_path
+
+
+def call(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
+    """(exit code, standard output, standard error) of a command line."""
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    out, err = capsys.readouterr()
+    return int(stop.value.code or 0), out, err
+
+
+def made(cwd: Path) -> set[str]:
+    """What the command left in the folder."""
+    return {p.name for p in cwd.iterdir() if not p.is_symlink()} - {"__pycache__"}
+
+
+def test_main_form_writes_a_verified_model(cwd: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = call(
+        capsys, "model.pt", "--target", "v100", "--out", "model_lr.onnx", "--report-json", "r.json",
+        "--plan-out", "plan.json",
+    )  # fmt: skip
+    assert (code, err) == (0, "")
+    assert "low-rank-linear" in out
+    assert "predicted, analytic" in out
+    assert made(cwd) == {"model_lr.onnx", "r.json", "plan.json"}
+    report = json.loads(Path("r.json").read_text())
+    assert set(report) >= {"schema", "target", "model", "latency_ms", "error", "sites", "verification", "timings_s"}
+    assert set(report["model"]) >= {"params_before", "params_after", "flops_before", "flops_after"}
+    assert set(report["latency_ms"]) == {"before", "after", "speedup", "kind", "sigma"}
+    assert set(report["error"]) == {"metric", "basis", "budget", "measured"}
+    assert set(report["sites"][0]) >= {
+        "site", "op", "decision", "pass", "params", "error", "latency_ms_before", "latency_ms_after", "p_faster",
+        "reason",
+    }  # fmt: skip
+    assert report["verification"]["onnx_vs_torch"] <= 1e-4
+    session = onnxruntime.InferenceSession("model_lr.onnx")
+    assert session.run(None, {"x": np.ones((3, 256), np.float32)})[0].shape == (3, 256)
+
+
+def test_plan_replays_byte_identically(cwd: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("model.pt", "--target", "v100", "--calib", "calib.npz")
+    assert call(capsys, *words, "--out", "a.onnx", "--plan-out", "plan.json")[0] == 0
+    code, _, err = call(
+        capsys, "model.pt", "--calib", "calib.npz", "--plan", "plan.json", "--out", "b.onnx", "--plan-out", "again.json"
+    )
+    assert (code, err) == (0, "")
+    assert Path("a.onnx").read_bytes() == Path("b.onnx").read_bytes()
+    assert Path("plan.json").read_bytes() == Path("again.json").read_bytes()
+    code, out, _ = call(capsys, "explain", "plan.json")
+    assert code == 0
+    assert "down" in out
+    code, out, _ = call(capsys, "explain", "plan.json", "up")
+    assert "low-rank-linear" in out
+    code, out, _ = call(capsys, "explain", "plan.json", "up", "--json")
+    assert json.loads(out)["alternatives"]
+    code, _, err = call(capsys, "explain", "plan.json", "upp")
+    assert code == 2
+    assert "did you mean up" in err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("state.pt", "--arch", "user_net:build", "--input", "x=float32[4096,256]"),
+        ("user_net:build_with_inputs",),
+        ("user_net:build", "--calib", "user_net:loader", "--batch", "1024"),
+        ("pickled.pt", "--trust-pickle", "--calib", "calib.npz"),
+    ],
+)
+def test_every_kind_of_source(cwd: Path, capsys: pytest.CaptureFixture[str], words: tuple[str, ...]) -> None:
+    code, out, err = call(capsys, *words, "--json")
+    assert (code, err) == (0, "")
+    assert json.loads(out)["model"]["params_before"] == 256 * 1024 * 2 + 1024 + 256
+    assert not made(cwd)
+
+
+def test_lists_and_predictions(cwd: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = call(capsys, "devices", "--json")
+    assert {d["name"] for d in json.loads(out)} >= {"v100", "t4", "ascend310", "rpi5", "x86-ort"}
+    code, out, _ = call(capsys, "passes", "--json")
+    assert "low-rank-linear" in {p["name"] for p in json.loads(out)["passes"]}
+    Path("ops.csv").write_text("m,n,k,ta,tb\n1024,1024,1024,N,N\n")
+    code, out, err = call(capsys, "predict", "ops.csv", "--target", "v100", "--dtype", "fp16", "--out", "p.csv")
+    assert (code, err) == (0, "")
+    assert Path("p.csv").read_text().splitlines()[0] == "m,n,k,ta,tb,predicted_ms,sigma"
+
+
+class _Evil:
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return os.system, ("touch ran",)
+
+
+def _write_bad_files(cwd: Path) -> None:
+    Path("empty.pt").write_bytes(b"")
+    Path("text.pt").write_text("hello")
+    Path("cut.pt").write_bytes(Path("model.pt").read_bytes()[:3000])
+    Path("evil.pt").write_bytes(pickle.dumps(_Evil()))
+    torch.save({"w": _Evil()}, "evil_zip.pt")
+    state = torch.load("state.pt", weights_only=True)
+    torch.save({**state, "up.weight": torch.full((1024, 256), float("nan"))}, "nan.pt")
+    torch.save({"up.weight": torch.zeros(3, 3), "other": torch.zeros(1)}, "misfit.pt")
+    np.savez("nan.npz", x=np.full((8, 256), np.nan, np.float32))
+    np.savez("names.npz", y=np.zeros((8, 256), np.float32))
+    np.savez("shape.npz", x=np.zeros((8, 7), np.float32))
+    Path("plan.json").write_text("{}")
+
+
+BAD: list[tuple[tuple[str, ...], int, str]] = [
+    (("nothing.pt",), 2, "nothing.pt"),
+    (("empty.pt",), 2, "empty"),
+    (("text.pt",), 2, "not a model"),
+    (("cut.pt",), 2, "cut.pt"),
+    (("evil.pt",), 2, "--trust-pickle"),
+    (("evil_zip.pt",), 2, "--trust-pickle"),
+    (("pickled.pt",), 2, "--trust-pickle"),
+    (("state.pt",), 2, "--arch"),
+    (("misfit.pt", "--arch", "user_net:build"), 2, "up.weight"),
+    (("nan.pt", "--arch", "user_net:build", "--input", "x=float32[8,256]"), 2, "up.weight"),
+    (("user_net:biuld",), 2, "build"),
+    (("state.pt", "--arch", "user_net:build"), 2, "--input"),
+    (("user_net:build", "--input", "y=float32[8,256]"), 2, "x"),
+    (("user_net:build", "--input", "x=float32[8,255]"), 2, "255"),
+    (("user_net:build", "--input", "x=flaot32[8,256]"), 2, "float32"),
+    (("user_net:build", "--input", "x=int64[8,256]"), 2, "does not run"),
+    (("model.pt", "--calib", "nan.npz"), 2, "NaN"),
+    (("model.pt", "--calib", "names.npz"), 2, "y"),
+    (("model.pt", "--calib", "shape.npz"), 2, "7"),
+    (("model.pt", "--target", "v10"), 2, "v100"),
+    (("model.pt", "--passes", "low-rank-liner"), 2, "low-rank-linear"),
+    (("model.pt", "--skip", "nope.*"), 2, "up"),
+    (("model.pt", "--tagret", "v100"), 2, "--target"),
+    (("model.pt", "--size", "huge"), 2, "--size"),
+    (("model.pt", "--speedup", "0.5"), 2, "--speedup"),
+    (("model.pt", "--max-latency", "soon"), 2, "--max-latency"),
+    (("model.pt", "--max-error", "nan"), 2, "max_error"),
+    (("model.pt", "--dtype", "fp12"), 2, "fp32"),
+    (("model.pt", "--batch", "0"), 2, "--batch"),
+    (("model.pt", "--plan", "plan.json"), 2, "--plan-out"),
+    (("model.pt", "--speedup", "500"), 1, "reachable range"),
+    (("model.pt", "--max-latency", "1ns"), 2, "--max-latency"),
+    (("model.pt", "--size", "0.0001"), 1, "reachable range"),
+    (("model.pt", "--target", "local.toml"), 2, "local.toml"),
+    (("explain", "missing.json"), 2, "missing.json"),
+    (("bench", "text.pt", "text.pt"), 2, "text.pt"),
+    (("predict", "text.pt", "--out", "p.csv"), 2, "text.pt"),
+    ((), 2, ""),
+]
+
+
+@pytest.mark.parametrize(("words", "expected", "says"), BAD, ids=[" ".join(words) for words, _, _ in BAD])
+def test_bad_usage_is_one_sentence_and_leaves_nothing(
+    cwd: Path, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], expected: int, says: str
+) -> None:
+    _write_bad_files(cwd)
+    Path("out.onnx").write_bytes(b"precious")
+    before = made(cwd)
+    compiling = bool(words) and words[0] not in ("explain", "bench", "predict")
+    code, _, err = call(capsys, *words, *(("--out", "out.onnx") if compiling else ()))
+    assert code == expected
+    assert "Traceback" not in err
+    if words:
+        assert err.startswith("lrcompile: ")
+        assert says in err
+        assert err.count("\n") == 1
+    assert made(cwd) == before
+    assert Path("out.onnx").read_bytes() == b"precious"
+
+
+@pytest.mark.parametrize("out", ["no/such/folder/m.onnx", "m.tflite", "calib.npz/m.onnx"])
+def test_outputs_that_cannot_be_written_are_refused_first(
+    cwd: Path, capsys: pytest.CaptureFixture[str], out: str
+) -> None:
+    start = time.monotonic()
+    code, _, err = call(capsys, "model.pt", "--out", out)
+    assert code == 2
+    assert err.startswith("lrcompile: ")
+    assert "tracing" not in err
+    assert not made(cwd)
+    assert start  # the check comes before the work: the model is not even read
+
+
+def test_interrupt_leaves_nothing(cwd: Path) -> None:
+    """Ctrl-C in the middle of the work: one line, exit code 130, no output and no temporary file."""
+    Path("out.onnx").write_bytes(b"precious")
+    before = made(cwd)
+    process = subprocess.Popen(
+        [sys.executable, "-c", "import lrcompile.cli as c; print('ready', flush=True); c.main()",
+         "user_net:build_with_inputs", "--out", "out.onnx"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    try:
+        process.wait(2)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted" in err
+    assert "Traceback" not in err
+    assert made(cwd) == before
+    assert Path("out.onnx").read_bytes() == b"precious"
+
+
+def test_model_with_a_state_dict_key_for_every_kept_layer(cwd: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A folder of readable PyTorch comes out too, and runs with torch alone."""
+    code, _, err = call(capsys, "user_net:build_with_inputs", "--target", "v100", "--out", "lr")
+    assert (code, err) == (0, "")
+    done = subprocess.run(
+        [sys.executable, "-c", "import torch; from model import load; print(load()(torch.ones(2, 256)).shape)"],
+        cwd=cwd / "lr", capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert "torch.Size([2, 256])" in done.stdout
+
+
