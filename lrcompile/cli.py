@@ -23,6 +23,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+INTERRUPTED = 130
 COMMANDS = ("compile", "devices", "passes", "predict", "bench", "explain")
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
@@ -46,9 +47,11 @@ def _run(words: list[str]) -> int:
     except LrcompileError as error:
         errors.print(f"lrcompile: {error}")
         return error.exit_code
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as stop:
+        if isinstance(stop, SystemExit) and stop.code != INTERRUPTED:  # the option parser turns Ctrl-C into an exit
+            raise
         errors.print("lrcompile: interrupted; no output was written")
-        return 130
+        return INTERRUPTED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -59,9 +62,6 @@ def _run(words: list[str]) -> int:
         if hasattr(error, "format_message"):  # a usage error of the option parser
             errors.print(f"lrcompile: {error.format_message()}")  # type: ignore[attr-defined]
             return 2
-        if type(error).__name__ == "Abort":
-            errors.print("lrcompile: interrupted; no output was written")
-            return 130
         raise
 
 

@@ -8,12 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch.utils import _pytree as pytree
+
 from lrcompile.compile import compile as compile_model
 from lrcompile.emit.write import check_writable, write_text
 from lrcompile.errors import InputError
 from lrcompile.frontend.calibration_data import CalibrationData, load_calibration
 from lrcompile.frontend.inputs import call_inputs, example_inputs, input_names, parse_inputs
 from lrcompile.frontend.load import Source, load
+from lrcompile.frontend.trace import batch_size
 from lrcompile.planning.budget import Budget, parse_latency, parse_size
 from lrcompile.planning.plan import Plan
 from lrcompile.plugins import discover, select
@@ -92,7 +95,8 @@ def _budget(request: Request) -> Budget:
 def _calibration(request: Request, source: Source) -> CalibrationData | None:
     if request.calib is None:
         return None
-    return load_calibration(request.calib, input_names(source.program), request.batch or 8)
+    example = batch_size(pytree.tree_leaves((source.args, source.kwargs)))
+    return load_calibration(request.calib, input_names(source.program), request.batch or example or 8)
 
 
 def _inputs(
