@@ -229,9 +229,7 @@ def _module_error(what: str, module: nn.Module, gm: fx.GraphModule, traced: Trac
     """The error of a module that takes the model's inputs, against the graph."""
     from lrcompile.emit.verify import emitted_error
 
-    order = {name: i for i, name in enumerate(traced.input_names)}
-    kwargs = dict(sorted(traced.kwargs.items(), key=lambda item: order.get(item[0], len(order))))
-    spec = pytree.tree_structure((traced.args, kwargs))
+    spec = pytree.tree_structure((traced.args, traced.kwargs))
 
     def emitted(flat: Sequence[Any]) -> Sequence[Any]:
         args, kwargs = pytree.tree_unflatten(flat, spec)
