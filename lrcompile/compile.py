@@ -82,6 +82,7 @@ class Prepared:
     evaluator: Evaluator
     pricing: Pricing
     base: Cost
+    original: Cost
     calibration: CalibrationData | None
     skipped: tuple[str, ...]
     seed: int
@@ -167,6 +168,7 @@ def prepare_model(
         costs = {} if target.is_local else _node_costs(graph, target.model)
         pricing = replace(pricing, refusals=(*refusals, *pricing.refusals), node_costs=costs)
         base = measure(traced, graph).before if target.is_local else total(list(costs.values()))
+        original = base if target.is_local else total(list(_node_costs(traced.graph, target.model).values()))
     return Prepared(
         traced=traced,
         graph=graph,
@@ -177,6 +179,7 @@ def prepare_model(
         evaluator=evaluator,
         pricing=pricing,
         base=base,
+        original=original,
         calibration=calibration,
         skipped=skipped,
         seed=seed,
@@ -192,7 +195,9 @@ def solve(prepared: Prepared, budget: Budget) -> Result:
         BudgetError: the budget cannot be met; the message holds the range that can.
     """
     p, clock = prepared, prepared.clock
-    problem = Problem(p.graph, p.pricing.candidates, p.passes, p.context, p.evaluator, p.base, clock.progress)
+    problem = Problem(
+        p.graph, p.pricing.candidates, p.passes, p.context, p.evaluator, p.base, p.original.latency_s, clock.progress
+    )  # fmt: skip
     with clock("choose"):
         choice = search(problem, budget)
         exact = [rewrite for rewrite in choice.rewrites if rewrite.exact]
@@ -203,7 +208,7 @@ def solve(prepared: Prepared, budget: Budget) -> Result:
         with clock("confirm"):
             choice, measured = confirm(p.traced, problem, choice)
     decisions = decide(
-        p.graph, p.pricing, choice.candidates, budget.confidence, budget.error_limit, p.skipped,
+        p.graph, p.pricing, choice.candidates, budget.confidence, budget.error_limit, p.skipped, p.canonical,
         overruled=measured.overruled if measured else None,
     )  # fmt: skip
     rewrites = (*p.canonical, *choice.rewrites) if not (measured and measured.returned_original) else ()
@@ -222,7 +227,9 @@ def solve(prepared: Prepared, budget: Budget) -> Result:
     if measured:
         latency = latency_figures("measured", measured.before, measured.after)
     else:
-        latency = latency_figures(p.target.model.kind, p.base, p.base - total([c.gain for c in choice.candidates]))
+        latency = latency_figures(
+            p.target.model.kind, p.original, p.base - total([c.gain for c in choice.candidates])
+        )
     report = Report(
         target=p.target.name,
         model=model_figures(p.traced, choice.graph),
@@ -293,14 +300,12 @@ def replay(
         graph_after = rewritten(graph, plan.rewrites[count:], by_name, context)
         error = Evaluator(traced.graph, batches).error(graph_after)
     choice = Choice((), graph_after, error)
-    before = total([c for c in _node_costs(graph, target.model).values()]) if not target.is_local else None
-    after = total([c for c in _node_costs(graph_after, target.model).values()]) if not target.is_local else None
-    measured = None if before is not None else measure(traced, graph_after)
-    latency = (
-        latency_figures(target.model.kind, before, after)
-        if before is not None and after is not None
-        else latency_figures("measured", measured.before, measured.after)  # type: ignore[union-attr]
-    )
+    if target.is_local:
+        measured = measure(traced, graph_after)
+        latency = latency_figures("measured", measured.before, measured.after)
+    else:
+        before, after = (total(list(_node_costs(g, target.model).values())) for g in (traced.graph, graph_after))
+        latency = latency_figures(target.model.kind, before, after)
     report = Report(
         target=plan.target,
         model=model_figures(traced, graph_after),

@@ -200,6 +200,11 @@ class ShapesOnly(FakeTensorMode):
 class TrialSpectrum(Spectrum):
     """A spectrum without values."""
 
+    @property
+    def basis(self) -> Tensor:  # type: ignore[override]
+        """An empty basis, [rows × full rank]."""
+        return self.matrix.new_empty(len(self.matrix), self.full_rank)
+
     def factors(self, rank: int) -> tuple[Tensor, Tensor]:
         """Empty (up [rows × rank], down [rank × columns])."""
         rows, columns = self.matrix.shape

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,8 @@ def run(request: Request, progress: Callable[[str, int, int], None]) -> Report:
             check_writable(path, text=True)
     plan = Plan.load(request.plan) if request.plan else None
     budget = _budget(request)
-    passes = select(discover().passes, request.passes.split(",")) if request.passes else None
+    found = discover()
+    passes = select(found.passes, request.passes.split(",")) if request.passes else found.passes
     source = load(request.model, arch=request.arch, trust_pickle=request.trust_pickle)
     calibration = _calibration(request, source)
     args, kwargs = _inputs(request, source, calibration)
@@ -70,10 +71,10 @@ def run(request: Request, progress: Callable[[str, int, int], None]) -> Report:
         source.program, args, kwargs, target=request.target, budget=budget, calibration=calibration, passes=passes,
         plan=plan, skip=request.skip, dtype=request.dtype, batch=request.batch, seed=request.seed, progress=progress,
     )  # fmt: skip
-    report = result.report
+    report = replace(result.report, notes=[*found.problems, *result.report.notes])
     if request.out is not None:
         progress("emit", 0, 0)
-        report = result.save(request.out)
+        report = replace(result, report=report).save(request.out)
     if request.plan_out is not None:
         write_text(request.plan_out, result.plan.dumps())
     if request.report_json is not None:

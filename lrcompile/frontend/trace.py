@@ -17,6 +17,7 @@ from lrcompile.errors import InputError, VerificationError
 from lrcompile.frontend.functionalize import functionalize
 from lrcompile.frontend.lift import lift
 from lrcompile.graph.graph import Graph, propagate
+from lrcompile.graph.verify import relative_error
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +69,8 @@ def trace(
     assert isinstance(gm, fx.GraphModule)
     gm = lift(gm)
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
-    flat = tuple(pytree.tree_leaves((args, _ordered(kwargs, placeholders))))
+    kwargs = _ordered(kwargs, exported)
+    flat = tuple(pytree.tree_leaves((args, kwargs)))
     if len(flat) != len(placeholders):
         raise InputError(
             f"the model takes {len(placeholders)} inputs ({', '.join(n.name for n in placeholders)}), "
@@ -81,7 +83,7 @@ def trace(
         args=args,
         kwargs=kwargs,
         flat=flat,
-        input_names=tuple(n.name for n in placeholders),
+        input_names=_input_names(program, args, kwargs, placeholders),
         output_names=_output_names(expected),
         dynamic_batch=dynamic,
         notes=tuple(notes),
@@ -204,22 +206,35 @@ def _run_reference(reference: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
             ) from error
 
 
-def _ordered(kwargs: dict[str, Any], placeholders: list[fx.Node]) -> dict[str, Any]:
-    order = {node.name: i for i, node in enumerate(placeholders)}
-    return dict(sorted(kwargs.items(), key=lambda item: order.get(item[0], len(order))))
+def _ordered(kwargs: dict[str, Any], exported: ExportedProgram) -> dict[str, Any]:
+    """Keyword inputs in the order in which the exported program takes them."""
+    spec = exported.call_spec.in_spec
+    order = list(spec.children()[1].context) if spec is not None and kwargs else []
+    return {name: kwargs[name] for name in order if name in kwargs} | kwargs
+
+
+def _input_names(
+    program: nn.Module | ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any], placeholders: list[fx.Node]
+) -> tuple[str, ...]:
+    """The user's names of the flat inputs: export renames what is a Python word, such as `input`."""
+    names = tuple(node.name for node in placeholders)
+    values = (*args, *kwargs.values())
+    if isinstance(program, ExportedProgram) or not all(isinstance(value, torch.Tensor) for value in values):
+        return names
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    taken = [name for name, p in inspect.signature(program.forward).parameters.items() if p.kind in kinds]
+    given = (*taken[: len(args)], *kwargs)
+    return given if len(given) == len(names) else names
 
 
 def _check_same(expected: Any, got: tuple[Any, ...], what: str) -> None:
     leaves = [t for t in pytree.tree_leaves(expected) if isinstance(t, torch.Tensor)]
     results = [t for t in got if isinstance(t, torch.Tensor)]
     for i, (a, b) in enumerate(zip(leaves, results, strict=True)):
-        if a.is_floating_point():
-            error = (a.double() - b.double()).norm() / a.double().norm().clamp_min(1e-30)
-            limit = 1e-5 if a.dtype in (torch.float32, torch.float64) else 2e-2
-            if not error <= limit:
-                raise VerificationError(f"{what} differs from the model at output {i}: relative error {error:.2e}")
-        elif not torch.equal(a, b):
-            raise VerificationError(f"{what} differs from the model at output {i}")
+        error = relative_error([a], [b])
+        limit = 2e-2 if a.dtype in (torch.float16, torch.bfloat16) else 1e-5
+        if not error <= limit:
+            raise VerificationError(f"{what} differs from the model at output {i}: relative error {error:.2e}")
 
 
 def _output_names(outputs: Any) -> tuple[str, ...]:

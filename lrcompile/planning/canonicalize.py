@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from lrcompile.errors import VerificationError
+from lrcompile.errors import PassError, VerificationError
 from lrcompile.graph.graph import Graph, prune
 from lrcompile.graph.rewrite import Refusal, Rewrite
 from lrcompile.passes import Context, Pass, Stage, apply, proposals
@@ -20,7 +20,7 @@ def canonicalize(
     """(rewritten copy, what was applied in order, what was refused in the last round)."""
     result = graph.copy()
     applied: list[Rewrite] = []
-    for _ in range(MOST_ROUNDS):
+    for done in range(MOST_ROUNDS + 1):
         refusals: list[Refusal] = []
         before = len(applied)
         for transform in passes:
@@ -34,6 +34,10 @@ def canonicalize(
                     applied.append(proposal)
         if len(applied) == before:
             break
+        if done == MOST_ROUNDS:
+            last = applied[-1]
+            problem = f"still proposes rewrites after {MOST_ROUNDS} rounds; a canonical rewrite must not enable itself"
+            raise PassError(last.pass_name, last.site[0], problem)
     result.gm.graph.lint()
     prune(result.gm)
     result.gm.recompile()

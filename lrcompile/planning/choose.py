@@ -15,6 +15,9 @@ from scipy.sparse import csr_array
 from lrcompile.planning.price import Candidate
 
 Objective = Literal["latency", "error", "size"]
+NODES = 20_000  # of the branch-and-bound tree
+REFINEMENTS = 4
+SECOND_AIM = 1e-4  # weight of the latency where the error is to be least
 
 
 @dataclass(frozen=True)
@@ -36,45 +39,52 @@ def choose(
     """Indices of the best candidates, at most one on any original node; None if the limits cannot be met.
 
     `errors[i]` is the error of the model's output when only candidate i is applied. Errors of several are added in
-    quadrature: a guide, not a promise; the caller measures. The choice depends only on the candidates' order.
+    quadrature: a guide, not a promise; the caller measures. Candidates without a finite error are not taken where
+    errors count.
     """
     if not candidates:
         return [] if limits.gain_s <= 0 and limits.bytes_saved <= 0 else None
     gain = np.array([c.gain.latency_s for c in candidates])
     saved = np.array([c.bytes_saved for c in candidates])
-    square = np.square(np.array(errors))
-    rows: list[np.ndarray] = []
-    lower: list[float] = []
-    upper: list[float] = []
+    error = np.array(errors)
+    allowed = np.ones(len(candidates), dtype=bool)
+    if math.isfinite(limits.error) or objective == "error":
+        allowed &= error <= min(limits.error, np.finfo(float).max)
+    square = np.square(np.where(allowed, error, 0.0))
+    constraints = [LinearConstraint(_overlaps(candidates), -math.inf, 1)]
+    if limits.error > 0 and math.isfinite(limits.error):
+        constraints.append(LinearConstraint(square / limits.error**2, -math.inf, 1))
+    for row, least in ((gain, limits.gain_s), (saved, limits.bytes_saved)):
+        if math.isfinite(least):
+            scale = float(np.abs(row).max()) or 1.0
+            constraints.append(LinearConstraint(row / scale, least / scale, math.inf))
+    if objective != "error":
+        return _solved(-(gain if objective == "latency" else saved), constraints, allowed)
+    picked = _solved(square, constraints, allowed, gain)
+    for _ in range(REFINEMENTS):  # the solver's tolerances are absolute: leave out what is beyond the best so far
+        least = float(square[picked].sum()) if picked else 0.0
+        if picked is None or not 0 < least < 0.1 * square[allowed].max():
+            break
+        allowed &= square <= least
+        picked = _solved(square, constraints, allowed, gain) or picked
+    return picked
 
-    def limit(row: np.ndarray, low: float, high: float) -> None:
-        scale = float(np.abs(row).max()) or 1.0
-        rows.append(row / scale)
-        lower.append(low / scale)
-        upper.append(high / scale)
 
-    if math.isfinite(limits.error):
-        limit(square, -math.inf, limits.error**2)
-    if math.isfinite(limits.gain_s):
-        limit(gain, limits.gain_s, math.inf)
-    if math.isfinite(limits.bytes_saved):
-        limit(saved, limits.bytes_saved, math.inf)
-    overlap = _overlaps(candidates)
-    constraints = [LinearConstraint(overlap, -math.inf, 1)]
-    if rows:
-        constraints.append(LinearConstraint(np.array(rows), lower, upper))
-    tie_break = 1e-9 * np.arange(len(candidates)) / len(candidates)
-    aims = {"latency": -gain, "error": square, "size": -saved}
-    aim = aims[objective] / (np.abs(aims[objective]).max() or 1.0) + tie_break
-    if objective == "error":
-        aim = aim - 1e-6 * gain / (np.abs(gain).max() or 1.0)
+def _solved(
+    aim: np.ndarray, constraints: Sequence[LinearConstraint], allowed: np.ndarray, gain: np.ndarray | None = None
+) -> list[int] | None:
+    """The indices that minimise `aim`, and next to it, much more weakly, maximise `gain`."""
+    aim = aim / (np.abs(aim[allowed]).max(initial=0.0) or 1.0)
+    if gain is not None:
+        aim = aim - SECOND_AIM * gain / (np.abs(gain).max() or 1.0)
     result = milp(
-        aim, constraints=constraints, integrality=np.ones(len(candidates)), bounds=Bounds(0, 1),
-        options={"mip_rel_gap": 1e-4, "time_limit": 20.0},
-    )  # fmt: skip
-    if result.x is None:
-        return None
-    return [i for i, x in enumerate(result.x) if x > 0.5]
+        aim,
+        constraints=constraints,
+        integrality=np.ones(len(aim)),
+        bounds=Bounds(0, allowed.astype(float)),
+        options={"mip_rel_gap": 1e-5, "node_limit": NODES},  # a limit in seconds would depend on the machine
+    )
+    return None if result.x is None else [i for i, x in enumerate(result.x) if x > 0.5]
 
 
 def _overlaps(candidates: Sequence[Candidate]) -> csr_array:

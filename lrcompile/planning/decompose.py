@@ -9,25 +9,27 @@ our reading.)
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 DAMPING = 1e-4  # of the mean of G's diagonal, added to the diagonal: orders directions that the data do not excite
 
-SINGLE_FROM = 512  # side from which eigenvectors of single-precision weights are computed in single precision
+SINGLE_FROM = 512  # smaller side from which single-precision weights are decomposed in single precision
 
 
 @dataclass(frozen=True, eq=False)
 class Spectrum:
     """W [rows × columns] ≈ basis[:, :r] · (basis[:, :r]ᵀ · W) for every r.
 
-    `singular_values` are those of W·S, descending; `basis` is [rows × k] with orthonormal columns, float64.
+    `singular_values` are those of W·S, descending. `scaled` is W·S, from which the basis is computed when asked for:
+    most layers are weighed and never split.
     """
 
     matrix: Tensor
     singular_values: Tensor
-    basis: Tensor
+    scaled: Tensor
     activation_aware: bool
 
     @property
@@ -37,9 +39,23 @@ class Spectrum:
 
     def tail(self, rank: int) -> float:
         """Relative error ‖(W − W_r)S‖ / ‖W·S‖ of keeping `rank` components: the layer's relative output error."""
+        return float(self.tails[rank])
+
+    @cached_property
+    def tails(self) -> Tensor:
+        """The relative error of each rank from 0 to the full one, [full rank + 1]."""
         energy = self.singular_values.square()
-        total = float(energy.sum())
-        return float((energy[rank:].sum() / total).clamp_min(0).sqrt()) if total > 0 else 0.0
+        left = torch.cat([energy.flip(0).cumsum(0).flip(0), energy.new_zeros(1)])
+        return (left / left[0].clamp_min(1e-300)).sqrt()
+
+    @cached_property
+    def basis(self) -> Tensor:
+        """The left singular vectors of W·S, [rows × full rank], orthonormal columns in float64."""
+        rows, columns = self.scaled.shape
+        if rows <= columns:
+            return _eigh(self.scaled @ self.scaled.T)[1].flip(1).double()
+        right = _eigh(self.scaled.T @ self.scaled)[1].flip(1)
+        return torch.linalg.qr(self.scaled @ right)[0].double()  # columns are orthogonal already: spans stay nested
 
     def factors(self, rank: int) -> tuple[Tensor, Tensor]:
         """(up [rows × rank], down [rank × columns]) in the dtype of W."""
@@ -83,17 +99,12 @@ def spectrum(matrix: Tensor, gram: Tensor | None = None) -> Spectrum:
 
     Works on the Gram matrix of the smaller side, so that a wide or tall layer costs min(rows, columns)³.
     """
-    weight = matrix.detach().double()
-    rows, columns = weight.shape
-    scaled = weight if gram is None else weight @ _root(gram)[0]
-    if rows <= columns:
-        values, basis = _eigh(scaled @ scaled.T, matrix)
-        values, basis = values.flip(0), basis.flip(1)
-    else:
-        values, right = _eigh(scaled.T @ scaled, matrix)
-        values = values.flip(0)
-        basis, _ = torch.linalg.qr(scaled @ right.flip(1))  # columns are orthogonal already: spans stay nested
-    return Spectrum(matrix.detach(), values.clamp_min(0).sqrt(), basis, gram is not None)
+    weight = matrix.detach()
+    scaled = weight.double() if gram is None else weight.double() @ _root(gram)[0]
+    scaled = scaled.to(_precision(weight))
+    rows, columns = scaled.shape
+    values = torch.linalg.eigvalsh(scaled @ scaled.T if rows <= columns else scaled.T @ scaled)
+    return Spectrum(weight, values.flip(0).double().clamp_min(0).sqrt(), scaled, gram is not None)
 
 
 def tucker(kernel: Tensor, gram: Tensor | None = None) -> Tucker:
@@ -102,26 +113,31 @@ def tucker(kernel: Tensor, gram: Tensor | None = None) -> Tucker:
     With a Gram matrix the input mode is whitened by it, positions of the window taken as alike (our reading).
     """
     weight = kernel.detach().double().flatten(2)
-    channels = weight.shape[1]
-    identity = torch.eye(channels, dtype=torch.float64)
-    root, inverse = (identity, identity) if gram is None else _root(gram)
-    scaled = weight if gram is None else torch.einsum("sck,cd->sdk", weight, root)
-    _, out_basis = _eigh(_mode_gram(scaled, 0), kernel)
-    _, into_basis = _eigh(_mode_gram(scaled, 1), kernel)
-    out_basis, into_basis = out_basis.flip(1), into_basis.flip(1)
+    root, inverse = (None, None) if gram is None else _root(gram)
+    scaled = weight if root is None else torch.einsum("sck,cd->sdk", weight, root)
+    scaled = scaled.to(_precision(kernel.flatten(2)[:, :, 0]))
+    out_basis = _eigh(_mode_gram(scaled, 0))[1].flip(1)
+    into_basis = _eigh(_mode_gram(scaled, 1))[1].flip(1)
     core = torch.einsum("so,sck,ci->oik", out_basis, scaled, into_basis)
-    energy = core.square().sum(2)
+    energy = core.double().square().sum(2)
     captured = energy.cumsum(0).cumsum(1) / energy.sum().clamp_min(1e-300)
-    return Tucker(kernel.detach(), out_basis, root @ into_basis, into_basis.T @ inverse, captured, gram is not None)
+    out_basis, into_basis = out_basis.double(), into_basis.double()
+    onto = into_basis if root is None else root @ into_basis
+    back = into_basis.T if inverse is None else into_basis.T @ inverse
+    return Tucker(kernel.detach(), out_basis, onto, back, captured, gram is not None)
 
 
-def _eigh(symmetric: Tensor, source: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues and -vectors, ascending; large ones in single precision (twice as fast) unless W is double."""
-    if len(symmetric) < SINGLE_FROM or source.dtype == torch.float64:
-        return torch.linalg.eigh(symmetric)
-    scale = symmetric.diagonal().max().clamp_min(1e-300)
-    values, vectors = torch.linalg.eigh((symmetric / scale).float())
-    return values.double() * scale, vectors.double()
+def _precision(matrix: Tensor) -> torch.dtype:
+    """Single for large matrices (2–3 times faster), unless the source is double; else double."""
+    large = min(matrix.shape) >= SINGLE_FROM and matrix.dtype != torch.float64
+    return torch.float32 if large else torch.float64
+
+
+def _eigh(symmetric: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues and -vectors, ascending, in the given precision; scaled, so that squares of single stay in range."""
+    scale = symmetric.diagonal().max().clamp_min(torch.finfo(symmetric.dtype).tiny)
+    values, vectors = torch.linalg.eigh(symmetric / scale)
+    return values * scale, vectors
 
 
 def _mode_gram(tensor: Tensor, mode: int) -> Tensor:

@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from lrcompile.devices.cost import Cost, CostModel
 from lrcompile.errors import PassError
-from lrcompile.graph.graph import Graph, attribute, owners, tied_with, unique_tensors
+from lrcompile.graph.graph import Graph, attribute, owners, share, tied_with, unique_tensors
 from lrcompile.graph.rewrite import Refusal, Rewrite, set_module
 from lrcompile.passes import Context, Pass, ShapesOnly, Stage, apply, proposals
 
@@ -185,6 +185,8 @@ class _Trials:
                     continue
                 if not all(site in made or site in region.open for site in follow.site):
                     continue
+                if len(chain) == 1 and made <= set(follow.site):
+                    continue  # it would put together again what the rewrite took apart
                 fused, fused_touched, _ = self.applied(region, (*chain, follow))
                 costs = self.compared(region, fused)
                 if costs[0].latency_s - costs[1].latency_s > max(0.0, alone[0].latency_s - alone[1].latency_s):
@@ -206,7 +208,7 @@ class _Trials:
 
     def applied(self, region: _Region, chain: Iterable[Rewrite]) -> tuple[Graph, tuple[int, ...], list[fx.Node]]:
         """(rewritten copy, positions of the nodes that went or changed, new nodes)."""
-        after = region.graph.copy()
+        after = region.copy()
         created: list[fx.Node] = []
         touched: set[str] = set()
         for rewrite in chain:
@@ -291,6 +293,14 @@ class _Region:
         self.structure = _structure(graph)
         self.key = f"{self.structure}\n{[i for i, path in enumerate(self.paths) if path in open_sites]}"
 
+    def copy(self) -> Graph:
+        """A graph that can be edited on its own; its code is not generated, since it is never run."""
+        new, env = fx.Graph(), dict[fx.Node, fx.Node]()
+        new.output(new.graph_copy(self.graph.gm.graph, env))
+        for old, copied in env.items():
+            copied.meta = dict(old.meta)
+        return _unrun(share(self.graph.gm), new, self.graph.fake_mode)
+
     def unspoken(self, rewrite: Rewrite) -> Rewrite:
         """The rewrite with the region's paths replaced by their positions, also at the start of a longer path."""
         return replace(rewrite, site=tuple(map(self._position, rewrite.site)))
@@ -350,8 +360,12 @@ def extract(
             set_module(root, node.target, convert(graph.gm.get_submodule(node.target)))  # type: ignore[arg-type]
     inside = set(ordered)
     new.output(tuple(env[node] for node in ordered if any(user not in inside for user in node.users)))
+    return _unrun(root, new, mode or graph.fake_mode)
+
+
+def _unrun(root: nn.Module, graph: fx.Graph, mode: FakeTensorMode) -> Graph:
     with _use_lazy_graph_module(True):
-        return Graph(fx._lazy_graph_module._make_graph_module(root, new), mode or graph.fake_mode)
+        return Graph(fx._lazy_graph_module._make_graph_module(root, graph), mode)
 
 
 def _set_attribute(root: nn.Module, path: str, value: object) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from lrcompile.devices.cost import Cost
@@ -18,6 +18,8 @@ from lrcompile.planning.sensitivity import Evaluator, model_errors, rewritten
 
 EXACT_ERROR = 1e-5  # what exact rewrites may show in single precision
 ROUNDS = 8
+CONFIRMATIONS = 3
+WELL_SPENT = 0.95  # share of the error budget from which looking on is not worth the forwards
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +47,11 @@ class Choice:
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """Everything a search needs; a new budget on the same problem costs only the solving and the measuring."""
+    """Everything a search needs; a new budget on the same problem costs only the solving and the measuring.
+
+    `base` prices the graph as it stands; `original_s` is the latency of the model as given, which exact clean-up may
+    have bettered already, and what limits on latency refer to.
+    """
 
     graph: Graph
     candidates: tuple[Candidate, ...]
@@ -53,6 +59,7 @@ class Problem:
     context: Context
     evaluator: Evaluator
     base: Cost
+    original_s: float
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None
 
 
@@ -62,54 +69,62 @@ def search(problem: Problem, budget: Budget) -> Choice:
     Raises:
         BudgetError: the budget cannot be met; the message holds the range that can be.
     """
-    total_bytes = float(weight_bytes(problem.graph.gm))
+    pools = _pools(problem, budget)
+    for pool in pools:
+        choice = _best(problem, pool, budget.error_limit)
+        if choice is not None:
+            return replace(choice, relaxed=pool.relaxed)
+    raise BudgetError(_unreachable_together(problem, pools[-1], budget.error_limit or 0.0))
+
+
+@dataclass(frozen=True)
+class _Pool:
+    """Candidates that may be chosen, and the limits on size and latency, which they can meet at some error."""
+
+    candidates: tuple[Candidate, ...]
+    limits: Limits
+    relaxed: bool
+
+
+def _pools(problem: Problem, budget: Budget) -> list[_Pool]:
+    """What to choose from: the rewrites that are surely faster; then, where a size is asked for, all that save bytes."""
+    base_s, total_bytes = problem.base.latency_s, float(weight_bytes(problem.graph.gm))
     limits = Limits(
-        error=math.inf,
-        gain_s=problem.base.latency_s - budget.latency_limit_s(problem.base.latency_s),
-        bytes_saved=total_bytes - budget.bytes_limit(total_bytes),
+        gain_s=base_s - budget.latency_limit_s(base_s), bytes_saved=total_bytes - budget.bytes_limit(total_bytes)
     )
-    admitted, relaxed = _admit(problem, budget, limits, total_bytes)
-    error_limit = budget.error_limit
-    if error_limit is not None and error_limit <= EXACT_ERROR:
-        admitted = tuple(c for c in admitted if c.exact)
-    errors = model_errors(problem.graph, admitted, problem.passes, problem.context, problem.evaluator, problem.progress)
-    if error_limit is None:
-        picked = choose(admitted, errors, limits, "error")
-        assert picked is not None, "feasibility was checked"
-        return replace(applied(problem, admitted, picked), relaxed=relaxed)
-    choice = _closed_loop(problem, admitted, errors, limits, max(error_limit, EXACT_ERROR))
-    if choice is None:
-        raise BudgetError(_unreachable_together(problem, admitted, errors, limits, error_limit))
-    return replace(choice, relaxed=relaxed)
-
-
-def _admit(problem: Problem, budget: Budget, limits: Limits, total_bytes: float) -> tuple[tuple[Candidate, ...], bool]:
-    """The candidates that count under this budget; checks that latency and size can be reached at any error."""
     faster = thin(c for c in problem.candidates if c.p_faster >= budget.confidence and c.gain.latency_s > 0)
-    reach = _reach(problem, faster, total_bytes)
-    base_ms = problem.base.latency_s * 1e3
+    reach = _reach(faster)
     if limits.gain_s > reach.gain_s:
+        least_s = base_s - reach.gain_s
         raise BudgetError(
-            f"latency of {(problem.base.latency_s - limits.gain_s) * 1e3:.4g} ms "
-            f"(speed-up {problem.base.latency_s / max(1e-12, problem.base.latency_s - limits.gain_s):.3g}) cannot be reached: "
-            f"the reachable range is {base_ms - reach.gain_s * 1e3:.4g}–{base_ms:.4g} ms "
-            f"(speed-up 1–{problem.base.latency_s / max(1e-12, problem.base.latency_s - reach.gain_s):.3g}) at any error; "
+            f"latency of {(base_s - limits.gain_s) * 1e3:.4g} ms (speed-up {_ratio(base_s, base_s - limits.gain_s)}) "
+            f"cannot be reached: the reachable range is {least_s * 1e3:.4g}–{base_s * 1e3:.4g} ms "
+            f"(speed-up 1–{_ratio(base_s, least_s)}) at any error; "
             "ask for less, or try another --target or a larger --batch"
         )
-    if limits.bytes_saved <= reach.bytes_saved and choose(faster, [0.0] * len(faster), limits) is not None:
-        return faster, False
-    everything = thin(c for c in problem.candidates if c.gain.latency_s > 0 or c.bytes_saved > 0)
-    widest = _reach(problem, everything, total_bytes)
-    if limits.bytes_saved <= widest.bytes_saved and choose(everything, [0.0] * len(everything), limits) is not None:
-        return everything, True
+    pools = [_Pool(faster, limits, relaxed=False)]
+    if limits.bytes_saved > 0:
+        pools.append(
+            _Pool(
+                thin(c for c in problem.candidates if c.gain.latency_s > 0 or c.bytes_saved > 0), limits, relaxed=True
+            )
+        )
+    found = [pool for pool in pools if choose(pool.candidates, [0.0] * len(pool.candidates), limits) is not None]
+    if found:
+        return found
+    widest = _reach(pools[-1].candidates).bytes_saved
+    together = " together with the latency asked for" if limits.bytes_saved <= widest else ""
     raise BudgetError(
-        f"a size of {(total_bytes - limits.bytes_saved) / total_bytes:.3g} of the original cannot be reached"
-        f"{' together with the latency asked for' if limits.bytes_saved <= widest.bytes_saved else ''}: "
-        f"the reachable range is {1 - widest.bytes_saved / total_bytes:.3g}–1; ask for a larger --size"
+        f"a size of {1 - limits.bytes_saved / total_bytes:.3g} of the original cannot be reached{together}: "
+        f"the reachable range is {1 - widest / total_bytes:.3g}–1; ask for a larger --size"
     )
 
 
-def _reach(problem: Problem, candidates: Sequence[Candidate], total_bytes: float) -> Limits:
+def _ratio(before_s: float, after_s: float) -> str:
+    return f"{before_s / max(1e-12, after_s):.3g}"
+
+
+def _reach(candidates: Sequence[Candidate]) -> Limits:
     """The most latency and the most bytes that could be saved, each on its own."""
     nothing = [0.0] * len(candidates)
     most: dict[Objective, list[int]] = {
@@ -121,37 +136,62 @@ def _reach(problem: Problem, candidates: Sequence[Candidate], total_bytes: float
     )
 
 
-def thin(candidates: object) -> tuple[Candidate, ...]:
-    """Drops candidates that another on the same footprint beats in latency, size and error alike."""
-    groups: dict[frozenset[str], list[Candidate]] = {}
-    for candidate in candidates:  # type: ignore[attr-defined]
-        groups.setdefault(candidate.footprint, []).append(candidate)
+def thin(candidates: Iterable[Candidate]) -> tuple[Candidate, ...]:
+    """Drops candidates that another on the same footprint beats in latency, size and error alike.
+
+    A lossy candidate beats no exact one, whatever its error: under some budgets only exact ones count.
+    """
+    groups: dict[frozenset[str], list[tuple[tuple[float, ...], Candidate]]] = {}
+    for candidate in candidates:
+        merits = (float(not candidate.exact), candidate.error, -candidate.gain.latency_s, -candidate.bytes_saved)
+        groups.setdefault(candidate.footprint, []).append((merits, candidate))
     kept = []
     for members in groups.values():
-        for c in members:
-            beaten = any(
-                o is not c
-                and (o.error, -o.gain.latency_s, -o.bytes_saved) != (c.error, -c.gain.latency_s, -c.bytes_saved)
-                and o.error <= c.error
-                and o.gain.latency_s >= c.gain.latency_s
-                and o.bytes_saved >= c.bytes_saved
-                for o in members
-            )
-            if not beaten:
-                kept.append(c)
+        for merits, candidate in members:
+            if not any(o != merits and all(a <= b for a, b in zip(o, merits, strict=True)) for o, _ in members):
+                kept.append(candidate)
     return tuple(kept)
 
 
-def _closed_loop(
-    problem: Problem, candidates: tuple[Candidate, ...], errors: Sequence[float], limits: Limits, budget_error: float
-) -> Choice | None:
-    """Tightens or relaxes the predicted-error limit until the measured error is just within the budget."""
-    best: Choice | None = None
+def _best(problem: Problem, pool: _Pool, error_limit: float | None) -> Choice | None:
+    """The best choice from a pool: the most accurate one if no error is given, else the fastest within the error."""
+    if error_limit is not None and error_limit <= EXACT_ERROR:
+        return _exact(problem, pool)
+    errors = _errors(problem, pool)
+    if error_limit is None:
+        picked = choose(pool.candidates, errors, pool.limits, "error")
+        return None if picked is None else applied(problem, pool.candidates, picked)
+    best: tuple[int, ...] | None = None
+    bias = 1.0  # error on all batches over that on the first, which the loop looks at
+    tried = set()
+    for _ in range(CONFIRMATIONS):
+        picked = _closed_loop(problem, pool, errors, error_limit / bias)
+        if picked is None or tuple(picked) in tried:
+            break
+        tried.add(tuple(picked))
+        error = _measured(problem, pool, picked)
+        if error <= error_limit and (best is None or _gain_s(pool, picked) > _gain_s(pool, best)):
+            best = tuple(picked)
+        if WELL_SPENT * error_limit <= error <= error_limit:
+            break
+        bias = max(error, 1e-12) / max(_measured(problem, pool, picked, first=1), 1e-12)
+    return _exact(problem, pool) if best is None else applied(problem, pool.candidates, best)
+
+
+def _exact(problem: Problem, pool: _Pool) -> Choice | None:
+    exact = [candidate for candidate in pool.candidates if candidate.exact]
+    picked = choose(exact, [0.0] * len(exact), pool.limits)
+    return None if picked is None else applied(problem, exact, picked)
+
+
+def _closed_loop(problem: Problem, pool: _Pool, errors: Sequence[float], error_limit: float) -> list[int] | None:
+    """Tightens or relaxes the predicted-error limit until the error on the first batch is just within the limit."""
+    best: list[int] | None = None
     seen: set[tuple[int, ...]] = set()
-    target, low, high = budget_error, 0.0, math.inf
+    target, low, high = error_limit, 0.0, math.inf
     for done in range(ROUNDS):
         problem.progress("choose", done, ROUNDS)
-        picked = choose(candidates, errors, replace(limits, error=target))
+        picked = choose(pool.candidates, errors, replace(pool.limits, error=target))
         if picked is None:  # the limits ask for more than this error allows
             low = target
             target = (low * high) ** 0.5 if math.isfinite(high) else 4 * target
@@ -159,25 +199,19 @@ def _closed_loop(
         if tuple(picked) in seen:
             break
         seen.add(tuple(picked))
-        choice = applied(problem, candidates, picked)
-        if choice.error <= budget_error and (best is None or choice.gain_s > best.gain_s):
-            best = choice
-        if 0.95 * budget_error <= choice.error <= budget_error:
+        measured = _measured(problem, pool, picked, first=1)
+        if measured <= error_limit and (best is None or _gain_s(pool, picked) > _gain_s(pool, best)):
+            best = picked
+        if WELL_SPENT * error_limit <= measured <= error_limit:
             break
         predicted = math.hypot(*(errors[i] for i in picked))
-        low, high = (max(low, target), high) if choice.error <= budget_error else (low, min(high, predicted))
+        low, high = (max(low, target), high) if measured <= error_limit else (low, min(high, predicted))
         # the measured error is taken as proportional to the predicted one, and the answer kept inside the bracket
-        target = 0.98 * budget_error * predicted / choice.error if min(predicted, choice.error) > 0 else 4 * target
+        target = 0.98 * error_limit * predicted / measured if min(predicted, measured) > 0 else 4 * target
         if not low < target < high:
-            target = (
-                (low * high) ** 0.5 if low and math.isfinite(high) else 0.5 * high if math.isfinite(high) else 2 * low
-            )
+            finite = math.isfinite(high)
+            target = (low * high) ** 0.5 if low and finite else 0.5 * high if finite else 2 * low
     problem.progress("choose", ROUNDS, ROUNDS)
-    if best is None and limits.gain_s <= 0 and limits.bytes_saved <= 0:
-        exact = [i for i, c in enumerate(candidates) if c.exact]
-        only_exact = tuple(candidates[i] for i in exact)
-        picked = choose(only_exact, [0.0] * len(exact), limits) or []
-        return applied(problem, only_exact, picked)
     return best
 
 
@@ -186,13 +220,27 @@ def applied(problem: Problem, candidates: Sequence[Candidate], picked: Sequence[
     chosen = tuple(candidates[i] for i in picked)
     rewrites = [rewrite for candidate in chosen for rewrite in candidate.rewrites]
     graph = rewritten(problem.graph, rewrites, problem.passes, problem.context)
-    return Choice(chosen, graph, problem.evaluator.error(graph))
+    error = problem.evaluator.error_after(problem.graph, chosen, problem.passes, problem.context)
+    return Choice(chosen, graph, error)
 
 
-def _unreachable_together(
-    problem: Problem, candidates: Sequence[Candidate], errors: Sequence[float], limits: Limits, error_limit: float
-) -> str:
-    picked = choose(candidates, errors, limits, "error")
+def _errors(problem: Problem, pool: _Pool) -> list[float]:
+    p = problem
+    return model_errors(p.graph, pool.candidates, p.candidates, p.passes, p.context, p.evaluator, p.progress)
+
+
+def _measured(problem: Problem, pool: _Pool, picked: Sequence[int], first: int | None = None) -> float:
+    chosen = [pool.candidates[i] for i in picked]
+    return problem.evaluator.error_after(problem.graph, chosen, problem.passes, problem.context, first)
+
+
+def _gain_s(pool: _Pool, picked: Sequence[int]) -> float:
+    return sum(pool.candidates[i].gain.latency_s for i in picked)
+
+
+def _unreachable_together(problem: Problem, pool: _Pool, error_limit: float) -> str:
+    candidates = pool.candidates
+    picked = choose(candidates, _errors(problem, pool), pool.limits, "error")
     if picked is None:
         return "the limits cannot be met together; relax one of them"
     measured = applied(problem, candidates, picked).error

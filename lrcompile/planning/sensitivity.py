@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
 from lrcompile.frontend.trace import run
 from lrcompile.graph.graph import Graph, prune
@@ -16,6 +18,7 @@ from lrcompile.passes import Context, Pass, apply
 from lrcompile.planning.price import Candidate
 
 PROBE_ERROR = 0.1  # relative output error of a layer, well above rounding and well below losing the layer
+KEPT_BYTES = 2**30  # of intermediate values, so that a probe runs only what comes after its rewrite
 
 
 class Evaluator:
@@ -29,27 +32,83 @@ class Evaluator:
         self.batches = batches
         self.reference = [run(graph.gm, batch) for batch in batches]
         self.evaluations = 0
+        self._known: dict[tuple[str, ...], float] = {}
+        self._base: tuple[Graph, dict[str, Any]] | None = None
 
     def error(self, graph: Graph, first: int | None = None) -> float:
         """The error of a graph on all batches, or on the first few."""
         self.evaluations += 1
-        difference: dict[int, float] = defaultdict(float)
-        size: dict[int, float] = defaultdict(float)
-        for batch, expected in list(zip(self.batches, self.reference, strict=True))[:first]:
-            for i, (y, got) in enumerate(zip(expected, run(graph.gm, batch), strict=True)):
-                if not isinstance(y, torch.Tensor):
-                    continue
-                if not y.is_floating_point():
-                    difference[i] += 0.0 if torch.equal(y, got) else float("inf")
-                    size[i] += 1.0
-                    continue
-                difference[i] += float((y.double() - got.double()).square().sum())
-                size[i] += float(y.double().square().sum())
-        worst = 0.0
-        for i, squared in difference.items():
-            error = (squared / max(size[i], 1e-300)) ** 0.5
-            worst = max(worst, error if error == error else float("inf"))
-        return worst
+        return _error((y, run(graph.gm, x)) for x, y in list(zip(self.batches, self.reference, strict=True))[:first])
+
+    def error_after(
+        self,
+        graph: Graph,
+        candidates: Sequence[Candidate],
+        passes: Mapping[str, Pass],
+        context: Context,
+        first: int | None = None,
+    ) -> float:
+        """The error of `graph` with candidates applied, on all batches or on the first few; measured once.
+
+        The graph must be the same in all calls, and free of writes in place: what comes before the candidates in it
+        is not computed again on the first batch.
+        """
+        count = len(self.batches) if first is None else min(first, len(self.batches))
+        key = (str(count), *(str(rewrite) for candidate in candidates for rewrite in candidate.rewrites))
+        if key not in self._known:
+            self.evaluations += 1
+            trial = rewritten(graph, [r for candidate in candidates for r in candidate.rewrites], passes, context)
+            touched = frozenset[str]().union(*(candidate.footprint for candidate in candidates))
+            results = [_resumed(trial, self.batches[0], self._values(graph), touched)]
+            results += [run(trial.gm, batch) for batch in self.batches[1:count]]
+            self._known[key] = _error(zip(self.reference, results, strict=False))
+        return self._known[key]
+
+    def _values(self, graph: Graph) -> dict[str, Any]:
+        """The values of the graph's nodes on the first batch, none of them if they are too many."""
+        if self._base is None or self._base[0] is not graph:
+            self._base = graph, _recorded(graph, self.batches[0])
+        return self._base[1]
+
+
+def _recorded(graph: Graph, batch: Sequence[Any]) -> dict[str, Any]:
+    leaves = pytree.tree_leaves([node.meta.get("val") for node in graph.nodes])
+    if sum(leaf.numel() * leaf.element_size() for leaf in leaves if isinstance(leaf, Tensor)) > KEPT_BYTES:
+        return {}
+    interpreter = fx.Interpreter(graph.gm, garbage_collect_values=False)
+    with torch.no_grad():
+        interpreter.run(*batch, enable_io_processing=False)
+    return {node.name: value for node, value in interpreter.env.items() if node.op != "output"}
+
+
+def _resumed(graph: Graph, batch: Sequence[Any], values: Mapping[str, Any], touched: frozenset[str]) -> list[Any]:
+    """The outputs of a rewritten graph, with the values before the first node that is new or touched as they were."""
+    start = {}
+    for node in graph.nodes:
+        if node.name not in values or node.name in touched:
+            break
+        start[node] = values[node.name]
+    with torch.no_grad():
+        result = fx.Interpreter(graph.gm).run(*batch, initial_env=start, enable_io_processing=False)
+    return pytree.tree_leaves(result)
+
+
+def _error(pairs: Iterable[tuple[Sequence[Any], Sequence[Any]]]) -> float:
+    """The relative error of the worst output, over pairs of (expected outputs, outputs)."""
+    difference: dict[int, float] = defaultdict(float)
+    size: dict[int, float] = defaultdict(float)
+    for expected, outputs in pairs:
+        for i, (y, got) in enumerate(zip(expected, outputs, strict=True)):
+            if not isinstance(y, Tensor):
+                continue
+            if not y.is_floating_point():
+                difference[i] += 0.0 if torch.equal(y, got) else math.inf
+                size[i] += 1.0
+                continue
+            difference[i] += float((y.double() - got.double()).square().sum())
+            size[i] += float(y.double().square().sum())
+    errors = [(squared / max(size[i], 1e-300)) ** 0.5 for i, squared in difference.items()]
+    return max((math.inf if math.isnan(error) else error for error in errors), default=0.0)
 
 
 def rewritten(graph: Graph, rewrites: Iterable[Rewrite], passes: Mapping[str, Pass], context: Context) -> Graph:
@@ -66,6 +125,7 @@ def rewritten(graph: Graph, rewrites: Iterable[Rewrite], passes: Mapping[str, Pa
 def model_errors(
     graph: Graph,
     candidates: Sequence[Candidate],
+    rivals: Sequence[Candidate],
     passes: Mapping[str, Pass],
     context: Context,
     evaluator: Evaluator,
@@ -73,21 +133,24 @@ def model_errors(
 ) -> list[float]:
     """The output error of the model with each candidate alone.
 
-    One candidate a footprint is measured, the one whose own error is nearest to `PROBE_ERROR`, on the first batch;
-    the others follow from it in proportion to their own error. Exact candidates have none.
+    One candidate a footprint is measured, on the first batch: of all `rivals`, which hold the candidates, the one whose
+    own error is nearest to `PROBE_ERROR`. The others follow from it in proportion to their own error. Exact
+    candidates have none.
     """
-    groups: dict[frozenset[str], list[int]] = defaultdict(list)
-    for i, candidate in enumerate(candidates):
-        if not candidate.exact:
-            groups[candidate.footprint].append(i)
+    probes: dict[frozenset[str], Candidate] = {}
+    for rival in rivals:
+        known = probes.get(rival.footprint)
+        if not rival.exact and rival.error > 0 and (known is None or _remoteness(rival) < _remoteness(known)):
+            probes[rival.footprint] = rival
+    wanted = list(dict.fromkeys(c.footprint for c in candidates if not c.exact and c.error > 0))
     factor: dict[frozenset[str], float] = {}
-    for done, (footprint, members) in enumerate(groups.items()):
-        progress("sensitivity", done, len(groups))
-        probe = min((candidates[i] for i in members), key=lambda c: abs(math.log(max(c.error, 1e-12) / PROBE_ERROR)))
-        if probe.error <= 0:
-            factor[footprint] = 1.0
-            continue
-        trial = rewritten(graph, probe.rewrites, passes, context)
-        factor[footprint] = max(evaluator.error(trial, first=1), 1e-9) / probe.error
-    progress("sensitivity", len(groups), len(groups))
-    return [0.0 if c.exact else c.error * factor[c.footprint] for c in candidates]
+    for done, footprint in enumerate(wanted):
+        progress("sensitivity", done, len(wanted))
+        probe = probes[footprint]
+        factor[footprint] = max(evaluator.error_after(graph, [probe], passes, context, first=1), 1e-9) / probe.error
+    progress("sensitivity", len(wanted), len(wanted))
+    return [0.0 if c.exact else c.error * factor.get(c.footprint, 1.0) for c in candidates]
+
+
+def _remoteness(candidate: Candidate) -> float:
+    return abs(math.log(candidate.error / PROBE_ERROR))

@@ -57,8 +57,8 @@ class ProgressDisplay:
             self.bar.update(self.task, completed=done, total=total or None)
         elif stage != self.stage:
             self.started = self.shown = time.monotonic()
-        elif total and time.monotonic() - self.shown >= PLAIN_EVERY_S:
+        elif total and done and time.monotonic() - self.shown >= PLAIN_EVERY_S:
             self.shown = time.monotonic()
-            left = (self.shown - self.started) / max(done, 1) * (total - done)
+            left = (self.shown - self.started) / done * (total - done)
             self.console.print(f"{words}: {done} of {total}, about {left:.0f} s left", highlight=False)
         self.stage = stage

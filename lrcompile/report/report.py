@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -95,11 +95,12 @@ def decide(
     confidence: float,
     error_limit: float | None,
     skipped: Sequence[str] = (),
+    canonical: Sequence[Rewrite] = (),
     overruled: str | None = None,
 ) -> list[Decision]:
     """The decision for every linear, convolution and embedding layer, in graph order.
 
-    `overruled` is the reason for which a measurement of the whole model set the choice aside.
+    `canonical` are the exact rewrites made before anything was priced; `overruled` is the reason for which a measurement of the whole model set the choice aside.
     """
     by_site: dict[str, list[Candidate]] = defaultdict(list)
     for candidate in pricing.candidates:
@@ -108,6 +109,10 @@ def decide(
     refusals: dict[str, list[str]] = defaultdict(list)
     for refusal in pricing.refusals:
         refusals[refusal.site].append(f"{refusal.pass_name}: {refusal.reason}")
+    cleaned: dict[str, list[str]] = defaultdict(list)
+    for rewrite in canonical:
+        for path in rewrite.site:
+            cleaned[path].append(rewrite.pass_name)
     taken = {site: candidate for candidate in chosen for site in candidate.sites}
     decisions = []
     for path, site in graph.sites().items():
@@ -126,7 +131,16 @@ def decide(
         else:
             reason = "; ".join(refusals[path]) or "no pass proposes anything here"
             decisions.append(_kept(path, label, "refused" if refusals[path] else "kept", cost, reason, ()))
-    return decisions
+    return [_with_canonical(decision, cleaned[decision.site]) for decision in decisions]
+
+
+def _with_canonical(decision: Decision, passes: Sequence[str]) -> Decision:
+    """The decision with the exact rewrites that the site had before."""
+    if not passes:
+        return decision
+    names = "+".join(dict.fromkeys([*passes, *([decision.pass_name] if decision.pass_name else [])]))
+    reason = decision.reason if decision.decision == "rewritten" else f"exact; beyond that: {decision.reason}"
+    return replace(decision, decision="rewritten", pass_name=names, error=decision.error or 0.0, reason=reason)
 
 
 def latency_figures(kind: str, before: Cost, after: Cost) -> dict[str, Any]:
