@@ -11,6 +11,7 @@ from lrcompile.graph.rewrite import Refusal, Rewrite, Rewriter
 from lrcompile.passes import Context, Pass, Stage
 from lrcompile.planning.budget import Budget
 from lrcompile.planning.plan import Plan
+from lrcompile.plugins import discover, select
 from lrcompile.report.report import Report
 
 __all__ = [
@@ -36,10 +37,12 @@ __all__ = [
     "available_devices",
     "calibration_from",
     "compile",
+    "discover",
     "load_calibration",
     "load_device",
     "prepare_model",
     "replay",
     "resolve_target",
+    "select",
     "solve",
 ]

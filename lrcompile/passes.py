@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lrcompile.devices.device import Device
+from lrcompile.errors import LrcompileError, PassError
 from lrcompile.graph.graph import Graph, Site
 from lrcompile.graph.rewrite import Refusal, Rewrite, Rewriter, value_names
 from lrcompile.planning.decompose import Spectrum, Tucker, spectrum, tucker
@@ -222,16 +223,35 @@ class TrialTucker(Tucker):
 
 
 def proposals(graph: Graph, transform: Pass, context: Context) -> Iterator[Rewrite | Refusal]:
-    """What a pass proposes, each stamped with the pass's name."""
-    for proposal in transform.propose(graph, context):
-        yield replace(proposal, pass_name=transform.name)
+    """What a pass proposes, each stamped with the pass's name.
+
+    Raises:
+        PassError: the pass failed.
+    """
+    try:
+        for proposal in transform.propose(graph, context):
+            yield replace(proposal, pass_name=transform.name)
+    except LrcompileError:
+        raise
+    except Exception as error:  # a plugin may fail in any way: the user should know which one
+        raise PassError(transform.name, "the graph", f"failed to propose: {type(error).__name__}: {error}") from error
 
 
 def apply(graph: Graph, transform: Pass, rewrite: Rewrite, context: Context) -> Rewriter:
-    """Applies one rewrite to a graph in place; returns the rewriter with what it made and erased."""
+    """Applies one rewrite to a graph in place; returns the rewriter with what it made and erased.
+
+    Raises:
+        PassError: the pass failed; the graph may be half edited and must be dropped.
+    """
     rewriter = Rewriter(graph, context, rewrite)
-    with torch.no_grad():
-        transform.apply(rewriter, rewrite)
+    try:
+        with torch.no_grad():
+            transform.apply(rewriter, rewrite)
+    except LrcompileError:
+        raise
+    except Exception as error:  # a plugin may fail in any way: the user should know which one, and where
+        problem = f"cannot apply {rewrite}: {type(error).__name__}: {error}"
+        raise PassError(transform.name, ", ".join(rewrite.site), problem) from error
     return rewriter
 
 

@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "frontend": "errors nn graph",
     "emit": "errors nn graph frontend",
     "planning.decompose": "",
-    "passes": "graph devices planning.decompose",
+    "passes": "errors graph devices planning.decompose",
     "plugins": "errors passes",
     "planning": "errors graph devices frontend planning.decompose passes",
     "report": "errors graph devices frontend planning",

@@ -5,33 +5,36 @@ A rewrite moves and replaces values; an operator that changes one behind the oth
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
-import torch
-from torch import fx
+from torch import fx, ops
+from torch._ops import OpOverload
 from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
 
-aten = torch.ops.aten
+aten = ops.aten
 
 
 def functionalize(program: ExportedProgram) -> ExportedProgram:
-    """The program without in-place operators.
+    """The program without in-place operators, but for a last `copy_` into each input or buffer that it changes.
 
-    One whose target is not read again is renamed to its functional form in place; where views are written to, torch's
-    own functionalisation is run, which takes about as long as another export.
+    Where no change can be seen but in the operator's own result, the operators of the given program are renamed to
+    their functional forms; else torch's own functionalisation is run, which takes about as long as another export.
     """
-    mutating = [node for node in program.graph.nodes if _mutates(node)]
-    if all(_is_simple(node) for node in mutating):
-        for node in mutating:
-            node.target = _functional(node.target)
-        program.graph_module.recompile()
-        return program
-    return program.run_decompositions({})
+    graphs = [module for module in program.graph_module.modules() if isinstance(module, fx.GraphModule)]
+    mutating = [node for gm in graphs for node in gm.graph.nodes if _mutates(node)]
+    if not all(_is_simple(node) for node in mutating):
+        return program.run_decompositions({})
+    for node in mutating:
+        node.target = _functional(node.target)
+    for gm in graphs:
+        gm.recompile()
+    return program
 
 
 def _mutates(node: fx.Node) -> bool:
-    target: Any = node.target
-    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
+    return isinstance(node.target, OpOverload) and node.target._schema.is_mutable
 
 
 def _functional(target: Any) -> Any:
@@ -45,14 +48,59 @@ def _functional(target: Any) -> Any:
 
 def _is_simple(node: fx.Node) -> bool:
     """Whether nothing but this node's own result can see the change."""
-    changed = node.args[0]
-    if _functional(node.target) is None or not isinstance(changed, fx.Node) or changed.op != "call_function":
+    if _functional(node.target) is None or not isinstance(node.args[0], fx.Node):
         return False
-    if isinstance(changed.target, torch._ops.OpOverload):
-        aliases = any(returned.alias_info is not None for returned in changed.target._schema.returns)
-        if aliases and not _mutates(changed) and _functional(changed.target) is None:
-            return False  # a view of another value
-    else:
+    shared = _sharing_memory(node.args[0], node)
+    if not all(_is_known(value) for value in shared):
         return False
-    order = {other: i for i, other in enumerate(node.graph.nodes)}
-    return all(order[user] <= order[node] for user in changed.users)
+    return all(user <= node for value in shared for user in value.users) and _keeps_type(node)
+
+
+def _sharing_memory(value: fx.Node, writer: fx.Node) -> set[fx.Node]:
+    """The values that may lie in the same memory as `value`, but for those that the writer leads to."""
+    found, pending = {value}, [value]
+    while pending:
+        node = pending.pop()
+        views = [user for user in node.users if user is not writer and node in _sources(user)]
+        for other in (*_sources(node), *views):
+            if other not in found:
+                found.add(other)
+                pending.append(other)
+    return found
+
+
+def _is_known(value: fx.Node) -> bool:
+    """Whether the value is computed here, and by an operator whose schema says what it does."""
+    return value.op == "call_function" and (isinstance(value.target, OpOverload) or value.target is operator.getitem)
+
+
+def _sources(node: fx.Node) -> list[fx.Node]:
+    """The inputs whose memory the node's result may lie in."""
+    target = node.target
+    if node.op != "call_function":
+        return []
+    if not isinstance(target, OpOverload) or target.overloadpacket in _MAY_RETURN_INPUT:
+        return node.all_input_nodes
+    schema = target._schema
+    if all(result.alias_info is None for result in schema.returns):
+        return []
+    given = {argument.name: value for argument, value in zip(schema.arguments, node.args, strict=False)} | node.kwargs
+    aliased = [given.get(argument.name) for argument in schema.arguments if argument.alias_info is not None]
+    return [value for value in pytree.tree_leaves(aliased) if isinstance(value, fx.Node)]
+
+
+# Their schemas promise new memory, which they do not always give.
+_MAY_RETURN_INPUT = {
+    aten.dropout, aten.feature_dropout, aten.alpha_dropout, aten.feature_alpha_dropout, aten.type_as, aten.sum_to_size,
+    aten.conj_physical, aten.einsum, aten.meshgrid, aten.broadcast_tensors, aten.atleast_1d, aten.atleast_2d,
+    aten.atleast_3d,
+}  # fmt: skip
+
+
+def _keeps_type(node: fx.Node) -> bool:
+    """Whether the functional form gives the type that was written to: `half.add_(single)` is half, the sum is not."""
+    if any("val" not in source.meta for source in node.all_input_nodes):
+        return False
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda source: source.meta["val"])
+    with args[0].fake_mode:
+        return _functional(node.target)(*args, **kwargs).dtype == args[0].dtype
