@@ -87,19 +87,22 @@ class _Pool:
 
 
 def _pools(problem: Problem, budget: Budget) -> list[_Pool]:
-    """What to choose from: the rewrites that are surely faster; then, where a size is asked for, all that save bytes."""
-    base_s, total_bytes = problem.base.latency_s, float(weight_bytes(problem.graph.gm))
-    limits = Limits(
-        gain_s=base_s - budget.latency_limit_s(base_s), bytes_saved=total_bytes - budget.bytes_limit(total_bytes)
-    )
+    """What to choose from: the rewrites that are surely faster; then, for a size, all that save anything.
+
+    Raises:
+        BudgetError: the limits on latency and size cannot be met at any error.
+    """
+    base_s, original_s = problem.base.latency_s, problem.original_s
+    limit_s, total_bytes = budget.latency_limit_s(original_s), float(weight_bytes(problem.graph.gm))
+    limits = Limits(gain_s=base_s - limit_s, bytes_saved=total_bytes - budget.bytes_limit(total_bytes))
     faster = thin(c for c in problem.candidates if c.p_faster >= budget.confidence and c.gain.latency_s > 0)
     reach = _reach(faster)
     if limits.gain_s > reach.gain_s:
         least_s = base_s - reach.gain_s
         raise BudgetError(
-            f"latency of {(base_s - limits.gain_s) * 1e3:.4g} ms (speed-up {_ratio(base_s, base_s - limits.gain_s)}) "
-            f"cannot be reached: the reachable range is {least_s * 1e3:.4g}–{base_s * 1e3:.4g} ms "
-            f"(speed-up 1–{_ratio(base_s, least_s)}) at any error; "
+            f"latency of {limit_s * 1e3:.4g} ms (speed-up {_ratio(original_s, limit_s)}) cannot be reached: "
+            f"the reachable range is {least_s * 1e3:.4g}–{original_s * 1e3:.4g} ms "
+            f"(speed-up 1–{_ratio(original_s, least_s)}) at any error; "
             "ask for less, or try another --target or a larger --batch"
         )
     pools = [_Pool(faster, limits, relaxed=False)]
@@ -143,7 +146,12 @@ def thin(candidates: Iterable[Candidate]) -> tuple[Candidate, ...]:
     """
     groups: dict[frozenset[str], list[tuple[tuple[float, ...], Candidate]]] = {}
     for candidate in candidates:
-        merits = (float(not candidate.exact), candidate.error, -candidate.gain.latency_s, -candidate.bytes_saved)
+        merits: tuple[float, ...] = (
+            not candidate.exact,
+            candidate.error,
+            -candidate.gain.latency_s,
+            -candidate.bytes_saved,
+        )
         groups.setdefault(candidate.footprint, []).append((merits, candidate))
     kept = []
     for members in groups.values():

@@ -81,7 +81,7 @@ def _recorded(graph: Graph, batch: Sequence[Any]) -> dict[str, Any]:
     return {node.name: value for node, value in interpreter.env.items() if node.op != "output"}
 
 
-def _resumed(graph: Graph, batch: Sequence[Any], values: Mapping[str, Any], touched: frozenset[str]) -> list[Any]:
+def _resumed(graph: Graph, batch: Sequence[Any], values: Mapping[str, Any], touched: frozenset[str]) -> tuple[Any, ...]:
     """The outputs of a rewritten graph, with the values before the first node that is new or touched as they were."""
     start = {}
     for node in graph.nodes:
@@ -90,7 +90,7 @@ def _resumed(graph: Graph, batch: Sequence[Any], values: Mapping[str, Any], touc
         start[node] = values[node.name]
     with torch.no_grad():
         result = fx.Interpreter(graph.gm).run(*batch, initial_env=start, enable_io_processing=False)
-    return pytree.tree_leaves(result)
+    return tuple(pytree.tree_leaves(result))
 
 
 def _error(pairs: Iterable[tuple[Sequence[Any], Sequence[Any]]]) -> float:
