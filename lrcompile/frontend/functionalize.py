@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import fx, ops
 from torch._ops import OpOverload
-from torch.export import ExportedProgram
+from torch.export import ExportedProgram, default_decompositions
 from torch.utils import _pytree as pytree
 
 aten = ops.aten
@@ -25,12 +25,22 @@ def functionalize(program: ExportedProgram) -> ExportedProgram:
     graphs = [module for module in program.graph_module.modules() if isinstance(module, fx.GraphModule)]
     mutating = [node for gm in graphs for node in gm.graph.nodes if _mutates(node)]
     if not all(_is_simple(node) for node in mutating):
-        return program.run_decompositions({})
+        for gm in graphs:
+            _drop_dropout(gm)
+        table = {op: make for op, make in default_decompositions().items() if op.overloadpacket in _MAY_RETURN_INPUT}
+        return program.run_decompositions(table)
     for node in mutating:
         node.target = _functional(node.target)
     for gm in graphs:
         gm.recompile()
     return program
+
+
+def _drop_dropout(gm: fx.GraphModule) -> None:
+    """Makes inactive dropout the alias that it is: torch takes its result for new memory, even where it is written."""
+    for node in gm.graph.nodes:
+        if node.target in _DROPOUTS and node.args[2] is False:
+            node.target, node.args = aten.alias.default, node.args[:1]
 
 
 def _mutates(node: fx.Node) -> bool:
@@ -89,11 +99,13 @@ def _sources(node: fx.Node) -> list[fx.Node]:
     return [value for value in pytree.tree_leaves(aliased) if isinstance(value, fx.Node)]
 
 
+_DROPOUTS = {
+    aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default, aten.feature_alpha_dropout.default
+}  # fmt: skip
 # Their schemas promise new memory, which they do not always give.
-_MAY_RETURN_INPUT = {
-    aten.dropout, aten.feature_dropout, aten.alpha_dropout, aten.feature_alpha_dropout, aten.type_as, aten.sum_to_size,
-    aten.conj_physical, aten.einsum, aten.meshgrid, aten.broadcast_tensors, aten.atleast_1d, aten.atleast_2d,
-    aten.atleast_3d,
+_MAY_RETURN_INPUT = {dropout.overloadpacket for dropout in _DROPOUTS} | {
+    aten.type_as, aten.sum_to_size, aten.conj_physical, aten.einsum, aten.meshgrid, aten.broadcast_tensors,
+    aten.atleast_1d, aten.atleast_2d, aten.atleast_3d,
 }  # fmt: skip
 
 
@@ -101,6 +113,7 @@ def _keeps_type(node: fx.Node) -> bool:
     """Whether the functional form gives the type that was written to: `half.add_(single)` is half, the sum is not."""
     if any("val" not in source.meta for source in node.all_input_nodes):
         return False
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda source: source.meta["val"])
+    values: Any = fx.node.map_arg((node.args, node.kwargs), lambda source: source.meta["val"])
+    args, kwargs = values
     with args[0].fake_mode:
         return _functional(node.target)(*args, **kwargs).dtype == args[0].dtype
