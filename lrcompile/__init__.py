@@ -1,18 +1,46 @@
-"""lrcompile: rewrites trained PyTorch models where a rewrite makes them faster on a given device."""
+"""lrcompile: rewrites trained PyTorch models where a rewrite makes them faster on a given device.
 
-from lrcompile.compile import Prepared, Result, compile, prepare_model, replay, solve
-from lrcompile.devices.cost import Cost, CostModel
-from lrcompile.devices.device import Device, available_devices, load_device
-from lrcompile.devices.target import Target, resolve_target
-from lrcompile.errors import LrcompileError
-from lrcompile.frontend.calibration_data import CalibrationData, calibration_from, load_calibration
-from lrcompile.graph.graph import Graph, Site
-from lrcompile.graph.rewrite import Refusal, Rewrite, Rewriter
-from lrcompile.passes import Context, Pass, Stage
-from lrcompile.planning.budget import Budget
-from lrcompile.planning.plan import Plan
-from lrcompile.plugins import discover, select
-from lrcompile.report.report import Report
+Public names are imported when they are first used, so that the command line starts without importing torch.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lrcompile.compile import Prepared, Result, compile, prepare_model, replay, solve
+    from lrcompile.devices.cost import Cost, CostModel
+    from lrcompile.devices.device import Device, available_devices, load_device
+    from lrcompile.devices.target import Target, resolve_target
+    from lrcompile.errors import LrcompileError
+    from lrcompile.frontend.calibration_data import CalibrationData, calibration_from, load_calibration
+    from lrcompile.graph.graph import Graph, Site
+    from lrcompile.graph.rewrite import Refusal, Rewrite, Rewriter
+    from lrcompile.passes import Context, Pass, Stage
+    from lrcompile.planning.budget import Budget
+    from lrcompile.planning.plan import Plan
+    from lrcompile.plugins import discover, select
+    from lrcompile.report.report import Report
+
+_HOMES = {
+    "compile": "Prepared Result compile prepare_model replay solve",
+    "devices.cost": "Cost CostModel",
+    "devices.device": "Device available_devices load_device",
+    "devices.target": "Target resolve_target",
+    "errors": "LrcompileError",
+    "frontend.calibration_data": "CalibrationData calibration_from load_calibration",
+    "graph.graph": "Graph Site",
+    "graph.rewrite": "Refusal Rewrite Rewriter",
+    "passes": "Context Pass Stage",
+    "planning.budget": "Budget",
+    "planning.plan": "Plan",
+    "plugins": "discover select",
+    "report.report": "Report",
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
 
 __all__ = [
     "Budget",
@@ -46,3 +74,21 @@ __all__ = [
     "select",
     "solve",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'lrcompile' has no attribute {name!r}")
+    return getattr(import_module(f"lrcompile.{_HOME_OF[name]}"), name)
+
+
+class _Package(ModuleType):
+    """Keeps `lrcompile.compile` the function: importing the module of that name would put the module there."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name == "compile" and isinstance(value, ModuleType):
+            value = value.compile
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

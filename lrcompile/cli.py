@@ -23,22 +23,17 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-INTERRUPTED = 130
 COMMANDS = ("compile", "devices", "passes", "predict", "bench", "explain")
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
 Target = Annotated[str, typer.Option(help="A device profile (see `lrcompile devices`), its path, or local.")]
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the command line and exits with its code: 0 done, 1 budget not met, 2 bad usage or input."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
+def run(arguments: Sequence[str]) -> int:
+    """Runs a command line; returns its exit code: 0 done, 1 budget not met, 2 bad usage or input, 130 interrupted."""
+    words = list(arguments)
     if words and words[0] not in (*COMMANDS, "--help", "--version"):
         words.insert(0, "compile")
-    sys.exit(_run(words))
-
-
-def _run(words: list[str]) -> int:
     errors = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
     try:
         code = app(args=words, standalone_mode=False)
@@ -47,11 +42,6 @@ def _run(words: list[str]) -> int:
     except LrcompileError as error:
         errors.print(f"lrcompile: {error}")
         return error.exit_code
-    except (KeyboardInterrupt, SystemExit) as stop:
-        if isinstance(stop, SystemExit) and stop.code != INTERRUPTED:  # the option parser turns Ctrl-C into an exit
-            raise
-        errors.print("lrcompile: interrupted; no output was written")
-        return INTERRUPTED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -60,7 +50,7 @@ def _run(words: list[str]) -> int:
         return 2
     except Exception as error:
         if hasattr(error, "format_message"):  # a usage error of the option parser
-            errors.print(f"lrcompile: {error.format_message()}")  # type: ignore[attr-defined]
+            errors.print(f"lrcompile: {error.format_message()}")
             return 2
         raise
 
@@ -99,7 +89,7 @@ def compile_command(
     as_json: Json = False,
 ) -> None:
     """Compiles a model for a target; the word `compile` may be left out."""
-    from lrcompile.session import Request, run
+    from lrcompile.session import Request, compile_files
 
     request = Request(
         model=model, target=target, out=out, arch=arch, trust_pickle=trust_pickle, inputs=tuple(inputs or ()),
@@ -111,7 +101,7 @@ def compile_command(
     from lrcompile.report.terminal import print_report
 
     with ProgressDisplay(Console(stderr=True)) as progress:
-        report = run(request, progress)
+        report = compile_files(request, progress)
     if as_json:
         _print_json(report.to_json())
         return

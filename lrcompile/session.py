@@ -49,7 +49,7 @@ class Request:
     report_json: Path | None
 
 
-def run(request: Request, progress: Callable[[str, int, int], None]) -> Report:
+def compile_files(request: Request, progress: Callable[[str, int, int], None]) -> Report:
     """Compiles as asked and writes what was asked for; nothing is written unless all of it succeeds.
 
     Raises:

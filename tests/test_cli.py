@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import nn
 
-from lrcompile.cli import main
+from lrcompile.cli import run
 
 MODULE = """
 import torch
@@ -83,11 +83,10 @@ def cwd(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def call(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
     """(exit code, standard output, standard error) of a command line."""
-    with pytest.raises(SystemExit) as stop:
-        main(words)
+    code = run(words)
     out, err = capsys.readouterr()
     said = [line for line in err.splitlines(keepends=True) if " s left" not in line]  # progress of a slow machine
-    return int(stop.value.code or 0), out, "".join(said)
+    return code, out, "".join(said)
 
 
 def made(cwd: Path) -> set[str]:
@@ -119,11 +118,12 @@ def test_main_form_writes_a_verified_model(cwd: Path, capsys: pytest.CaptureFixt
 
 
 def test_plan_replays_byte_identically(cwd: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ("model.pt", "--target", "v100", "--calib", "calib.npz")
+    words = ("model.pt", "--target", "v100", "--calib", "calib.npz", "--batch", "1024")
     assert call(capsys, *words, "--out", "a.onnx", "--plan-out", "plan.json")[0] == 0
     code, _, err = call(
-        capsys, "model.pt", "--calib", "calib.npz", "--plan", "plan.json", "--out", "b.onnx", "--plan-out", "again.json"
-    )
+        capsys, "model.pt", "--calib", "calib.npz", "--batch", "1024", "--plan", "plan.json", "--out", "b.onnx",
+        "--plan-out", "again.json",
+    )  # fmt: skip
     assert (code, err) == (0, "")
     assert Path("a.onnx").read_bytes() == Path("b.onnx").read_bytes()
     assert Path("plan.json").read_bytes() == Path("again.json").read_bytes()
@@ -260,19 +260,20 @@ def test_outputs_that_cannot_be_written_are_refused_first(
     assert start  # the check comes before the work: the model is not even read
 
 
-def test_interrupt_leaves_nothing(cwd: Path) -> None:
+@pytest.mark.parametrize("after_s", [0.5, 2.0, 4.0])
+def test_interrupt_leaves_nothing(cwd: Path, after_s: float) -> None:
     """Ctrl-C in the middle of the work: one line, exit code 130, no output and no temporary file."""
     Path("out.onnx").write_bytes(b"precious")
     before = made(cwd)
     process = subprocess.Popen(
-        [sys.executable, "-c", "import lrcompile.cli as c; print('ready', flush=True); c.main()",
+        [sys.executable, "-c", "from lrcompile.__main__ import main; print('ready', flush=True); main()",
          "user_net:build_with_inputs", "--out", "out.onnx"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     try:
-        process.wait(2)
+        process.wait(after_s)
     except subprocess.TimeoutExpired:
         process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)

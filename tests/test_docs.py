@@ -89,9 +89,7 @@ def test_code_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def run(command: str, where: str) -> None:
     words = shlex.split(command, comments=True)
     stated = re.search(r"# exits with (\d+)$", command)
-    with pytest.raises(SystemExit) as exit_:
-        cli.main(words[1:])
-    assert exit_.value.code == (int(stated[1]) if stated else 0), f"{where}: {command}"
+    assert cli.run(words[1:]) == (int(stated[1]) if stated else 0), f"{where}: {command}"
 
 
 @pytest.mark.parametrize("page", LINKING)
