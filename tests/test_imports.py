@@ -31,8 +31,8 @@ MAY_IMPORT = {
     "confirm": "errors graph devices frontend emit planning",
     "compile": "errors graph devices frontend emit passes plugins planning report confirm",
     "session": "errors frontend emit plugins planning report compile",
-    "__main__": "cli",
     "cli": "errors devices plugins planning report session",
+    "__main__": "cli",
     "lrcompile": "errors graph devices frontend passes plugins planning report compile",  # the public names
     "lrcompile_passes": "graph planning.decompose passes",  # what a plugin may know
 }
