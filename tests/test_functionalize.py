@@ -11,8 +11,9 @@ from panel import PANEL
 from torch import nn
 from torch.export import ExportedProgram
 
+from lrcompile.errors import InputError
 from lrcompile.frontend.functionalize import functionalize
-from lrcompile.frontend.trace import trace
+from lrcompile.frontend.trace import run, trace
 
 aten = torch.ops.aten
 Function = Callable[[torch.Tensor], Any]
@@ -162,31 +163,52 @@ def test_local_writes_of_a_nested_graph_are_renamed(decomposed: list[ExportedPro
     assert torch.equal(program.module()(x), function(torch.tanh(x)))
 
 
-class Counter(nn.Module):
-    """Writes to its input and to a buffer, and reads both before and after."""
+class Writing(nn.Module):
+    """Writes to its input, which it reads before and after, and to a buffer."""
 
-    def __init__(self) -> None:
+    def __init__(self, reads_buffer: bool) -> None:
         super().__init__()
         self.register_buffer("count", torch.ones(1))
+        self.reads_buffer = reads_buffer
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> Any:
         before = x.clone()[:, :2]
         x.mul_(2)
         self.count.add_(1)
-        return before + x[:, :2] * self.count
+        return before, x, x[:, :2] * self.count if self.reads_buffer else x[:, :2]
 
 
 def test_inputs_and_buffers_are_written_last(decomposed: list[ExportedProgram]) -> None:
-    model, x = Counter(), torch.randn(2, 4)
-    module = functional(copy.deepcopy(model), x).module()
+    model, x = Writing(reads_buffer=True), torch.randn(2, 4)
+    module: Any = functional(copy.deepcopy(model), x).module()
     assert len(decomposed) == 1
-    writes = [node.target for node in module.graph.nodes if getattr(node.target, "_schema", None)]
-    assert [target for target in writes if target._schema.is_mutable] == writes[-2:] == [aten.copy_.default] * 2
+    targets = [node.target for node in module.graph.nodes if isinstance(node.target, torch._ops.OpOverload)]
+    assert [target for target in targets if target._schema.is_mutable] == targets[-2:] == [aten.copy_.default] * 2
     for _ in range(2):
         given, expected = x.clone(), x.clone()
-        assert torch.equal(module(given), model(expected))
+        torch.testing.assert_close(module(given), model(expected), rtol=0, atol=0)
         assert torch.equal(given, expected)
         assert torch.equal(module.get_buffer("count"), model.count)
+
+
+def test_a_traced_graph_writes_to_nothing() -> None:
+    x = torch.randn(2, 4)
+    traced = trace(Writing(reads_buffer=False), (x.clone(),))
+    assert traced.notes == (
+        "the model writes to its buffer count, which it does not read; the compiled one does not",
+        "the model writes to its input x; the compiled model leaves it as it is",
+    )
+    assert torch.equal(traced.flat[0], x)
+    before, after, part = run(traced.graph.gm, (traced.flat[0],))
+    assert torch.equal(traced.flat[0], x)
+    assert torch.equal(before, x[:, :2])
+    assert torch.equal(after, 2 * x)
+    assert torch.equal(part, 2 * x[:, :2])
+
+
+def test_state_between_calls_is_refused() -> None:
+    with pytest.raises(InputError, match="it reads its buffer count and changes it for the next call"):
+        trace(Writing(reads_buffer=True), (torch.randn(2, 4),))
 
 
 def test_layers_survive_torchs_functionalisation(decomposed: list[ExportedProgram]) -> None:

@@ -1,6 +1,7 @@
 """Replaces in-place operators, so that every value of the graph keeps what it held when it was made.
 
 A rewrite moves and replaces values; an operator that changes one behind the others' back would make that wrong.
+Nor does a compiled model write to its inputs, or keep state from one call to the next: no output format can say either.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from torch import fx, ops
 from torch._ops import OpOverload
 from torch.export import ExportedProgram, default_decompositions
 from torch.utils import _pytree as pytree
+
+from lrcompile.errors import InputError
 
 aten = ops.aten
 
@@ -34,6 +37,34 @@ def functionalize(program: ExportedProgram) -> ExportedProgram:
     for gm in graphs:
         gm.recompile()
     return program
+
+
+def drop_last_writes(gm: fx.GraphModule) -> list[str]:
+    """Erases the writes to inputs and buffers that end a functional graph; returns a note for each.
+
+    Raises:
+        InputError: the outputs depend on a buffer that is written, so that the next call would give others.
+    """
+    written = []
+    for node in reversed(gm.graph.find_nodes(op="call_function", target=aten.copy_.default)):
+        stored, value = node.args[:2]
+        written.append(stored)
+        node.replace_all_uses_with(value)
+        gm.graph.erase_node(node)
+    gm.graph.eliminate_dead_code()
+    notes = []
+    for stored in reversed(written):
+        name = stored.target
+        if stored.op == "placeholder":
+            notes.append(f"the model writes to its input {name}; the compiled model leaves it as it is")
+        elif gm.graph.find_nodes(op="get_attr", target=name):
+            raise InputError(
+                f"the model keeps state: it reads its buffer {name} and changes it for the next call, which no "
+                "compiled model can do; make it an input and an output"
+            )
+        else:
+            notes.append(f"the model writes to its buffer {name}, which it does not read; the compiled one does not")
+    return notes
 
 
 def _drop_dropout(gm: fx.GraphModule) -> None:

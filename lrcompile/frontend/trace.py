@@ -14,7 +14,7 @@ from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
 from lrcompile.errors import InputError, VerificationError
-from lrcompile.frontend.functionalize import functionalize
+from lrcompile.frontend.functionalize import drop_last_writes, functionalize
 from lrcompile.frontend.lift import lift
 from lrcompile.graph.graph import Graph, propagate
 from lrcompile.graph.verify import relative_error
@@ -62,11 +62,12 @@ def trace(
         exported, dynamic, note = _export(program, args, kwargs)
         if note:
             notes.append(note)
-    expected = _run_reference(reference, args, kwargs)
+    expected = _run_reference(reference, *pytree.tree_map(_copied, (args, kwargs)))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about torch's own deprecated ways
         gm = functionalize(exported).module()
     assert isinstance(gm, fx.GraphModule)
+    notes += drop_last_writes(gm)
     gm = lift(gm)
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
     kwargs = _ordered(kwargs, exported)
@@ -148,6 +149,11 @@ def _bind(module: nn.Module, shapes: Any) -> dict[str, Any]:
 
 def _twice(value: Any) -> Any:
     return torch.cat([value, value]) if isinstance(value, torch.Tensor) and value.dim() else value
+
+
+def _copied(value: Any) -> Any:
+    """The model may write to its inputs, which are still needed."""
+    return value.clone() if isinstance(value, torch.Tensor) else value
 
 
 def _quiet_export(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any) -> ExportedProgram:
