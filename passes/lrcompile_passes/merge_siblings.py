@@ -19,7 +19,6 @@ from lrcompile.graph.graph import Graph, Site, aten, owners
 from lrcompile.graph.rewrite import Refusal, Rewrite, Rewriter
 from lrcompile.passes import Context, Pass, Stage
 from lrcompile_passes.layers import CONVS, cannot_rebuild, conv, geometry, joint_path, linear
-from lrcompile_passes.memory import Writes
 
 
 @dataclass(frozen=True)
@@ -30,21 +29,17 @@ class MergeSiblings(Pass):
 
     def propose(self, graph: Graph, context: Context) -> Iterator[Rewrite | Refusal]:
         """Each group of linear layers, or of convolutions with the same window, that read one value."""
-        owner_map, writes = owners(graph), Writes(graph)
+        owner_map = owners(graph)
         groups: dict[Any, list[Site]] = defaultdict(list)
         for site in graph.modules_of(nn.Linear, *CONVS):
             groups[_kind(site)].append(site)
         for group in groups.values():
             if len(group) < 2:
                 continue
-            reasons = {s: _cannot_merge(s, writes) or cannot_rebuild(graph, s, owner_map) for s in group}
+            reasons = {s: _cannot_merge(s) or cannot_rebuild(graph, s, owner_map) for s in group}
             yield from (site.refuse(reason) for site, reason in reasons.items() if reason)
             legal = [site for site, reason in reasons.items() if not reason]
             if len(legal) < 2:
-                continue
-            writer = writes.between(legal[0].input, legal[0].nodes[0], legal[-1].nodes[0])
-            if writer is not None:
-                yield legal[0].refuse(f"the siblings' input is written in place by {writer.name} between them")
                 continue
             yield Rewrite("", tuple(site.path for site in legal), exact=True)
 
@@ -74,11 +69,8 @@ def _kind(site: Site) -> Any:
     return site.input, type(module), module.weight.dtype, module.kernel_size, window
 
 
-def _cannot_merge(site: Site, writes: Writes) -> str | None:
-    if len(site.nodes) > 1:
-        return f"module called at {len(site.nodes)} sites"
-    writer = writes.through_view(site.nodes[0])
-    return f"its output is written in place through a view by {writer.name}" if writer else None
+def _cannot_merge(site: Site) -> str | None:
+    return f"module called at {len(site.nodes)} sites" if len(site.nodes) > 1 else None
 
 
 def _merged(sites: Sequence[Site], context: Context) -> nn.Module:

@@ -14,7 +14,6 @@ from torch import fx, nn
 from lrcompile.graph.graph import Graph, aten, dtype
 from lrcompile.graph.rewrite import Refusal, Rewrite, Rewriter
 from lrcompile.passes import Context, Pass, Stage
-from lrcompile_passes.memory import Writes
 
 MODULES = (
     nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout, nn.Identity
@@ -34,12 +33,9 @@ class RemoveIdentity(Pass):
                 yield site.refuse("in training mode")
             elif not any(_passes_through(node) for node in site.nodes):
                 yield site.rewrite(exact=True, operation="module")
-        writes = Writes(graph)
         for node in graph.nodes:
             test = _IDENTITIES.get(node.target) if node.op == "call_function" else None
-            if test is None or not node.args or not test(node) or _passes_through(node):
-                continue
-            if not (node.target in _COPIES and writes.touch(node, _source(node))):
+            if test is not None and node.args and test(node) and not _passes_through(node):
                 yield Rewrite("", (node.name,), {"operation": str(node.target)}, exact=True)
 
     def apply(self, rewriter: Rewriter, rewrite: Rewrite) -> None:
@@ -119,11 +115,4 @@ _IDENTITIES: dict[Any, Callable[[fx.Node], bool]] = {
     aten.div.Tensor: _by_one,
     aten.pad.default: _pads_nothing,
     aten.constant_pad_nd.default: _pads_nothing,
-}  # fmt: skip
-
-# These may give new memory, so that writing to one of the two must not be seen in the other.
-_COPIES = {
-    aten.clone.default, aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten._to_copy.default,
-    aten._unsafe_view.default, aten.mul.Tensor, aten.div.Tensor, aten.pad.default, aten.constant_pad_nd.default,
-    aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default, aten.feature_alpha_dropout.default,
 }  # fmt: skip

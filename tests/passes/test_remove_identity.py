@@ -110,16 +110,6 @@ def test_a_reshape_that_export_fixes_the_batch_for() -> None:
     assert not trace(Swap(), (torch.randn(4, 4),)).dynamic_batch  # only so may the reshape go
 
 
-def test_copies_stay_where_memory_is_written() -> None:
-    def written(x: torch.Tensor) -> torch.Tensor:
-        y = x.clone()
-        y.add_(1)
-        return x + y
-
-    graph = common.exported(Function(written), torch.randn(4, 4))
-    assert common.rewrites(graph, PASS) == []
-
-
 def test_the_output_is_not_an_input() -> None:
     class Nothing(nn.Module):
         def __init__(self) -> None:
