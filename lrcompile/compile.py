@@ -18,7 +18,7 @@ import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
-from lrcompile.confirm import Measured, confirm, measure
+from lrcompile.confirm import Measured, Reference, confirm
 from lrcompile.devices.cost import Cost, CostModel, total
 from lrcompile.devices.target import Target, resolve_target
 from lrcompile.emit.write import emit
@@ -83,6 +83,7 @@ class Prepared:
     pricing: Pricing
     base: Cost
     original: Cost
+    reference: Reference | None
     calibration: CalibrationData | None
     skipped: tuple[str, ...]
     seed: int
@@ -167,8 +168,9 @@ def prepare_model(
         pricing = price(graph, transforms, context, target.model, keep, clock.progress)
         costs = {} if target.is_local else _node_costs(graph, target.model)
         pricing = replace(pricing, refusals=(*refusals, *pricing.refusals), node_costs=costs)
-        base = measure(traced, graph).before if target.is_local else total(list(costs.values()))
-        original = base if target.is_local else total(list(_node_costs(traced.graph, target.model).values()))
+        reference = Reference.of(traced) if target.is_local else None
+        base = reference.latency() if reference else total(list(costs.values()))
+        original = base if reference else total(list(_node_costs(traced.graph, target.model).values()))
     return Prepared(
         traced=traced,
         graph=graph,
@@ -180,6 +182,7 @@ def prepare_model(
         pricing=pricing,
         base=base,
         original=original,
+        reference=reference,
         calibration=calibration,
         skipped=skipped,
         seed=seed,
@@ -204,9 +207,9 @@ def solve(prepared: Prepared, budget: Budget) -> Result:
         if exact and len(exact) == len(choice.rewrites):
             check_exact(p.graph, exact, p.passes, p.context, p.evaluator, choice.error)
     measured: Measured | None = None
-    if p.target.is_local:
+    if p.reference:
         with clock("confirm"):
-            choice, measured = confirm(p.traced, problem, choice)
+            choice, measured = confirm(p.reference, problem, choice)
     decisions = decide(
         p.graph, p.pricing, choice.candidates, budget.confidence, budget.error_limit, p.skipped, p.canonical,
         overruled=measured.overruled if measured else None,
@@ -250,6 +253,8 @@ def _remarks(p: Prepared, choice: Choice, measured: Measured | None) -> list[str
     remarks = []
     if choice.relaxed:
         remarks.append("the size asked for needed rewrites that do not make the target faster; see the table")
+    if measured and measured.remark:
+        remarks.append(measured.remark)
     if measured and measured.overruled:
         remarks.append(measured.overruled)
     elif not choice.candidates:
@@ -301,7 +306,7 @@ def replay(
         error = Evaluator(traced.graph, batches).error(graph_after)
     choice = Choice((), graph_after, error)
     if target.is_local:
-        measured = measure(traced, graph_after)
+        measured = Reference.of(traced).measure(graph_after)
         latency = latency_figures("measured", measured.before, measured.after)
     else:
         before, after = (total(list(_node_costs(g, target.model).values())) for g in (traced.graph, graph_after))

@@ -205,7 +205,7 @@ BAD: list[tuple[tuple[str, ...], int, str]] = [
     (("user_net:build", "--input", "x=int64[8,256]"), 2, "does not run"),
     (("model.pt", "--calib", "nan.npz"), 2, "NaN"),
     (("model.pt", "--calib", "names.npz"), 2, "y"),
-    (("model.pt", "--calib", "shape.npz"), 2, "7"),
+    (("model.pt", "--calib", "shape.npz", "--batch", "8"), 2, "7"),
     (("model.pt", "--target", "v10"), 2, "v100"),
     (("model.pt", "--passes", "low-rank-liner"), 2, "low-rank-linear"),
     (("model.pt", "--skip", "nope.*"), 2, "up"),
