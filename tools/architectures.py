@@ -94,10 +94,7 @@ def _onnx_error(prepared: lrcompile.Prepared, result: lrcompile.Result) -> float
         path = Path(folder) / "model.onnx"
         result.save(path)
         session = onnxruntime.InferenceSession(path)
-        feeds = {
-            port.name: np.asarray(value)
-            for port, value in zip(session.get_inputs(), traced.flat, strict=True)
-        }
+        feeds = {port.name: np.asarray(value) for port, value in zip(session.get_inputs(), traced.flat, strict=True)}
         outputs = [torch.from_numpy(np.asarray(value)) for value in session.run(None, feeds)]
     return relative_error(prepared.evaluator.reference[0], outputs)
 
