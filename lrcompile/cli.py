@@ -13,11 +13,12 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from lrcompile.errors import InputError, LrcompileError, PlanError
+from lrcompile.errors import LrcompileError, PlanError
 
 app = typer.Typer(
     name="lrcompile",
-    help="Rewrites a trained model where that makes it faster on a device.  Main form: lrcompile MODEL --target NAME --out FILE",
+    help="Rewrites a trained model where that makes it faster on a device.  "
+    "Main form: lrcompile MODEL --target NAME --out FILE",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -72,7 +73,9 @@ def compile_command(
     arch: Annotated[str | None, typer.Option(help="pkg.mod:factory that builds the module of a state dict.")] = None,
     trust_pickle: Annotated[bool, typer.Option(help="Unpickle a whole module: runs code from the file.")] = False,
     inputs: Annotated[list[str] | None, typer.Option("--input", help="name=float32[1,3,224,224]; repeat.")] = None,
-    calib: Annotated[str | None, typer.Option(help="Calibration data: .npz, .pt, .safetensors, pkg.mod:loader.")] = None,
+    calib: Annotated[
+        str | None, typer.Option(help="Calibration data: .npz, .pt, .safetensors, pkg.mod:loader.")
+    ] = None,
     batch: Annotated[int | None, typer.Option(help="Batch size to compile for.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Precision: fp32, fp16 or bf16.")] = None,
     max_error: Annotated[float | None, typer.Option(help="Largest relative output error.")] = None,
@@ -205,7 +208,8 @@ def explain(
     known = {item["site"]: item for item in loaded.sites}
     if site is not None and site not in known:
         near = difflib.get_close_matches(site, known, 3, 0.3)
-        raise PlanError(f"{plan} has no site {site!r}; {'did you mean ' + ', '.join(near) if near else 'see: lrcompile explain ' + str(plan)}")
+        hint = f"did you mean {', '.join(near)}" if near else f"see: lrcompile explain {plan}"
+        raise PlanError(f"{plan} has no site {site!r}; {hint}")
     if as_json:
         _print_json(known[site] if site is not None else json.loads(loaded.dumps()))
         return

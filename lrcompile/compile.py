@@ -123,9 +123,7 @@ def compile(  # the name that users look for
     options: dict[str, Any] = {"calibration": calibration, "passes": passes, "dtype": dtype, "batch": batch}
     if plan is not None:
         return replay(model, args, kwargs, plan=plan, progress=progress, **options)
-    prepared = prepare_model(
-        model, args, kwargs, target=target, skip=skip, seed=seed, progress=progress, **options
-    )
+    prepared = prepare_model(model, args, kwargs, target=target, skip=skip, seed=seed, progress=progress, **options)
     return solve(prepared, budget or Budget())
 
 
@@ -230,9 +228,7 @@ def solve(prepared: Prepared, budget: Budget) -> Result:
     if measured:
         latency = latency_figures("measured", measured.before, measured.after)
     else:
-        latency = latency_figures(
-            p.target.model.kind, p.original, p.base - total([c.gain for c in choice.candidates])
-        )
+        latency = latency_figures(p.target.model.kind, p.original, p.base - total([c.gain for c in choice.candidates]))
     report = Report(
         target=p.target.name,
         model=model_figures(p.traced, choice.graph),
@@ -360,7 +356,9 @@ def _batches(traced: Traced, calibration: CalibrationData | None) -> list[tuple[
     if not traced.dynamic_batch and checked.batches and size is not None:
         got = next(iter(checked.batches[0].values())).shape[0]
         if got != size:
-            raise InputError(f"the model takes batches of {size} only, the calibration data come in {got}; give --batch {size}")
+            raise InputError(
+                f"the model takes batches of {size} only, the calibration data come in {got}; give --batch {size}"
+            )
     return [tuple(batch[name] for name in traced.input_names) for batch in checked.batches]
 
 
@@ -392,6 +390,7 @@ class Clock:
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
+        """Times what runs inside as a stage."""
         self.progress(stage, 0, 0)
         start = time.perf_counter()
         try:

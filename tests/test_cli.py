@@ -16,7 +16,6 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from torch import nn
 
 from lrcompile.cli import run
 
@@ -62,7 +61,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     finally:
         sys.path.remove(str(path))
     model, (x,) = user_net.build_with_inputs()
-    torch.export.save(torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim.AUTO},)), path / "export.pt2")
+    torch.export.save(
+        torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim.AUTO},)), path / "export.pt2"
+    )
     os.rename(path / "export.pt2", path / "model.pt")
     torch.save(model.state_dict(), path / "state.pt")
     torch.save(model, path / "pickled.pt")
@@ -293,5 +294,3 @@ def test_model_with_a_state_dict_key_for_every_kept_layer(cwd: Path, capsys: pyt
         cwd=cwd / "lr", capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert "torch.Size([2, 256])" in done.stdout
-
-

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional as F
+from torch.nn import functional
 
 import lrcompile
 from lrcompile.errors import BudgetError, InputError, PlanError
@@ -28,7 +28,7 @@ class Mlp(nn.Module):
         self.head = nn.Linear(width, 10)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(x + self.down(F.gelu(self.up(x))))
+        return self.head(x + self.down(functional.gelu(self.up(x))))
 
 
 @pytest.fixture(scope="module")
@@ -195,7 +195,7 @@ class Functional(nn.Module):
         self.kernel = nn.Parameter(torch.randn(64, 64, 3, 3) / 24)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.conv2d(F.conv2d(x, self.kernel, padding=1), self.kernel, stride=2)
+        return functional.conv2d(functional.conv2d(x, self.kernel, padding=1), self.kernel, stride=2)
 
 
 CONVS: dict[str, Callable[[], nn.Module]] = {

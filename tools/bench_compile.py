@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             report = lrcompile.compile(model, (x,), target=options.target).save(path)
             stages.append(report.timings_s)
 
-        stages: list[dict[str, float]] = []
+        stages: list[Mapping[str, float]] = []
         seconds(export)  # first use: imports and operator tables
         for _ in range(options.rounds):
             export_s.append(seconds(export))

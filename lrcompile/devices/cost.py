@@ -61,12 +61,12 @@ def total(costs: Sequence[Cost]) -> Cost:
 
 
 class CostModel(Protocol):
-    """Predicts or measures latency.
+    """Predicts or measures latency."""
 
-    `kind` is "analytic" or "measured" and is printed beside every figure that comes from the model.
-    """
-
-    kind: str
+    @property
+    def kind(self) -> str:
+        """Printed beside every figure that comes from the model: "analytic" or "measured"."""
+        ...
 
     def cost(self, op: OpDesc) -> Cost:
         """Price of one operation on its own."""

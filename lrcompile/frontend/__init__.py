@@ -1,0 +1,1 @@
+"""From files and models to the lifted graph that the passes see."""

@@ -12,14 +12,14 @@ Importing this module imports torch's exporter, which takes seconds.
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
+import importlib
+import importlib.util
 import io
 import json
 import math
 import operator
-import contextlib
-import importlib
-import importlib.util
 import re
 import warnings
 from collections.abc import Iterator

@@ -299,8 +299,8 @@ def _parameter(tensor: torch.Tensor | None) -> nn.Parameter | None:
 
 
 def _assign(module: nn.Module, weight: torch.Tensor | None, bias: torch.Tensor | None) -> nn.Module:
-    module.weight = _parameter(weight)
-    module.bias = _parameter(bias)
+    module.register_parameter("weight", _parameter(weight))
+    module.register_parameter("bias", _parameter(bias))
     return module
 
 
@@ -320,7 +320,7 @@ def _make_embedding(config: Config, weight: torch.Tensor) -> nn.Module:
     rows, width = weight.shape
     padding = None if config[1] < 0 else config[1]
     module = nn.Embedding(rows, width, padding_idx=padding, device="meta")
-    module.weight = _parameter(weight)
+    module.register_parameter("weight", _parameter(weight))
     return module
 
 

@@ -186,7 +186,8 @@ def _convert_torchscript(
     from torch._export.converter import TS2EPConverter
 
     if kwargs:
-        names = [a.name for a in program.forward.schema.arguments][1:]
+        forward: Any = program.forward
+        names = [a.name for a in forward.schema.arguments][1:]
         args = (*args, *(kwargs[name] for name in names[len(args) :] if name in kwargs))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -132,10 +132,11 @@ def _recurrent(gates: int) -> Callable[[fx.Node], OpDesc]:
         x = _value(node.args[0])
         state = pytree.tree_leaves(node.args[1])[0]
         hidden = _value(state)
-        layers, bidirectional, batch_first = node.args[4], bool(node.args[7]), bool(node.args[8])
+        layers: Any = node.args[4]
+        bidirectional, batch_first = bool(node.args[7]), bool(node.args[8])
         directions = 2 if bidirectional else 1
         batch, steps = (x.shape[0], x.shape[1]) if batch_first else (x.shape[1], x.shape[0])
-        shape = RecurrentShape(batch, steps, x.shape[-1], hidden.shape[-1], int(layers), directions, gates)  # type: ignore[call-overload]
+        shape = RecurrentShape(batch, steps, x.shape[-1], hidden.shape[-1], layers, directions, gates)
         weights = [_value(w) for w in pytree.tree_leaves(node.args[2])]
         macs = sum(w.numel() for w in weights if w.dim() == 2) * batch * steps
         outputs = sum(_bytes(v) for v in pytree.tree_leaves(node.meta["val"]))
@@ -172,20 +173,30 @@ _SPECIAL: dict[Any, Callable[[fx.Node], OpDesc]] = {
     aten.convolution: _convolution,
 }
 
-_VIEWS = (
-    "view reshape flatten unflatten squeeze unsqueeze expand slice select t alias detach sym_size sym_numel "
-    "sym_stride split split_with_sizes chunk unbind narrow view_as expand_as _unsafe_view arange zeros ones full empty "
-    "lift_fresh_copy lift_fresh scalar_tensor item _local_scalar_dense contiguous dropout transpose permute "
-    "movedim swapaxes zeros_like ones_like full_like new_zeros new_ones new_full"
-).split()
-_MOVEMENTS = "cat stack pad constant_pad_nd reflection_pad2d replication_pad2d roll flip clone repeat im2col unfold".split()
-_REDUCTIONS = (
-    "sum mean max min amax amin var var_mean std argmax argmin cumsum all any max_pool1d max_pool2d max_pool3d "
-    "avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d topk norm linalg_vector_norm"
-).split()
-_NORMALIZATIONS = "softmax _softmax log_softmax layer_norm group_norm batch_norm instance_norm rms_norm native_layer_norm".split()
-_GATHERS = "embedding index index_select gather scatter index_put take_along_dim".split()
-_HEAVY = {"gelu": 12.0, "tanh": 8.0, "sigmoid": 6.0, "silu": 6.0, "exp": 6.0, "erf": 8.0, "sin": 8.0, "cos": 8.0, "pow": 6.0}
+_VIEWS = [
+    "view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "expand", "slice", "select", "t", "alias",
+    "detach", "sym_size", "sym_numel", "sym_stride", "split", "split_with_sizes", "chunk", "unbind", "narrow",
+    "view_as", "expand_as", "_unsafe_view", "arange", "zeros", "ones", "full", "empty", "lift_fresh_copy",
+    "lift_fresh", "scalar_tensor", "item", "_local_scalar_dense", "contiguous", "dropout", "transpose", "permute",
+    "movedim", "swapaxes", "zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full",
+]  # fmt: skip
+_MOVEMENTS = [
+    "cat", "stack", "pad", "constant_pad_nd", "reflection_pad2d", "replication_pad2d", "roll", "flip", "clone",
+    "repeat", "im2col", "unfold",
+]  # fmt: skip
+_REDUCTIONS = [
+    "sum", "mean", "max", "min", "amax", "amin", "var", "var_mean", "std", "argmax", "argmin", "cumsum", "all",
+    "any", "max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d",
+    "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "topk", "norm", "linalg_vector_norm",
+]  # fmt: skip
+_NORMALIZATIONS = [
+    "softmax", "_softmax", "log_softmax", "layer_norm", "group_norm", "batch_norm", "instance_norm", "rms_norm",
+    "native_layer_norm",
+]  # fmt: skip
+_GATHERS = ["embedding", "index", "index_select", "gather", "scatter", "index_put", "take_along_dim"]
+_HEAVY = {
+    "gelu": 12.0, "tanh": 8.0, "sigmoid": 6.0, "silu": 6.0, "exp": 6.0, "erf": 8.0, "sin": 8.0, "cos": 8.0, "pow": 6.0,
+}  # fmt: skip
 
 
 def _table() -> dict[Any, tuple[Kind, float]]:

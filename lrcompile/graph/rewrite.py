@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from lrcompile.graph.graph import Graph, Site
     from lrcompile.passes import Context
 
-JSON: TypeAlias = "None | bool | int | float | str | Sequence[JSON] | Mapping[str, JSON]"
+JSON: TypeAlias = "bool | int | float | str | Sequence[JSON] | Mapping[str, JSON] | None"
 
 
 @dataclass(frozen=True)
@@ -122,11 +122,14 @@ class Rewriter:
             ValueError: the two have different shapes or dtypes.
         """
         got, expected = new.meta.get("val"), old.meta.get("val")
-        if isinstance(expected, torch.Tensor) and (got.shape != expected.shape or got.dtype != expected.dtype):
-            raise ValueError(
-                f"{new.name} has shape {tuple(got.shape)} {got.dtype}, "
-                f"but {old.name} had {tuple(expected.shape)} {expected.dtype}"
-            )
+        if isinstance(expected, torch.Tensor):
+            if not isinstance(got, torch.Tensor):
+                raise ValueError(f"{new.name} is no tensor, but {old.name} was one")
+            if got.shape != expected.shape or got.dtype != expected.dtype:
+                raise ValueError(
+                    f"{new.name} has shape {tuple(got.shape)} {got.dtype}, "
+                    f"but {old.name} had {tuple(expected.shape)} {expected.dtype}"
+                )
         new.meta["stands_for"] = tuple(dict.fromkeys((*value_names(old), *new.meta.get("stands_for", ()))))
         if "sizes" in old.meta:
             new.meta.setdefault("sizes", old.meta["sizes"])

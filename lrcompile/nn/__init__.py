@@ -1,0 +1,1 @@
+"""Modules that compiled models contain beside those of torch."""

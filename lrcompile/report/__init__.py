@@ -1,0 +1,1 @@
+"""What a compile tells: progress, tables, JSON and HTML."""

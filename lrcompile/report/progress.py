@@ -48,6 +48,7 @@ class ProgressDisplay:
             self.bar.stop()
 
     def __call__(self, stage: str, done: int, total: int) -> None:
+        """Shows that `done` of `total` are done; a total of 0 is unknown."""
         words = WORDS.get(stage, stage)
         if self.bar:
             if stage != self.stage or self.task is None:

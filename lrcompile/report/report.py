@@ -100,12 +100,13 @@ def decide(
 ) -> list[Decision]:
     """The decision for every linear, convolution and embedding layer, in graph order.
 
-    `canonical` are the exact rewrites made before anything was priced; `overruled` is the reason for which a measurement of the whole model set the choice aside.
+    `canonical` are the exact rewrites made before anything was priced; `overruled` is the reason for which a
+    measurement of the whole model set the choice aside.
     """
     by_site: dict[str, list[Candidate]] = defaultdict(list)
     for candidate in pricing.candidates:
-        for site in candidate.sites:
-            by_site[site].append(candidate)
+        for path in candidate.sites:
+            by_site[path].append(candidate)
     refusals: dict[str, list[str]] = defaultdict(list)
     for refusal in pricing.refusals:
         refusals[refusal.site].append(f"{refusal.pass_name}: {refusal.reason}")
@@ -113,7 +114,7 @@ def decide(
     for rewrite in canonical:
         for path in rewrite.site:
             cleaned[path].append(rewrite.pass_name)
-    taken = {site: candidate for candidate in chosen for site in candidate.sites}
+    taken = {path: candidate for candidate in chosen for path in candidate.sites}
     decisions = []
     for path, site in graph.sites().items():
         candidates = by_site[path]

@@ -59,7 +59,9 @@ def print_site(console: Console, site: Mapping[str, Any]) -> None:
     console.print(f"why       {site['reason']}")
     if not site["alternatives"]:
         return
-    table = Table(box=None, header_style="bold", pad_edge=False, title="considered, fastest first", title_justify="left")
+    table = Table(
+        box=None, header_style="bold", pad_edge=False, title="considered, fastest first", title_justify="left"
+    )
     table.add_column("rewrites", overflow="fold")
     for name in ("error", "before ms", "after ms", "± ms", "P(faster)", "MB saved"):
         table.add_column(name, justify="right", no_wrap=True)
