@@ -32,7 +32,7 @@ from lrcompile.graph.rewrite import Rewrite
 from lrcompile.passes import Context, Pass, Stage
 from lrcompile.planning.budget import Budget
 from lrcompile.planning.calibration import collect
-from lrcompile.planning.canonicalize import canonicalize, check_exact
+from lrcompile.planning.canonicalize import canonicalize, check_exact, check_finite
 from lrcompile.planning.plan import Plan
 from lrcompile.planning.price import Pricing, price
 from lrcompile.planning.search import Choice, Problem, search
@@ -201,6 +201,7 @@ def solve(prepared: Prepared, budget: Budget) -> Result:
     )  # fmt: skip
     with clock("choose"):
         choice = search(problem, budget)
+        check_finite(p.graph, choice.rewrites, p.passes, p.context, p.evaluator, choice.error)
         exact = [rewrite for rewrite in choice.rewrites if rewrite.exact]
         if exact and len(exact) == len(choice.rewrites):
             check_exact(p.graph, exact, p.passes, p.context, p.evaluator, choice.error)

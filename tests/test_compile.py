@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from torch import nn
 from torch.nn import functional
 
 import lrcompile
-from lrcompile.errors import BudgetError, InputError, PlanError
+from lrcompile.errors import BudgetError, InputError, PlanError, VerificationError
 from lrcompile.planning.plan import Plan
 
 
@@ -284,3 +285,48 @@ def test_low_precision(mlp: Mlp, dtype: str, limit: float) -> None:
     assert result.plan.dtype == dtype
     assert result.report.error["measured"] <= limit
     assert any(s.decision == "rewritten" for s in result.report.sites)
+
+
+@dataclass(frozen=True)
+class Doubling(lrcompile.Pass):
+    """Linear(W) → Linear(factor·W), which is not what it promises."""
+
+    stage = lrcompile.Stage.CANONICALIZE
+    factor: float = 2.0
+    exact: bool = True
+
+    def propose(self, graph: lrcompile.Graph, context: lrcompile.Context) -> Iterator[lrcompile.Rewrite]:
+        for site in graph.modules_of(nn.Linear):
+            if site.path == "down" and not hasattr(site.module, "doubled"):
+                yield site.rewrite(exact=self.exact)
+
+    def apply(self, rewriter: lrcompile.Rewriter, rewrite: lrcompile.Rewrite) -> None:
+        old = rewriter.site().module
+        new = nn.Linear(old.in_features, old.out_features)
+        new.weight = nn.Parameter(old.weight * self.factor)
+        new.bias = old.bias
+        new.doubled = True
+        rewriter.set_module(rewrite.site[0], new)
+
+
+def test_a_pass_that_breaks_its_promise_is_named_with_its_site(mlp: Mlp) -> None:
+    with pytest.raises(VerificationError, match=r"pass doubling at down promised"):
+        lrcompile.compile(mlp, (X,), target="v100", passes=[Doubling()])
+
+
+@dataclass(frozen=True)
+class Overflowing(Doubling):
+    """Linear(W) → Linear(∞·W) in half the bytes: chosen for its size, refused for its output."""
+
+    stage = lrcompile.Stage.FACTORIZE
+    factor: float = float("inf")
+    exact: bool = False
+
+    def apply(self, rewriter: lrcompile.Rewriter, rewrite: lrcompile.Rewrite) -> None:
+        super().apply(rewriter, rewrite)
+        rewriter.site().module.bias = None
+
+
+def test_a_rewrite_that_overflows_is_named_with_its_site(mlp: Mlp) -> None:
+    with pytest.raises(VerificationError, match=r"pass overflowing at down makes the output infinite or NaN"):
+        lrcompile.compile(mlp, (X,), target="v100", passes=[Overflowing()], budget=lrcompile.Budget(size=0.9999))

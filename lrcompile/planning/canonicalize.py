@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 
 from lrcompile.errors import PassError, VerificationError
@@ -60,14 +62,48 @@ def check_exact(
     limit = ROUNDING.get(context.dtype, 1e-5)
     if error <= limit:
         return
-    low, high = 0, len(rewrites)  # the first `low` rewrites are within the limit, the first `high` are not
-    while high - low > 1:
-        middle = (low + high) // 2
-        trial = evaluator.error(rewritten(graph, rewrites[:middle], passes, context), first=1)
-        low, high = (middle, high) if trial <= limit else (low, middle)
-    culprit = rewrites[high - 1]
+    culprit = _first_beyond(limit, graph, rewrites, passes, context, evaluator)
     raise VerificationError(
         f"pass {culprit.pass_name} at {', '.join(culprit.site)} promised an exact rewrite, but the output changed by "
         f"{error:.2e} (relative; at most {limit:.0e} expected for {context.dtype}); leave it out with "
         f"--passes=-{culprit.pass_name} and report it"
     )
+
+
+def check_finite(
+    graph: Graph,
+    rewrites: Sequence[Rewrite],
+    passes: Mapping[str, Pass],
+    context: Context,
+    evaluator: Evaluator,
+    error: float,
+) -> None:
+    """Refuses a model whose output is no longer finite, and names the first rewrite that made it so.
+
+    Raises:
+        VerificationError: a rewrite leads to infinite values or NaN, as overflow in half precision does.
+    """
+    if math.isfinite(error):
+        return
+    culprit = _first_beyond(sys.float_info.max, graph, rewrites, passes, context, evaluator)
+    raise VerificationError(
+        f"pass {culprit.pass_name} at {', '.join(culprit.site)} makes the output infinite or NaN in {context.dtype}; "
+        f"leave the site alone with --skip {culprit.site[0]}, or compile in fp32"
+    )
+
+
+def _first_beyond(
+    limit: float,
+    graph: Graph,
+    rewrites: Sequence[Rewrite],
+    passes: Mapping[str, Pass],
+    context: Context,
+    evaluator: Evaluator,
+) -> Rewrite:
+    """The rewrite with which the error first exceeds the limit, found by halving."""
+    low, high = 0, len(rewrites)  # the first `low` rewrites are within the limit, the first `high` are not
+    while high - low > 1:
+        middle = (low + high) // 2
+        trial = evaluator.error(rewritten(graph, rewrites[:middle], passes, context), first=1)
+        low, high = (middle, high) if trial <= limit else (low, middle)
+    return rewrites[high - 1]
