@@ -103,6 +103,29 @@ def test_recurrent_layers_stay_whole(name: str, operator: str) -> None:
     assert error(traced, exported) < 1e-6
 
 
+def test_attention_that_torch_traces_to_two_layouts() -> None:
+    model, args, kwargs = panel.t5_encoder()
+    traced = trace(model, args, kwargs)
+    assert error(traced, proto(traced)) < 1e-5
+
+
+class Partly(nn.Module):
+    def forward(self, x: torch.Tensor, factor: float, extra: Any = None) -> Any:
+        return {"y": x * factor, "size": x.shape[0], "none": extra}
+
+
+def test_what_is_no_tensor_is_noted() -> None:
+    traced = trace(Partly(), (torch.randn(2, 3), 2.5))
+    model = lowered(traced)
+    assert (model.input_names, model.output_names) == (("x",), ("y",))
+    assert model.notes == (
+        "output size is no tensor: it is left out of the ONNX model",
+        "input factor is no tensor: its value 2.5 is fixed in the ONNX model",
+    )
+    data = ir.to_proto(model.model).SerializeToString()
+    assert onnx_error(data, traced.graph.gm, traced.flat, model.input_names, dynamic_batch=True).error == 0.0
+
+
 def test_weights_keep_their_names_and_tied_ones_are_stored_once() -> None:
     model, args, kwargs = panel.gpt2()
     traced = trace(model, args, kwargs)

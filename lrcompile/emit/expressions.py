@@ -16,8 +16,6 @@ from torch import fx
 from lrcompile.errors import InputError
 
 WIDTH = 120
-ATTRIBUTES = frozenset(("self", "torch", "nn", "math", "device"))
-
 _INFIX = {
     "add.Tensor": "+", "sub.Tensor": "-", "mul.Tensor": "*", "div.Tensor": "/", "matmul.default": "@",
     "add.Scalar": "+", "sub.Scalar": "-", "mul.Scalar": "*", "div.Scalar": "/", "pow.Tensor_Scalar": "**",
@@ -60,6 +58,7 @@ _FUNCTIONAL = frozenset((
     "scaled_dot_product_attention.default", "linear.default",
 ))  # fmt: skip
 _CONVERSIONS = frozenset(("to.device", "to.dtype_layout", "_to_copy.default"))
+_NEEDED = frozenset(("self", "torch", "nn", "math", "device"))
 _LAST = torch.iinfo(torch.int64).max
 
 
@@ -119,9 +118,9 @@ def uses_device(node: fx.Node) -> bool:
     return bool(found) and _name(node) not in _CONVERSIONS
 
 
-def is_free(name: str, taken: Mapping[str, Any] | set[str]) -> bool:
-    """Whether a local variable can have that name."""
-    return name not in taken and name not in ATTRIBUTES and not keyword.iskeyword(name)
+def is_free(name: str) -> bool:
+    """Whether a parameter can have that name: no line of `forward` needs it for something else."""
+    return name not in _NEEDED and not keyword.iskeyword(name)
 
 
 def wrap(line: str, indent: int) -> str:

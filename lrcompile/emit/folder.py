@@ -195,12 +195,13 @@ def _signature(gm: fx.GraphModule, traced: Traced) -> tuple[list[str], list[str]
     signature = inspect.signature(gm.forward)
     bound = signature.bind(*traced.args, **traced.kwargs).arguments
     parameters, lines, names = [], [], {}
-    for name, value in bound.items():
-        is_variadic = signature.parameters[name].kind is inspect.Parameter.VAR_POSITIONAL
+    for given, value in bound.items():
+        is_variadic = signature.parameters[given].kind is inspect.Parameter.VAR_POSITIONAL
+        name = given if is_free(given) else f"{given}_"
         parameters.append(f"*{name}" if is_variadic else name)
         for path, _ in pytree.tree_flatten_with_path(value)[0]:
             node = next(placeholders)
-            names[node] = node.name if path or not is_free(name, set()) else name
+            names[node] = node.name if path else name
             if path:
                 lines.append(f"{node.name} = {name}{pytree.keystr(path)}")
     return parameters, lines, names
@@ -255,7 +256,8 @@ def _structure(outputs: Any, names: Mapping[fx.Node, str]) -> str:
     if isinstance(outputs, list):
         return "[" + ", ".join(_structure(value, names) for value in outputs) + "]"
     if isinstance(outputs, tuple):
-        return "(" + "".join(f"{_structure(value, names)}, " for value in outputs).rstrip() + ")"
+        items = [_structure(value, names) for value in outputs]
+        return f"({', '.join(items)}{',' if len(items) == 1 else ''})"
     return repr(outputs)
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from lrcompile.graph.graph import is_container, storage_id
 from lrcompile.nn.linear import TransposedLinear
@@ -185,6 +185,8 @@ def _children(module: nn.Module) -> dict[str, nn.Module]:
 
 def _constructor(module: nn.Module) -> str:
     """Such as `nn.Linear(384, 96, bias=False)`: what differs from the defaults, as the attributes tell."""
+    if isinstance(module, fx.GraphModule):
+        raise UnknownModuleError("it has a nested graph, as of torch.autocast or control flow")
     kind = nn.Linear if type(module) is TransposedLinear else type(module)
     if not kind.__module__.startswith("torch.nn.modules.") or getattr(nn, kind.__name__, None) is not kind:
         raise UnknownModuleError(f"{kind.__module__}.{kind.__qualname__} is not a module of torch.nn")

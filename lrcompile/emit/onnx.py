@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
+from lrcompile.emit.structure import keep_outputs
 from lrcompile.errors import InputError
 from lrcompile.frontend.archives import first_line
 from lrcompile.frontend.trace import export
@@ -109,8 +110,12 @@ def lower(
     """
     if any(tensor.dtype == torch.bfloat16 for tensor in gm.state_dict().values()):
         opset = max(opset, BFLOAT16_OPSET)
-    program, dynamic = export(_with_heads(gm), args, dict(kwargs), dynamic_batch)
-    notes = ("the rewritten model fixes its batch size",) if dynamic_batch and not dynamic else ()
+    notes: list[str] = []
+    outputs = _tensors(output_names, pytree.tree_leaves(list(gm.graph.output_node().args)), "output", notes)
+    inputs = _tensors(input_names, pytree.tree_leaves((args, dict(kwargs))), "input", notes)
+    program, dynamic = export(_expressible(gm), args, dict(kwargs), dynamic_batch)
+    if dynamic_batch and not dynamic:
+        notes.append("the rewritten model fixes its batch size")
     with quiet():
         try:
             converted = torch.onnx.export(program, dynamo=True, verbose=False, opset_version=opset, optimize=False)
@@ -126,10 +131,21 @@ def lower(
     model = converted.model
     _strip(model)
     _name_batch(model, _batch_symbols(program))
-    values = pytree.tree_leaves(next(n for n in reversed(gm.graph.nodes) if n.op == "output").args)
-    taken_outputs = [n for n, value in zip(output_names, values, strict=True) if isinstance(value, fx.Node)]
-    ins, outs = _rename(model.graph, input_names, taken_outputs)
-    return OnnxModel(model, ins, outs, dynamic, notes)
+    ins, outs = _rename(model.graph, inputs, outputs)
+    return OnnxModel(model, ins, outs, dynamic, tuple(notes))
+
+
+def _tensors(names: Sequence[str], values: Sequence[Any], kind: str, notes: list[str]) -> list[str]:
+    """The names of what ONNX can take or return; notes the rest."""
+    chosen = []
+    for name, value in zip(names, values, strict=True):
+        if isinstance(value, torch.Tensor) or (isinstance(value, fx.Node) and _is_tensor(value)):
+            chosen.append(name)
+        elif kind == "input" and value is not None:
+            notes.append(f"input {name} is no tensor: its value {value!r} is fixed in the ONNX model")
+        elif value is not None:
+            notes.append(f"output {name} is no tensor: it is left out of the ONNX model")
+    return chosen
 
 
 @contextmanager
@@ -157,29 +173,45 @@ def _reason(error: BaseException) -> str:
     return f"{operator[1]}: {first_line(cause)}" if operator else first_line(cause)
 
 
-def _with_heads(gm: fx.GraphModule) -> fx.GraphModule:
-    """Gives attention without an axis of heads one, which torch.onnx needs; a copy where there is any."""
-    if not any(map(_is_headless, gm.graph.nodes)):
+def _expressible(gm: fx.GraphModule) -> fx.GraphModule:
+    """The graph as torch.onnx can take it: attention with an axis of heads, tensors as outputs; a copy if need be."""
+    outputs = pytree.tree_leaves(list(gm.graph.output_node().args))
+    tensors = [i for i, node in enumerate(outputs) if isinstance(node, fx.Node) and _is_tensor(node)]
+    attention = aten.scaled_dot_product_attention.default
+    if len(tensors) == len(outputs) and not gm.graph.find_nodes(op="call_function", target=attention):
         return gm
     result = Graph(gm, FakeTensorMode()).copy().gm
-    for node in list(filter(_is_headless, result.graph.nodes)):
-        with result.graph.inserting_before(node):
+    if len(tensors) < len(outputs):
+        keep_outputs(result.graph, tensors)
+    for node in result.graph.find_nodes(op="call_function", target=attention):
+        _express_attention(result.graph, node)
+    result.recompile()
+    return result
+
+
+def _express_attention(graph: fx.Graph, node: fx.Node) -> None:
+    """Gives attention heads where it has none, and its output one layout: torch.onnx traces it to two."""
+    has_heads = node.args[0].meta["val"].dim() != 3  # type: ignore[union-attr]
+    if not has_heads:
+        with graph.inserting_before(node):
             node.args = tuple(
-                result.graph.call_function(aten.unsqueeze.default, (value, 1))
+                graph.call_function(aten.unsqueeze.default, (value, 1))
                 if isinstance(value, fx.Node) and value.meta["val"].dim() == 3
                 else value
                 for value in node.args
             )
-        with result.graph.inserting_after(node):
-            squeezed = result.graph.call_function(aten.squeeze.dim, (node, 1))
-        node.replace_all_uses_with(squeezed, delete_user_cb=lambda user, new=squeezed: user is not new)
-    return result
+    users = list(node.users)
+    with graph.inserting_after(node):
+        last = graph.call_function(aten.clone.default, (node,), {"memory_format": torch.contiguous_format})
+    if not has_heads:
+        with graph.inserting_after(last):
+            last = graph.call_function(aten.squeeze.dim, (last, 1))
+    for user in users:
+        user.replace_input_with(node, last)
 
 
-def _is_headless(node: fx.Node) -> bool:
-    if node.target != aten.scaled_dot_product_attention.default or not isinstance(node.args[0], fx.Node):
-        return False
-    return node.args[0].meta["val"].dim() == 3
+def _is_tensor(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), torch.Tensor)
 
 
 def _transpose_weights(graph: ir.Graph) -> None:

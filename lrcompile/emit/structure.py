@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import fx
@@ -17,11 +17,22 @@ def plain_outputs(graph: fx.Graph, leaves: Iterator[Any]) -> Any:
 
 def set_plain_outputs(graph: fx.Graph) -> None:
     """Lets the graph return plain dictionaries, tuples and lists, in place."""
-    codegen = graph._codegen
-    info = codegen.pytree_info  # type: ignore[attr-defined]
-    structure = plain_outputs(graph, iter(range(info.out_spec.num_leaves)))
-    plain = info._replace(out_spec=pytree.tree_structure(structure))
-    graph.set_codegen(type(codegen)(plain))  # type: ignore[call-arg]
+    count = graph._codegen.pytree_info.out_spec.num_leaves  # type: ignore[attr-defined]
+    _set_structure(graph, plain_outputs(graph, iter(range(count))))
+
+
+def keep_outputs(graph: fx.Graph, indices: Sequence[int]) -> None:
+    """Lets the graph return only those of its flat outputs, as a tuple, in place."""
+    node = graph.output_node()
+    outputs = pytree.tree_leaves(list(node.args))
+    node.args = (tuple(outputs[i] for i in indices),)
+    _set_structure(graph, tuple(indices))
+
+
+def _set_structure(graph: fx.Graph, outputs: Any) -> None:
+    codegen: Any = graph._codegen
+    info = codegen.pytree_info._replace(out_spec=pytree.tree_structure(outputs))
+    graph.set_codegen(type(codegen)(info))
 
 
 def _plain(spec: pytree.TreeSpec, leaves: Iterator[Any]) -> Any:

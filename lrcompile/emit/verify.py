@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +52,7 @@ def onnx_error(
 ) -> VerifiedOnnx:
     """Runs an ONNX model (a path or its bytes) on the CPU and compares it with the lifted graph it was made from.
 
+    `flat` are the graph's flat inputs, `input_names` what the model calls those of them that are tensors.
     With `dynamic_batch` a second batch size is run too, so that a size baked into a shape shows. Where ONNX Runtime
     has no CPU kernel for the model's floating-point type, copies of both in float32 are compared instead, and the
     note says so.
@@ -61,13 +63,12 @@ def onnx_error(
     """
     session, note = _native(model, gm, flat), None
     if session is None:
-        session, gm, flat = _widened(model), widen_torch(gm), [widen_tensor(value) for value in flat]
+        session, gm, flat = _open_widened(model), widen_torch(gm), [widen_tensor(value) for value in flat]
         note = "checked in float32: ONNX Runtime's CPU provider lacks kernels for the model's data type"
-    feeds = [name for name, value in zip(input_names, flat, strict=True) if isinstance(value, torch.Tensor)]
 
     def emitted(flat: Sequence[Any]) -> list[torch.Tensor]:
         tensors = [value.detach().contiguous().numpy() for value in flat if isinstance(value, torch.Tensor)]
-        return [torch.from_numpy(value) for value in session.run(None, dict(zip(feeds, tensors, strict=True)))]
+        return [torch.from_numpy(value) for value in session.run(None, dict(zip(input_names, tensors, strict=True)))]
 
     return VerifiedOnnx(emitted_error(emitted, gm, flat, dynamic_batch=dynamic_batch, limit=limit), note)
 
@@ -119,13 +120,12 @@ def _native(model: str | Path | bytes, gm: fx.GraphModule, flat: Sequence[Any]) 
     try:
         return _open(model)
     except VerificationError as error:
-        other = any(tensor.dtype in (torch.float16, torch.float64) for tensor in tensors)
-        if other and isinstance(error.__cause__, ort_errors.NotImplemented):
-            return None
+        if isinstance(error.__cause__, ort_errors.NotImplemented):
+            return None  # a type for which there is no kernel; if that is not it, float32 fails likewise
         raise
 
 
-def _widened(model: str | Path | bytes) -> onnxruntime.InferenceSession:
+def _open_widened(model: str | Path | bytes) -> onnxruntime.InferenceSession:
     wide = ir.from_proto(onnx.load_from_string(model)) if isinstance(model, bytes) else ir.load(model)
     widen_onnx(wide)
     with tempfile.TemporaryDirectory(prefix="lrcompile-") as folder:
@@ -146,13 +146,14 @@ def _open(model: str | Path | bytes) -> onnxruntime.InferenceSession:
 
 
 def _compare(emitted: Callable[[Sequence[Any]], Sequence[Any]], gm: fx.GraphModule, flat: Sequence[Any]) -> float:
-    try:
-        expected = [value for value in run(gm, flat) if isinstance(value, torch.Tensor)]
-    except Exception as error:  # whatever an operation raises for a shape that it was not traced with
-        raise VerificationError(f"the compiled graph does not run: {first_line(error)}") from error
-    try:
-        with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the model's own, which the user has seen when it was traced
+        try:
+            expected = [value for value in run(gm, flat) if isinstance(value, torch.Tensor)]
+        except Exception as error:  # whatever an operation raises for a shape that it was not traced with
+            raise VerificationError(f"the compiled graph does not run: {first_line(error)}") from error
+        try:
             got = [value for value in emitted(flat) if isinstance(value, torch.Tensor)]
-    except Exception as error:  # whatever the runtime raises
-        raise VerificationError(f"the emitted model does not run: {first_line(error)}") from error
+        except Exception as error:  # whatever the runtime raises
+            raise VerificationError(f"the emitted model does not run: {first_line(error)}") from error
     return relative_error(expected, got)

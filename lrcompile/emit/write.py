@@ -28,6 +28,7 @@ _FOLDER_FILES = frozenset(("model.py", "weights.safetensors", "__pycache__"))
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _LIMITS = {torch.float16: 5e-2, torch.bfloat16: 2e-1}
 _LIMIT = 1e-3
+_WIDENED_LIMIT = 5e-2  # half-precision weights that were folded together in another order, then widened
 
 
 @dataclass(frozen=True)
@@ -195,7 +196,7 @@ def _emit_onnx(path: Path, gm: fx.GraphModule, traced: Traced) -> tuple[Emitted,
     written = save(lowered.model, path)
     limit = _limit(gm)
     checked = onnx_error(path, gm, traced.flat, lowered.input_names, dynamic_batch=lowered.dynamic_batch, limit=limit)
-    _check_error("ONNX model", checked.error, limit)
+    _check_error("ONNX model", checked.error, limit if checked.note is None else _WIDENED_LIMIT)
     notes = lowered.notes if checked.note is None else (*lowered.notes, checked.note)
     return Emitted({"onnx_vs_torch": checked.error}, notes), written
 
