@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
+import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -77,14 +80,33 @@ def _solved(
     aim = aim / (np.abs(aim[allowed]).max(initial=0.0) or 1.0)
     if gain is not None:
         aim = aim - SECOND_AIM * gain / (np.abs(gain).max() or 1.0)
-    result = milp(
-        aim,
-        constraints=constraints,
-        integrality=np.ones(len(aim)),
-        bounds=Bounds(0, allowed.astype(float)),
-        options={"mip_rel_gap": 1e-5, "node_limit": NODES},  # a limit in seconds would depend on the machine
-    )
+    with _quiet():
+        result = milp(
+            aim,
+            constraints=constraints,
+            integrality=np.ones(len(aim)),
+            bounds=Bounds(0, allowed.astype(float)),
+            options={"mip_rel_gap": 1e-5, "node_limit": NODES},  # a limit in seconds would depend on the machine
+        )
     return None if result.x is None else [i for i, x in enumerate(result.x) if x > 0.5]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps HiGHS from writing to standard output, as it does whatever its options (HiGHS.jl issue 312)."""
+    sys.stdout.flush()
+    try:
+        terminal = os.dup(1)
+    except OSError:  # there is no standard output
+        yield
+        return
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+        try:
+            yield
+        finally:
+            os.dup2(terminal, 1)
+            os.close(terminal)
 
 
 def _overlaps(candidates: Sequence[Candidate]) -> csr_array:

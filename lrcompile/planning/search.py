@@ -182,7 +182,9 @@ def _best(problem: Problem, pool: _Pool, error_limit: float | None) -> Choice | 
             best = tuple(picked)
         if WELL_SPENT * error_limit <= error <= error_limit:
             break
-        bias = max(error, 1e-12) / max(_measured(problem, pool, picked, first=1), 1e-12)
+        before, bias = bias, max(error, 1e-12) / max(_measured(problem, pool, picked, first=1), 1e-12)
+        if bias == before:
+            break
     return _exact(problem, pool) if best is None else applied(problem, pool.candidates, best)
 
 
