@@ -142,23 +142,19 @@ def _reach(candidates: Sequence[Candidate]) -> Limits:
 def thin(candidates: Iterable[Candidate]) -> tuple[Candidate, ...]:
     """Drops candidates that another on the same footprint beats in latency, size and error alike.
 
-    A lossy candidate beats no exact one, whatever its error: under some budgets only exact ones count.
+    Errors compare within a family only: what they do to the model is not known yet. Exact candidates beat lossy ones.
     """
-    groups: dict[frozenset[str], list[tuple[tuple[float, ...], Candidate]]] = {}
+    groups: dict[frozenset[str], list[Candidate]] = {}
     for candidate in candidates:
-        merits: tuple[float, ...] = (
-            not candidate.exact,
-            candidate.error,
-            -candidate.gain.latency_s,
-            -candidate.bytes_saved,
-        )
-        groups.setdefault(candidate.footprint, []).append((merits, candidate))
-    kept = []
-    for members in groups.values():
-        for merits, candidate in members:
-            if not any(o != merits and all(a <= b for a, b in zip(o, merits, strict=True)) for o, _ in members):
-                kept.append(candidate)
-    return tuple(kept)
+        groups.setdefault(candidate.footprint, []).append(candidate)
+    return tuple(c for members in groups.values() for c in members if not any(_beats(o, c) for o in members))
+
+
+def _beats(one: Candidate, other: Candidate) -> bool:
+    if not one.exact and one.family != other.family:
+        return False
+    merits = [(-c.gain.latency_s, -c.bytes_saved, c.error) for c in (one, other)]
+    return merits[0] != merits[1] and all(a <= b for a, b in zip(*merits, strict=True))
 
 
 def _best(problem: Problem, pool: _Pool, error_limit: float | None) -> Choice | None:
@@ -167,8 +163,7 @@ def _best(problem: Problem, pool: _Pool, error_limit: float | None) -> Choice | 
         return _exact(problem, pool)
     errors = _errors(problem, pool)
     if error_limit is None:
-        picked = choose(pool.candidates, errors, pool.limits, "error")
-        return None if picked is None else applied(problem, pool.candidates, picked)
+        return _most_accurate(problem, pool, errors)
     best: tuple[int, ...] | None = None
     bias = 1.0  # error on all batches over that on the first, which the loop looks at
     tried = set()
@@ -186,6 +181,23 @@ def _best(problem: Problem, pool: _Pool, error_limit: float | None) -> Choice | 
         if bias == before:
             break
     return _exact(problem, pool) if best is None else applied(problem, pool.candidates, best)
+
+
+def _most_accurate(problem: Problem, pool: _Pool, errors: Sequence[float]) -> Choice | None:
+    """The most accurate choice within the limits, as measured.
+
+    How errors of many layers add up is not known beforehand, and far from small ones the sensitivities are a guess. So
+    several views of them each give a choice: the model's errors in quadrature and as a plain sum, and the layers' own
+    errors likewise. The measurement decides.
+    """
+    own = [0.0 if candidate.exact else candidate.error for candidate in pool.candidates]
+    views = (errors, [e**0.5 for e in errors], own, [e**0.5 for e in own])
+    found = (choose(pool.candidates, view, pool.limits, "error") for view in views)
+    picks = dict.fromkeys(tuple(picked) for picked in found if picked is not None)
+    if not picks:
+        return None
+    best = min(picks, key=lambda picked: _measured(problem, pool, picked))
+    return applied(problem, pool.candidates, best)
 
 
 def _exact(problem: Problem, pool: _Pool) -> Choice | None:
