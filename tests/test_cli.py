@@ -261,14 +261,22 @@ def test_outputs_that_cannot_be_written_are_refused_first(
     assert start  # the check comes before the work: the model is not even read
 
 
+HEARS_INTERRUPTS = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts with Ctrl-C ignored
+from lrcompile.__main__ import main
+print("ready", flush=True)
+main()
+"""
+
+
 @pytest.mark.parametrize("after_s", [0.5, 2.0, 4.0])
 def test_interrupt_leaves_nothing(cwd: Path, after_s: float) -> None:
     """Ctrl-C in the middle of the work: one line, exit code 130, no output and no temporary file."""
     Path("out.onnx").write_bytes(b"precious")
     before = made(cwd)
     process = subprocess.Popen(
-        [sys.executable, "-c", "from lrcompile.__main__ import main; print('ready', flush=True); main()",
-         "user_net:build_with_inputs", "--out", "out.onnx"],
+        [sys.executable, "-c", HEARS_INTERRUPTS, "user_net:build_with_inputs", "--out", "out.onnx"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
     assert process.stdout is not None
