@@ -24,6 +24,8 @@ from lrcompile.graph.graph import Graph, attribute, owners, share, tied_with, un
 from lrcompile.graph.rewrite import Refusal, Rewrite, set_module
 from lrcompile.passes import Context, Pass, ShapesOnly, Stage, apply, proposals
 
+Family = tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...]
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -49,6 +51,15 @@ class Candidate:
     def p_faster(self) -> float:
         """Probability that the rewrite is truly faster on the device."""
         return self.gain.p_positive
+
+    @property
+    def family(self) -> Family:
+        """What is lossy in it, apart from numbers such as ranks; within a family errors can be compared."""
+        return tuple(
+            (r.pass_name, r.site, tuple(str(v) for v in r.params.values() if not isinstance(v, int | float)))
+            for r in self.rewrites
+            if not r.exact
+        )
 
     @property
     def exact(self) -> bool:

@@ -15,7 +15,7 @@ from lrcompile.frontend.trace import run
 from lrcompile.graph.graph import Graph, prune
 from lrcompile.graph.rewrite import Rewrite
 from lrcompile.passes import Context, Pass, apply
-from lrcompile.planning.price import Candidate
+from lrcompile.planning.price import Candidate, Family
 
 PROBE_ERROR = 0.1  # relative output error of a layer, well above rounding and well below losing the layer
 KEPT_BYTES = 2**30  # of intermediate values, so that a probe runs only what comes after its rewrite
@@ -133,23 +133,23 @@ def model_errors(
 ) -> list[float]:
     """The output error of the model with each candidate alone.
 
-    One candidate a footprint is measured, on the first batch: of all `rivals`, which hold the candidates, the one whose
+    One candidate a family is measured, on the first batch: of all `rivals`, which hold the candidates, the one whose
     own error is nearest to `PROBE_ERROR`. The others follow from it in proportion to their own error. Exact
     candidates have none.
     """
-    probes: dict[frozenset[str], Candidate] = {}
+    probes: dict[Family, Candidate] = {}
     for rival in rivals:
-        known = probes.get(rival.footprint)
-        if not rival.exact and rival.error > 0 and (known is None or _remoteness(rival) < _remoteness(known)):
-            probes[rival.footprint] = rival
-    wanted = list(dict.fromkeys(c.footprint for c in candidates if not c.exact and c.error > 0))
-    factor: dict[frozenset[str], float] = {}
-    for done, footprint in enumerate(wanted):
+        known = probes.get(rival.family)
+        if rival.error > 0 and (known is None or _remoteness(rival) < _remoteness(known)):
+            probes[rival.family] = rival
+    wanted = list(dict.fromkeys(c.family for c in candidates if c.error > 0))
+    factor: dict[Family, float] = {}
+    for done, family in enumerate(wanted):
         progress("sensitivity", done, len(wanted))
-        probe = probes[footprint]
-        factor[footprint] = max(evaluator.error_after(graph, [probe], passes, context, first=1), 1e-9) / probe.error
+        probe = probes[family]
+        factor[family] = max(evaluator.error_after(graph, [probe], passes, context, first=1), 1e-9) / probe.error
     progress("sensitivity", len(wanted), len(wanted))
-    return [0.0 if c.exact else c.error * factor.get(c.footprint, 1.0) for c in candidates]
+    return [c.error * factor[c.family] if c.error > 0 else 0.0 for c in candidates]
 
 
 def _remoteness(candidate: Candidate) -> float:
