@@ -1,0 +1,289 @@
+"""What planning costs, and what it is worth: the figures of docs/planning.md, each from one command.
+
+python -m tools.bench_planner speed       CPU time of each stage, and of a second budget
+python -m tools.bench_planner policies    the planner against two policies that know neither device nor sensitivity
+python -m tools.bench_planner defaults    what a compile without options gains on trained models
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from lrcompile.devices.cost import Cost, total
+from lrcompile.devices.target import Target, resolve_target
+from lrcompile.frontend.trace import Traced, trace
+from lrcompile.graph.describe import describe
+from lrcompile.graph.graph import Graph
+from lrcompile.graph.op import OpDesc
+from lrcompile.graph.rewrite import Rewrite
+from lrcompile.passes import Context
+from lrcompile.planning.budget import Budget
+from lrcompile.planning.calibration import collect
+from lrcompile.planning.canonicalize import canonicalize
+from lrcompile.planning.price import Candidate, price
+from lrcompile.planning.search import Problem, search
+from lrcompile.planning.sensitivity import Evaluator, rewritten
+from lrcompile.plugins import discover
+from tools import models
+
+Example = tuple[nn.Module, tuple[Tensor, ...]]
+POLICIES = ("planner", "uniform", "energy")
+
+
+# ------------------------------------------------------------------------------------------------------- one problem
+
+
+class MacsModel:
+    """A device whose time is the number of multiply-adds: with it, `speedup=2` asks for half of them."""
+
+    kind = "analytic"
+
+    def cost(self, op: OpDesc) -> Cost:
+        """One second a multiply-add."""
+        return Cost(op.flops / 2, 0.0, op.flops, op.weight_bytes, op.activation_bytes)
+
+    def compare(self, before: fx.GraphModule, after: fx.GraphModule) -> tuple[Cost, Cost]:
+        """The multiply-adds of both sides."""
+        first, second = (total([self.cost(describe(gm, n)) for n in gm.graph.nodes]) for gm in (before, after))
+        return first, second
+
+
+def macs_target() -> Target:
+    """A target that counts multiply-adds, with the rank steps of a V100."""
+    return Target("macs", resolve_target("v100").device, MacsModel())
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of planning and the CPU time that it took."""
+
+    name: str
+    cpu_s: float
+
+
+class Stages:
+    """Runs stages one after the other and keeps their CPU times."""
+
+    def __init__(self) -> None:
+        self.done: list[Stage] = []
+
+    def __call__(self, name: str, work: Callable[[], Any]) -> Any:
+        start = time.process_time()
+        result = work()
+        self.done.append(Stage(name, time.process_time() - start))
+        return result
+
+
+def prepared(
+    example: Example, target: Target, calibration: Sequence[Sequence[Any]] = (), stages: Stages | None = None
+) -> tuple[Traced, Problem]:
+    """A model up to the choice, as `lrcompile.compile` prepares it, with the time of each stage."""
+    stage = stages or Stages()
+    model, args = example
+    passes = discover().passes
+    traced = stage("trace", lambda: trace(model, args))
+    context = Context(target.device)
+    graph, _, _ = stage("canonicalize", lambda: canonicalize(traced.graph, passes, context))
+    if calibration:
+        found = stage("calibrate", lambda: collect(graph, calibration))
+        context = Context(target.device, grams=found.grams, token_counts=found.token_counts)
+    evaluator = stage("evaluator", lambda: Evaluator(traced.graph, calibration or [traced.flat]))
+    pricing = stage("price", lambda: price(graph, passes, context, target.model))
+    by_name = {transform.name: transform for transform in passes}
+    base, original = latency(graph, target), latency(traced.graph, target)
+    return traced, Problem(graph, pricing.candidates, by_name, context, evaluator, base, original.latency_s)
+
+
+def latency(graph: Graph, target: Target) -> Cost:
+    """The predicted cost of a whole graph."""
+    return total([target.model.cost(describe(graph.gm, node)) for node in graph.nodes])
+
+
+# ------------------------------------------------------------------------------------------------------------- speed
+
+
+def resnet(depths: Sequence[int], layer: str, widths: Sequence[int]) -> Example:
+    """A ResNet of the transformers library with random weights, and one image of 224 × 224."""
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    torch.manual_seed(0)
+    config = ResNetConfig(depths=list(depths), layer_type=layer, hidden_sizes=list(widths))
+    return ResNetForImageClassification(config).eval(), (torch.randn(1, 3, 224, 224),)
+
+
+def speed() -> Iterator[str]:
+    """Planning ResNet-18 to half its multiply-adds and ResNet-50 for a V100, then again for another budget."""
+    jobs: list[tuple[str, Example, Target, list[Budget]]] = [
+        (
+            "ResNet-18, half the multiply-adds",
+            resnet([2, 2, 2, 2], "basic", [64, 128, 256, 512]),
+            macs_target(),
+            [Budget(speedup=2), Budget(speedup=1.6), Budget(max_error=0.3)],
+        ),
+        (
+            "ResNet-50, V100",
+            resnet([3, 4, 6, 3], "bottleneck", [256, 512, 1024, 2048]),
+            resolve_target("v100"),
+            [Budget(), Budget(max_error=0.2), Budget(size=0.6), Budget(size=0.5)],
+        ),
+    ]
+    yield f"{'model':36}{'stage':44}{'CPU s':>8}"
+    for name, example, target, budgets in jobs:
+        stages = Stages()
+        _, problem = prepared(example, target, stages=stages)
+        for i, budget in enumerate(budgets):
+            given = ", ".join(f"{k}={v}" for k, v in budget.to_json().items() if v and k != "confidence")
+            words = f"{'choose' if i == 0 else 'choose again'} ({given or 'default budget'})"
+            stages(words, partial(search, problem, budget))
+        yield from (f"{name:36}{stage.name:44}{stage.cpu_s:8.2f}" for stage in stages.done)
+        planning = sum(stage.cpu_s for stage in stages.done[1 : -len(budgets) + 1])
+        yield f"{name:36}{f'from traced graph to plan, {len(problem.candidates)} candidates':44}{planning:8.2f}"
+
+
+# ---------------------------------------------------------------------------------------------------------- policies
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A policy at one latency: what it takes, predicted, as a share of the original, and its error."""
+
+    policy: str
+    asked: float
+    latency: float
+    calibration_error: float
+    error: float
+
+
+def sentences(first: int, count: int, batch: int = 8) -> list[tuple[Tensor, Tensor]]:
+    """Batches of tokenised film reviews."""
+    ids, mask = models.tokenise(models.movie_sentences()[0][first : first + count])
+    return [(ids[i : i + batch], mask[i : i + batch]) for i in range(0, count, batch)]
+
+
+def compare_policies(
+    shares: Sequence[float], target: Target, calibration: int = 64, unseen: int = 64
+) -> Iterator[Outcome]:
+    """Each policy on MiniLM at each share of the original latency; errors on sentences that no policy has seen."""
+    example = models.minilm()
+    traced, problem = prepared(example, target, sentences(0, calibration))
+    judge = Evaluator(traced.graph, sentences(5000, unseen))
+    for share in shares:
+        for policy in POLICIES:
+            graph = planned(problem, share) if policy == "planner" else blind(problem, policy, share, target)
+            if graph is not None:
+                got = latency(graph, target).latency_s / problem.original_s
+                yield Outcome(policy, share, got, problem.evaluator.error(graph), judge.error(graph))
+
+
+def planned(problem: Problem, share: float) -> Graph:
+    """The planner's most accurate model at that share of the latency, all candidates admitted that save time."""
+    return search(problem, Budget(speedup=1 / share, confidence=0.5)).graph
+
+
+def blind(problem: Problem, policy: str, share: float, target: Target) -> Graph | None:
+    """The most accurate model of a one-parameter policy at that share of the latency, or None if it has none.
+
+    "uniform" keeps the same share of every layer's break-even rank; "energy" cuts every layer to the least rank whose
+    relative error is below one bound. Both use the same activation-aware factors and the same exact merges.
+    """
+    ladders: dict[str, list[Rewrite]] = defaultdict(list)
+    merges: list[Candidate] = []
+    for candidate in problem.candidates:
+        if len(candidate.rewrites) == 1 and candidate.rewrites[0].pass_name == "low-rank-linear":
+            ladders[candidate.sites[0]].append(candidate.rewrites[0])
+        elif candidate.exact and candidate.gain.latency_s > 0:
+            merges.append(candidate)
+    best = None
+    for setting in _settings(policy, ladders):
+        cuts = [rewrite for site in sorted(setting) for rewrite in setting[site]]
+        cut = {rewrite.site[0] for rewrite in cuts}
+        kept = [merge.rewrites[0] for merge in merges if not cut & set(merge.sites)]
+        graph = rewritten(problem.graph, [*kept, *cuts], problem.passes, problem.context)
+        if latency(graph, target).latency_s <= share * problem.original_s:
+            return graph
+    return best
+
+
+def _settings(policy: str, ladders: Mapping[str, list[Rewrite]]) -> Iterator[dict[str, list[Rewrite]]]:
+    """The policy's choices from the mildest to the strongest."""
+    ranks = {site: sorted(ladder, key=lambda r: -_rank(r)) for site, ladder in ladders.items()}
+    if policy == "uniform":
+        top = {site: _rank(ladder[0]) for site, ladder in ranks.items()}
+        for step in range(100, 0, -1):
+            yield {
+                site: [min(ladder, key=lambda r: abs(_rank(r) - top[site] * step / 100))]
+                for site, ladder in ranks.items()
+            }
+        return
+    for bound in sorted({rewrite.error for ladder in ranks.values() for rewrite in ladder}):
+        yield {site: [r for r in ladder if r.error <= bound][-1:] for site, ladder in ranks.items()}
+
+
+def _rank(rewrite: Rewrite) -> int:
+    return int(rewrite.params["rank"])  # type: ignore[arg-type]
+
+
+def policies(shares: Sequence[float], device: str) -> Iterator[str]:
+    """The table of `compare_policies`."""
+    yield f"MiniLM-L6, {device}, batch 8 × 128 tokens; relative output error on 64 unseen sentences"
+    yield f"{'latency asked':>14}{'policy':>10}{'latency':>10}{'error':>10}{'on calibration':>16}"
+    for o in compare_policies(shares, resolve_target(device)):
+        yield f"{o.asked:14.2f}{o.policy:>10}{o.latency:10.3f}{o.error:10.4f}{o.calibration_error:16.4f}"
+
+
+# ---------------------------------------------------------------------------------------------------------- defaults
+
+
+def defaults() -> Iterator[str]:
+    """What the default budget gains on trained models, with and without calibration data."""
+    yield f"{'model':20}{'device':12}{'calibration':14}{'speed-up':>9}{'error':>8}{'rewrites':>10}{'lossy':>7}"
+    examples: dict[str, tuple[Callable[[], Example], Callable[[], list[tuple[Tensor, ...]]]]] = {
+        "MiniLM-L6": (models.minilm, lambda: list(sentences(0, 64))),
+        "EfficientNet-Lite0": (
+            models.efficientnet_lite0,
+            lambda: [(part,) for part in models.calibration_images(32).split(8)],
+        ),
+    }
+    for name, (example, data) in examples.items():
+        for device in ("v100", "ascend310"):
+            for batches in ([], data()):
+                target = resolve_target(device)
+                _, problem = prepared(example(), target, batches)
+                choice = search(problem, Budget())
+                after = latency(choice.graph, target).latency_s
+                lossy = sum(not candidate.exact for candidate in choice.candidates)
+                yield (
+                    f"{name:20}{device:12}{'yes' if batches else 'no':14}{problem.original_s / after:9.3f}"
+                    f"{choice.error:8.4f}{len(choice.candidates):10}{lossy:7}"
+                )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("table", choices=("speed", "policies", "defaults"))
+    parser.add_argument("--device", default="v100", help="for policies (default: %(default)s)")
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.95, 0.9, 0.8, 0.7], help="for policies")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)  # threads that wait for each other would count as CPU time
+    tables = {"speed": speed, "defaults": defaults, "policies": lambda: policies(options.shares, options.device)}
+    try:
+        for line in tables[options.table]():
+            print(line, flush=True)
+    except models.DataMissing as problem:
+        print(f"bench_planner: {problem}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
