@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -203,15 +204,19 @@ def blind(problem: Problem, policy: str, share: float, target: Target) -> Graph 
             ladders[candidate.sites[0]].append(candidate.rewrites[0])
         elif candidate.exact and candidate.gain.latency_s > 0:
             merges.append(candidate)
-    best = None
-    for setting in _settings(policy, ladders):
-        cuts = [rewrite for site in sorted(setting) for rewrite in setting[site]]
+    settings = list(_settings(policy, ladders))
+
+    def graph(position: int) -> Graph:
+        cuts = [rewrite for site in sorted(settings[position]) for rewrite in settings[position][site]]
         cut = {rewrite.site[0] for rewrite in cuts}
         kept = [merge.rewrites[0] for merge in merges if not cut & set(merge.sites)]
-        graph = rewritten(problem.graph, [*kept, *cuts], problem.passes, problem.context)
-        if latency(graph, target).latency_s <= share * problem.original_s:
-            return graph
-    return best
+        return rewritten(problem.graph, [*kept, *cuts], problem.passes, problem.context)
+
+    def fast_enough(position: int) -> bool:
+        return latency(graph(position), target).latency_s <= share * problem.original_s
+
+    mildest = bisect_left(range(len(settings)), True, key=fast_enough)
+    return graph(mildest) if mildest < len(settings) else None
 
 
 def _settings(policy: str, ladders: Mapping[str, list[Rewrite]]) -> Iterator[dict[str, list[Rewrite]]]:
