@@ -6,7 +6,7 @@ import hashlib
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, ClassVar, Self, TypeVar
 
@@ -116,6 +116,10 @@ class Context:
             self.input_gram(site, 1),
         )
 
+    def error(self, site: Site, rank: int) -> float:
+        """The relative output error of a site split by `spectrum` at a rank."""
+        return self.spectrum(site).tail(rank)
+
     def svd(self, site: Site, form: str, matrix: Callable[[], Tensor], gram: Tensor | None = None) -> Spectrum:
         """The SVD of a matrix made from a site's weight; `form` names the way it is made and is part of the key."""
         return self._once(site, form, lambda: spectrum(matrix(), gram))
@@ -168,7 +172,7 @@ class TrialContext(Context):
         """A spectrum whose factors have shapes only."""
         with self.fake_mode, torch.no_grad():
             fake = self._fake(matrix())
-            return TrialSpectrum(fake, torch.empty(min(fake.shape)), fake, gram is not None)
+            return TrialSpectrum(fake, torch.empty(min(fake.shape)), fake, fake, gram is not None)
 
     def tucker(self, site: Site) -> Tucker:
         """A Tucker decomposition whose factors have shapes only."""
@@ -230,7 +234,7 @@ def proposals(graph: Graph, transform: Pass, context: Context) -> Iterator[Rewri
     """
     try:
         for proposal in transform.propose(graph, context):
-            yield replace(proposal, pass_name=transform.name)
+            yield proposal.of(transform.name)
     except LrcompileError:
         raise
     except Exception as error:  # a plugin may fail in any way: the user should know which one

@@ -15,13 +15,14 @@ import onnx
 import onnx_ir as ir
 import onnxscript.optimizer
 import torch
-from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedNodesPass
 from onnx_ir.tensor_adapters import TorchTensor
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
+from lrcompile.emit.shapes import fold_shapes
 from lrcompile.emit.structure import keep_outputs
 from lrcompile.errors import InputError
 from lrcompile.frontend.archives import first_line
@@ -122,6 +123,8 @@ def lower(
             assert converted is not None
             _transpose_weights(converted.model.graph)
             onnxscript.optimizer.optimize_ir(converted.model, should_fold=_should_fold)
+            fold_shapes(converted.model.graph)
+            RemoveUnusedNodesPass()(converted.model)
             _round_folded(converted.model.graph)
         except torch.onnx.errors.OnnxExporterError as error:
             raise InputError(

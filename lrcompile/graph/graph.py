@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,7 +31,7 @@ class Site:
         """The first argument of the first call."""
         return self.nodes[0].args[0]  # type: ignore[return-value]
 
-    def rewrite(self, *, error: float = 0.0, exact: bool = False, **params: JSON) -> Rewrite:
+    def rewrite(self, *, error: float | Callable[[], float] = 0.0, exact: bool = False, **params: JSON) -> Rewrite:
         """A rewrite of this site alone; the compiler fills in the name of the proposing pass."""
         return Rewrite("", (self.path,), params, error, exact)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -16,18 +16,41 @@ if TYPE_CHECKING:
 JSON: TypeAlias = "bool | int | float | str | Sequence[JSON] | Mapping[str, JSON] | None"
 
 
+class Deferred:
+    """A dataclass field that reads as a number; given a function, it calls that when it is first read."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.key = f"_{name}"
+
+    def __get__(self, instance: Any, owner: type | None = None) -> float:
+        if instance is None:
+            return 0.0  # the field's default
+        held = instance.__dict__[self.key]
+        if callable(held):
+            held = instance.__dict__[self.key] = held()
+        return float(held)
+
+    def __set__(self, instance: Any, value: float | Callable[[], float]) -> None:
+        instance.__dict__[self.key] = value
+
+
 @dataclass(frozen=True)
 class Rewrite:
     """One proposed edit: which pass, where, with which parameters, at what relative output error of the site.
 
     `site` names the modules (or nodes) concerned, the main one first. `exact` promises equality up to rounding.
+    Where the error costs a decomposition, give a function: most proposals turn out not to be faster, and nobody asks.
     """
 
     pass_name: str
     site: tuple[str, ...]
     params: Mapping[str, JSON] = field(default_factory=dict)
-    error: float = 0.0
+    error: Deferred = Deferred()
     exact: bool = False
+
+    def of(self, pass_name: str) -> Rewrite:
+        """The same rewrite as another pass's; its error is still not computed."""
+        return Rewrite(pass_name, self.site, self.params, self.__dict__["_error"], self.exact)
 
     def to_json(self) -> dict[str, Any]:
         """The rewrite as plain JSON values."""
@@ -60,6 +83,10 @@ class Refusal:
     pass_name: str
     site: str
     reason: str
+
+    def of(self, pass_name: str) -> Refusal:
+        """The same refusal as another pass's."""
+        return Refusal(pass_name, self.site, self.reason)
 
 
 class Rewriter:

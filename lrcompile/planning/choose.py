@@ -20,6 +20,9 @@ from lrcompile.planning.price import Candidate
 Objective = Literal["latency", "error", "size"]
 NODES = 20_000  # of the branch-and-bound tree
 REFINEMENTS = 4
+GAP = {"latency": 1e-5, "size": 1e-5, "error": 1e-2}
+"""How far from the optimum an answer may be, relative: predicted squared errors are a guide, and their last percent
+costs five times the work."""
 SECOND_AIM = 1e-4  # weight of the latency where the error is to be least
 
 
@@ -62,19 +65,23 @@ def choose(
             scale = float(np.abs(row).max()) or 1.0
             constraints.append(LinearConstraint(row / scale, least / scale, math.inf))
     if objective != "error":
-        return _solved(-(gain if objective == "latency" else saved), constraints, allowed)
-    picked = _solved(square, constraints, allowed, gain)
+        return _solved(-(gain if objective == "latency" else saved), constraints, allowed, GAP[objective])
+    picked = _solved(square, constraints, allowed, GAP[objective], gain)
     for _ in range(REFINEMENTS):  # the solver's tolerances are absolute: leave out what is beyond the best so far
         least = float(square[picked].sum()) if picked else 0.0
         if picked is None or not 0 < least < 0.1 * square[allowed].max():
             break
         allowed &= square <= least
-        picked = _solved(square, constraints, allowed, gain) or picked
+        picked = _solved(square, constraints, allowed, GAP[objective], gain) or picked
     return picked
 
 
 def _solved(
-    aim: np.ndarray, constraints: Sequence[LinearConstraint], allowed: np.ndarray, gain: np.ndarray | None = None
+    aim: np.ndarray,
+    constraints: Sequence[LinearConstraint],
+    allowed: np.ndarray,
+    gap: float,
+    gain: np.ndarray | None = None,
 ) -> list[int] | None:
     """The indices that minimise `aim`, and next to it, much more weakly, maximise `gain`."""
     aim = aim / (np.abs(aim[allowed]).max(initial=0.0) or 1.0)
@@ -86,7 +93,7 @@ def _solved(
             constraints=constraints,
             integrality=np.ones(len(aim)),
             bounds=Bounds(0, allowed.astype(float)),
-            options={"mip_rel_gap": 1e-5, "node_limit": NODES},  # a limit in seconds would depend on the machine
+            options={"mip_rel_gap": gap, "node_limit": NODES},  # a limit in seconds would depend on the machine
         )
     return None if result.x is None else [i for i, x in enumerate(result.x) if x > 0.5]
 

@@ -23,12 +23,12 @@ SINGLE_FROM = 512  # smaller side from which single-precision weights are decomp
 class Spectrum:
     """W [rows × columns] ≈ basis[:, :r] · (basis[:, :r]ᵀ · W) for every r.
 
-    `singular_values` are those of W·S, descending. `scaled` is W·S, from which the basis is computed when asked for:
-    most layers are weighed and never split.
+    `singular_values` are those of `scaled` = W·S, descending; `vectors` are its singular vectors on the smaller side.
     """
 
     matrix: Tensor
     singular_values: Tensor
+    vectors: Tensor
     scaled: Tensor
     activation_aware: bool
 
@@ -53,9 +53,8 @@ class Spectrum:
         """The left singular vectors of W·S, [rows × full rank], orthonormal columns in float64."""
         rows, columns = self.scaled.shape
         if rows <= columns:
-            return _eigh(self.scaled @ self.scaled.T)[1].flip(1).double()
-        right = _eigh(self.scaled.T @ self.scaled)[1].flip(1)
-        return torch.linalg.qr(self.scaled @ right)[0].double()  # columns are orthogonal already: spans stay nested
+            return self.vectors.double()
+        return torch.linalg.qr(self.scaled @ self.vectors)[0].double()  # orthogonal already: spans stay nested
 
     def factors(self, rank: int) -> tuple[Tensor, Tensor]:
         """(up [rows × rank], down [rank × columns]) in the dtype of W."""
@@ -103,8 +102,8 @@ def spectrum(matrix: Tensor, gram: Tensor | None = None) -> Spectrum:
     scaled = weight.double() if gram is None else weight.double() @ _root(gram)[0]
     scaled = scaled.to(_precision(weight))
     rows, columns = scaled.shape
-    values = torch.linalg.eigvalsh(scaled @ scaled.T if rows <= columns else scaled.T @ scaled)
-    return Spectrum(weight, values.flip(0).double().clamp_min(0).sqrt(), scaled, gram is not None)
+    values, vectors = _eigh(scaled @ scaled.T if rows <= columns else scaled.T @ scaled)
+    return Spectrum(weight, values.flip(0).double().clamp_min(0).sqrt(), vectors.flip(1), scaled, gram is not None)
 
 
 def tucker(kernel: Tensor, gram: Tensor | None = None) -> Tucker:

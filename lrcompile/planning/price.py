@@ -11,6 +11,7 @@ import copy
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ Family = tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...]
 class Candidate:
     """A priced choice: rewrites to apply in order, the original nodes they take up, and what they buy.
 
-    `before` and `after` are the costs of what changes; `error` is the relative output error at the footprint.
+    `before` and `after` are the costs of what changes.
     """
 
     rewrites: tuple[Rewrite, ...]
@@ -40,12 +41,16 @@ class Candidate:
     before: Cost
     after: Cost
     bytes_saved: float
-    error: float
 
     @property
     def gain(self) -> Cost:
         """Latency, operations and bytes saved; negative where the rewrite costs more."""
         return self.before - self.after
+
+    @cached_property
+    def error(self) -> float:
+        """The relative output error at the footprint; the first call may compute a decomposition."""
+        return max(rewrite.error for rewrite in self.rewrites)
 
     @property
     def p_faster(self) -> float:
@@ -177,9 +182,8 @@ class _Trials:
         for follow, costs, touched in outcomes:
             whole = chain if follow is None else (*chain, region.spoken(follow))
             sites = tuple(dict.fromkeys(s for r in whole for s in r.site if s in self.sites or s in self.node_by_name))
-            error = max((rewrite.error for rewrite in chain), default=0.0)
             footprint = frozenset(region.names[i] for i in touched)
-            yield Candidate(whole, sites, footprint, *costs, error)
+            yield Candidate(whole, sites, footprint, *costs)
 
     def outcomes(self, region: _Region, chain: tuple[Rewrite, ...], fuse: Sequence[Pass]) -> Iterator[_Outcome]:
         """What the chain alone comes to, and each FUSE rewrite after it that makes it faster; names left out."""

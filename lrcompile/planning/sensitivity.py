@@ -137,12 +137,14 @@ def model_errors(
     own error is nearest to `PROBE_ERROR`. The others follow from it in proportion to their own error. Exact
     candidates have none.
     """
+    wanted = list(dict.fromkeys(c.family for c in candidates if c.error > 0))
     probes: dict[Family, Candidate] = {}
     for rival in rivals:
+        if rival.family not in wanted or not rival.error > 0:
+            continue
         known = probes.get(rival.family)
-        if rival.error > 0 and (known is None or _remoteness(rival) < _remoteness(known)):
+        if known is None or _remoteness(rival) < _remoteness(known):
             probes[rival.family] = rival
-    wanted = list(dict.fromkeys(c.family for c in candidates if c.error > 0))
     factor: dict[Family, float] = {}
     for done, family in enumerate(wanted):
         progress("sensitivity", done, len(wanted))

@@ -237,7 +237,7 @@ def _alternatives(candidates: Sequence[Candidate], most: int = 12) -> list[dict[
     return [
         {
             "rewrites": [str(rewrite) for rewrite in c.rewrites],
-            "error": c.error,
+            "error": c.error if c.gain.latency_s > 0 else None,  # what is not faster is not decomposed
             "latency_ms_before": c.before.latency_s * 1e3,
             "latency_ms_after": c.after.latency_s * 1e3,
             "sigma_ms": c.gain.sigma_s * 1e3,

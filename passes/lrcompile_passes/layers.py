@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any, TypeAlias
 
 import torch
@@ -26,32 +27,23 @@ _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 def linear(like: nn.Module, weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
     """A linear layer with this weight [out × in]; trainable and in the mode that `like` is."""
     out_features, in_features = weight.shape
-    module = nn.Linear(in_features, out_features, bias is not None, device="meta")
-    return _assign(module, like, weight, bias)
+    return _assign(_bare(nn.Linear, in_features, out_features, bias=bias is not None), like, weight, bias)
 
 
 def conv(like: nn.Module, weight: Tensor, bias: Tensor | None = None, **options: Any) -> Conv:
     """A convolution without groups from its weight [out × in × taps…]; options are those of `nn.Conv*`."""
     out_channels, in_channels, *kernel = weight.shape
     make = CONVS[len(kernel) - 1]
-    return _assign(
-        make(in_channels, out_channels, tuple(kernel), bias=bias is not None, device="meta", **options),  # type: ignore[arg-type]
-        like,
-        weight,
-        bias,
-    )
+    module = _bare(make, in_channels, out_channels, tuple(kernel), bias=bias is not None, **options)
+    return _assign(module, like, weight, bias)
 
 
 def conv_transpose(like: nn.Module, weight: Tensor, bias: Tensor | None = None, **options: Any) -> ConvTranspose:
     """A transposed convolution without groups from its weight [in × out × taps…]."""
     in_channels, out_channels, *kernel = weight.shape
     make = TRANSPOSED_CONVS[len(kernel) - 1]
-    return _assign(
-        make(in_channels, out_channels, tuple(kernel), bias=bias is not None, device="meta", **options),  # type: ignore[arg-type]
-        like,
-        weight,
-        bias,
-    )
+    module = _bare(make, in_channels, out_channels, tuple(kernel), bias=bias is not None, **options)
+    return _assign(module, like, weight, bias)
 
 
 def with_weight(module: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
@@ -90,6 +82,18 @@ def joint_path(paths: Sequence[str]) -> str:
     while all(len(p) > shared + 1 and p[shared] == parts[0][shared] for p in parts):
         shared += 1
     return ".".join([*parts[0][:shared], "_".join("_".join(p[shared:]) for p in parts)])
+
+
+def _bare(kind: Any, *args: Any, **options: Any) -> Any:
+    """A layer without weights yet; drawing random ones for it would take longer than all else."""
+    module = _undrawn(kind)(*args, device="meta", **options)
+    module.__class__ = kind
+    return module
+
+
+@cache
+def _undrawn(kind: Any) -> type[nn.Module]:
+    return type(kind.__name__, (kind,), {"reset_parameters": lambda self: None})
 
 
 def _assign(module: Any, like: Any, weight: Tensor, bias: Tensor | None) -> Any:

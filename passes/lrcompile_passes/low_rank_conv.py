@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from math import ceil, prod
 from typing import Any
 
@@ -60,7 +61,7 @@ class LowRankConv(Pass):
         module: Any = site.module
         if is_pointwise(module):
             for rank in context.ranks(below=sizes.break_even(sizes.into + sizes.out, sizes.into + sizes.out, 1)):
-                yield site.rewrite(form="pointwise", rank=rank, error=context.spectrum(site).tail(rank))
+                yield site.rewrite(form="pointwise", rank=rank, error=partial(context.error, site, rank))
             return
         yield from self._tucker(site, context, sizes)
         if isinstance(module, nn.Conv2d) and min(module.kernel_size) > 1:
@@ -68,7 +69,7 @@ class LowRankConv(Pass):
             middle = shape(site.nodes[0])[-2] * shape(site.input)[-1]
             limit = sizes.break_even(high + wide, high * middle + wide * sizes.after, sizes.after)
             for rank in context.ranks(below=limit):
-                yield site.rewrite(form="spatial", rank=rank, error=_spatial(site, context).tail(rank))
+                yield site.rewrite(form="spatial", rank=rank, error=partial(_spatial_error, site, context, rank))
 
     def _tucker(self, site: Site, context: Context, sizes: _Sizes) -> Iterator[Rewrite]:
         choices = [
@@ -77,9 +78,12 @@ class LowRankConv(Pass):
             for rank_in in context.ranks(below=sizes.into)
             if sizes.saves(rank_out, rank_in)
         ]
+        if not choices:
+            return
+        tucker = context.tucker(site)
         front: list[tuple[float, int, int]] = []
         for _, rank_out, rank_in in sorted(choices):
-            error = context.tucker(site).tail(rank_out, rank_in)
+            error = tucker.tail(rank_out, rank_in)
             if not front or error < front[-1][0]:
                 front.append((error, rank_out, rank_in))
         step = max(1, ceil(len(front) / self.pairs))
@@ -145,6 +149,10 @@ def _cannot_split(site: Site) -> str | None:
     if len(shape(site.input)) != len(module.kernel_size) + 2:
         return "input has no batch axis"
     return None
+
+
+def _spatial_error(site: Site, context: Context, rank: int) -> float:
+    return _spatial(site, context).tail(rank)
 
 
 def _spatial(site: Site, context: Context) -> Spectrum:

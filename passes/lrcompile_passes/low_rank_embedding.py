@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -43,9 +44,8 @@ class LowRankEmbedding(Pass):
             if not ranks:
                 yield site.refuse(f"too small: no rank of the device's step saves weights of {rows}×{width}")
                 continue
-            spectrum = self._spectrum(site, context)
             for rank in ranks:
-                yield site.rewrite(rank=rank, error=spectrum.tail(rank))
+                yield site.rewrite(rank=rank, error=partial(self._error, site, context, rank))
 
     def apply(self, rewriter: Rewriter, rewrite: Rewrite) -> None:
         """Puts the two layers in the place of every call; a zero padding row stays zero, for nothing adds a bias."""
@@ -58,6 +58,9 @@ class LowRankEmbedding(Pass):
         table.weight = nn.Parameter(narrow, requires_grad=module.weight.requires_grad)
         table.train(module.training)
         rewriter.replace_module(site, [table, linear(module, projection.to(module.weight.dtype).contiguous())])
+
+    def _error(self, site: Site, context: Context, rank: int) -> float:
+        return self._spectrum(site, context).tail(rank)
 
     def _spectrum(self, site: Site, context: Context) -> Spectrum:
         counts = context.lookups(site)

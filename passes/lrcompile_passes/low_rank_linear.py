@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 from torch import nn
 
@@ -36,9 +37,8 @@ class LowRankLinear(Pass):
             if not ranks:
                 yield site.refuse(f"too small: no rank of the device's step saves weights of {rows}×{columns}")
                 continue
-            spectrum = context.spectrum(site)
             for rank in ranks:
-                yield site.rewrite(rank=rank, error=spectrum.tail(rank))
+                yield site.rewrite(rank=rank, error=partial(context.error, site, rank))
 
     def apply(self, rewriter: Rewriter, rewrite: Rewrite) -> None:
         """Puts the two layers in the place of every call; the second keeps the bias."""
