@@ -340,8 +340,9 @@ def _with_options(passes: Mapping[str, Pass], plan: Plan) -> dict[str, Pass]:
                 f"known: {', '.join(sorted(passes))}; install its plugin or make a new plan"
             )
     for name, options in plan.options.items():
+        given = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
         try:
-            result[name] = replace(passes[name], **options)
+            result[name] = replace(passes[name], **given)
         except (TypeError, KeyError) as error:
             raise PlanError(f"the plan sets options of pass {name!r} that it does not have: {error}") from error
     return result

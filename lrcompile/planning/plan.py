@@ -75,8 +75,8 @@ class Plan:
                 seed=int(data["seed"]),
                 budget=Budget.from_json(data["budget"]),
                 rewrites=tuple(Rewrite.from_json(item) for item in data["rewrites"]),
-                options=data["options"],
-                sites=data["sites"],
+                options={name: dict(options) for name, options in data["options"].items()},
+                sites=[dict(site) for site in data["sites"]],
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise PlanError(

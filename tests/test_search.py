@@ -1,0 +1,128 @@
+"""The search: budgets kept as measured, rewrites admitted only where they pay, and nothing decomposed in vain."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+import lrcompile
+from lrcompile.errors import BudgetError
+from lrcompile.planning import decompose
+from lrcompile.planning.search import EXACT_ERROR
+
+
+def decaying(rows: int, columns: int, slope: float) -> nn.Linear:
+    """A layer whose singular values fall off like trained ones: the i-th is i to the power of -slope."""
+    layer = nn.Linear(columns, rows)
+    size = min(rows, columns)
+    left, right = (torch.linalg.qr(torch.randn(n, size))[0] for n in (rows, columns))
+    values = torch.arange(1, size + 1, dtype=torch.float32) ** -slope
+    layer.weight.data = (left * values) @ right.T * size**0.5 / values.norm()
+    return layer
+
+
+def stack(width: int = 512, depth: int = 4) -> nn.Module:
+    """Layers that differ in how well they can be cut."""
+    torch.manual_seed(0)
+    layers: list[nn.Module] = []
+    for i in range(depth):
+        layers += [decaying(width, width, 0.5 + 0.5 * i), nn.GELU()]
+    return nn.Sequential(*layers, nn.Linear(width, 8)).eval()
+
+
+X = torch.randn(2048, 512, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def prepared() -> lrcompile.Prepared:
+    return lrcompile.prepare_model(stack(), (X,), target="v100")
+
+
+def speedup(result: lrcompile.Result) -> float:
+    return float(result.report.latency_ms["speedup"])
+
+
+def test_more_error_allowed_is_never_slower(prepared: lrcompile.Prepared) -> None:
+    limits = (0.0, 0.01, 0.05, 0.1, 0.2, 0.4)
+    results = [lrcompile.solve(prepared, lrcompile.Budget(max_error=limit)) for limit in limits]
+    for limit, result in zip(limits, results, strict=True):
+        assert result.report.error["measured"] <= max(limit, EXACT_ERROR)
+    gains = [speedup(result) for result in results]
+    assert gains == sorted(gains)
+    assert gains[-1] > gains[0]
+
+
+def test_an_error_budget_is_spent(prepared: lrcompile.Prepared) -> None:
+    result = lrcompile.solve(prepared, lrcompile.Budget(max_error=0.2))
+    assert 0.1 <= result.report.error["measured"] <= 0.2
+
+
+@pytest.mark.parametrize("asked", [1.1, 1.3, 1.6])
+def test_a_speed_up_asked_for_is_reached_at_the_least_error(prepared: lrcompile.Prepared, asked: float) -> None:
+    result = lrcompile.solve(prepared, lrcompile.Budget(speedup=asked))
+    assert speedup(result) >= asked * (1 - 1e-6)
+    less = lrcompile.solve(prepared, lrcompile.Budget(speedup=1 + (asked - 1) / 2))
+    assert less.report.error["measured"] <= result.report.error["measured"] + 1e-9
+
+
+def test_what_cuts_best_is_cut_first(prepared: lrcompile.Prepared) -> None:
+    result = lrcompile.solve(prepared, lrcompile.Budget(max_error=0.1))
+    cut = {decision.site for decision in result.report.sites if decision.decision == "rewritten"}
+    assert "6" in cut
+    assert "0" not in cut
+
+
+def test_solving_again_changes_nothing(prepared: lrcompile.Prepared) -> None:
+    first = lrcompile.solve(prepared, lrcompile.Budget(max_error=0.1)).plan.dumps()
+    lrcompile.solve(prepared, lrcompile.Budget(size=0.5))
+    assert lrcompile.solve(prepared, lrcompile.Budget(max_error=0.1)).plan.dumps() == first
+
+
+def test_a_size_that_needs_slower_rewrites_says_so() -> None:
+    narrow = nn.Sequential(*(layer for _ in range(4) for layer in (decaying(64, 64, 1.0), nn.GELU()))).eval()
+    result = lrcompile.compile(narrow, (X[:8, :64],), target="v100", budget=lrcompile.Budget(size=0.6))
+    assert result.report.model["weight_bytes_after"] <= 0.6 * result.report.model["weight_bytes_before"]
+    assert any("do not make the target faster" in note for note in result.report.notes)
+
+
+def test_limits_that_exclude_each_other(prepared: lrcompile.Prepared) -> None:
+    with pytest.raises(BudgetError, match=r"cannot be met together: .* error of about 0\.\d+, more than"):
+        lrcompile.solve(prepared, lrcompile.Budget(speedup=1.8, max_error=0.001))
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
+    """How many eigen-decompositions there were since."""
+    calls: list[torch.Size] = []
+    original = decompose._eigh
+
+    def count(symmetric: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        calls.append(symmetric.shape)
+        return original(symmetric)
+
+    monkeypatch.setattr(decompose, "_eigh", count)
+    return lambda: len(calls)
+
+
+def test_each_layer_is_decomposed_once_for_all_budgets(monkeypatch: pytest.MonkeyPatch) -> None:
+    count = counted(monkeypatch)
+    prepared = lrcompile.prepare_model(stack(), (X,), target="v100")
+    for budget in (lrcompile.Budget(max_error=0.1), lrcompile.Budget(speedup=1.3), lrcompile.Budget(max_error=0.2)):
+        lrcompile.solve(prepared, budget)
+    assert 1 <= count() <= 4
+
+
+def test_what_is_not_faster_is_not_decomposed(monkeypatch: pytest.MonkeyPatch) -> None:
+    count = counted(monkeypatch)
+    result = lrcompile.compile(stack(), (X[:1],), target="v100")  # one row: launches are all there is
+    assert any(decision.alternatives for decision in result.report.sites)
+    assert count() == 0
+
+
+def test_exact_rewrites_alone_decompose_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    count = counted(monkeypatch)
+    prepared = lrcompile.prepare_model(stack(), (X[:1],), target="v100")
+    lrcompile.solve(prepared, lrcompile.Budget(max_error=0.0))
+    assert count() == 0
