@@ -210,7 +210,7 @@ def solve(prepared: Prepared, budget: Budget) -> Result:
         with clock("confirm"):
             choice, measured = confirm(p.reference, problem, choice)
     decisions = decide(
-        p.graph, p.pricing, choice.candidates, budget.confidence, budget.error_limit, p.skipped, p.canonical,
+        p.graph, p.pricing, choice.candidates, budget, p.skipped, p.canonical,
         overruled=measured.overruled if measured else None,
     )  # fmt: skip
     rewrites = (*p.canonical, *choice.rewrites) if not (measured and measured.returned_original) else ()

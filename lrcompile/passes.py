@@ -6,7 +6,7 @@ import hashlib
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any, ClassVar, Self, TypeVar
 
@@ -234,7 +234,10 @@ def proposals(graph: Graph, transform: Pass, context: Context) -> Iterator[Rewri
     """
     try:
         for proposal in transform.propose(graph, context):
-            yield proposal.of(transform.name)
+            if isinstance(proposal, Rewrite):
+                yield proposal.renamed(pass_name=transform.name)
+            else:
+                yield replace(proposal, pass_name=transform.name)
     except LrcompileError:
         raise
     except Exception as error:  # a plugin may fail in any way: the user should know which one

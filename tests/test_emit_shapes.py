@@ -39,7 +39,7 @@ def fold_constants(model: ir.Model) -> None:
     """Constant nodes as initializers, which is what the exporter hands over."""
     from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
-    LiftConstantsToInitializersPass(size_limit=0)(model)
+    LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
 
 
 def kinds(model: onnx.ModelProto) -> Counter[str]:

@@ -11,7 +11,7 @@ from torch import nn
 import lrcompile
 from lrcompile.errors import BudgetError
 from lrcompile.planning import decompose
-from lrcompile.planning.search import EXACT_ERROR
+from lrcompile.planning.budget import EXACT_ERROR
 
 
 def decaying(rows: int, columns: int, slope: float) -> nn.Linear:

@@ -48,9 +48,10 @@ class Rewrite:
     error: Deferred = Deferred()
     exact: bool = False
 
-    def of(self, pass_name: str) -> Rewrite:
-        """The same rewrite as another pass's; its error is still not computed."""
-        return Rewrite(pass_name, self.site, self.params, self.__dict__["_error"], self.exact)
+    def renamed(self, pass_name: str | None = None, site: tuple[str, ...] | None = None) -> Rewrite:
+        """The same rewrite of another pass or site; unlike `dataclasses.replace`, this does not compute its error."""
+        names = (self.pass_name if pass_name is None else pass_name, self.site if site is None else site)
+        return Rewrite(*names, self.params, self.__dict__["_error"], self.exact)
 
     def to_json(self) -> dict[str, Any]:
         """The rewrite as plain JSON values."""
@@ -83,10 +84,6 @@ class Refusal:
     pass_name: str
     site: str
     reason: str
-
-    def of(self, pass_name: str) -> Refusal:
-        """The same refusal as another pass's."""
-        return Refusal(pass_name, self.site, self.reason)
 
 
 class Rewriter:

@@ -11,6 +11,7 @@ from lrcompile.errors import InputError
 
 DEFAULT_MAX_ERROR = 0.05
 DEFAULT_CONFIDENCE = 0.8
+EXACT_ERROR = 1e-5  # what exact rewrites may show in single precision
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,11 @@ class Budget:
         if self.max_error is not None:
             return self.max_error
         return None if any((self.size, self.speedup, self.max_latency_s)) else DEFAULT_MAX_ERROR
+
+    @property
+    def exact_only(self) -> bool:
+        """Whether the error allowed leaves room for nothing but rounding."""
+        return self.error_limit is not None and self.error_limit <= EXACT_ERROR
 
     def bytes_limit(self, original_bytes: float) -> float:
         """The size limit in bytes, infinite where there is none."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -313,7 +313,7 @@ class _Region:
 
     def unspoken(self, rewrite: Rewrite) -> Rewrite:
         """The rewrite with the region's paths replaced by their positions, also at the start of a longer path."""
-        return replace(rewrite, site=tuple(map(self._position, rewrite.site)))
+        return rewrite.renamed(site=tuple(map(self._position, rewrite.site)))
 
     def spoken(self, rewrite: Rewrite) -> Rewrite:
         """What `unspoken` was made from, in this region's words."""
@@ -321,7 +321,7 @@ class _Region:
         for site in rewrite.site:
             position, dot, rest = site.removeprefix("#").partition(".")
             sites.append(self.paths[int(position)] + dot + rest if site.startswith("#") else site)
-        return replace(rewrite, site=tuple(sites))
+        return rewrite.renamed(site=tuple(sites))
 
     def worded(self, rewrite: Rewrite) -> str:
         """A rewrite in words that do not depend on the region's paths."""

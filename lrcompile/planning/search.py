@@ -16,7 +16,6 @@ from lrcompile.planning.choose import Limits, Objective, choose
 from lrcompile.planning.price import Candidate
 from lrcompile.planning.sensitivity import Evaluator, model_errors, rewritten
 
-EXACT_ERROR = 1e-5  # what exact rewrites may show in single precision
 ROUNDS = 8
 CONFIRMATIONS = 3
 WELL_SPENT = 0.95  # share of the error budget from which looking on is not worth the forwards
@@ -71,7 +70,7 @@ def search(problem: Problem, budget: Budget) -> Choice:
     """
     pools = _pools(problem, budget)
     for pool in pools:
-        choice = _best(problem, pool, budget.error_limit)
+        choice = _exact(problem, pool) if budget.exact_only else _best(problem, pool, budget.error_limit)
         if choice is not None:
             return replace(choice, relaxed=pool.relaxed)
     raise BudgetError(_unreachable_together(problem, pools[-1], budget.error_limit or 0.0))
@@ -95,31 +94,32 @@ def _pools(problem: Problem, budget: Budget) -> list[_Pool]:
     base_s, original_s = problem.base.latency_s, problem.original_s
     limit_s, total_bytes = budget.latency_limit_s(original_s), float(weight_bytes(problem.graph.gm))
     limits = Limits(gain_s=base_s - limit_s, bytes_saved=total_bytes - budget.bytes_limit(total_bytes))
-    faster = thin(c for c in problem.candidates if c.p_faster >= budget.confidence and c.gain.latency_s > 0)
+    allowed = [c for c in problem.candidates if c.exact or not budget.exact_only]
+    faster = thin(c for c in allowed if c.p_faster >= budget.confidence and c.gain.latency_s > 0)
     reach = _reach(faster)
     if limits.gain_s > reach.gain_s:
         least_s = base_s - reach.gain_s
         raise BudgetError(
             f"latency of {limit_s * 1e3:.4g} ms (speed-up {_ratio(original_s, limit_s)}) cannot be reached: "
             f"the reachable range is {least_s * 1e3:.4g}–{original_s * 1e3:.4g} ms "
-            f"(speed-up 1–{_ratio(original_s, least_s)}) at any error; "
+            f"(speed-up 1–{_ratio(original_s, least_s)}) "
+            f"{'by exact rewrites alone' if budget.exact_only else 'at any error'}; "
             "ask for less, or try another --target or a larger --batch"
         )
     pools = [_Pool(faster, limits, relaxed=False)]
     if limits.bytes_saved > 0:
-        pools.append(
-            _Pool(
-                thin(c for c in problem.candidates if c.gain.latency_s > 0 or c.bytes_saved > 0), limits, relaxed=True
-            )
-        )
+        smaller = thin(c for c in allowed if c.gain.latency_s > 0 or c.bytes_saved > 0)
+        pools.append(_Pool(smaller, limits, relaxed=True))
     found = [pool for pool in pools if choose(pool.candidates, [0.0] * len(pool.candidates), limits) is not None]
     if found:
         return found
     widest = _reach(pools[-1].candidates).bytes_saved
     together = " together with the latency asked for" if limits.bytes_saved <= widest else ""
+    means = " by exact rewrites alone" if budget.exact_only else ""
     raise BudgetError(
-        f"a size of {1 - limits.bytes_saved / total_bytes:.3g} of the original cannot be reached{together}: "
+        f"a size of {1 - limits.bytes_saved / total_bytes:.3g} of the original cannot be reached{together}{means}: "
         f"the reachable range is {1 - widest / total_bytes:.3g}–1; ask for a larger --size"
+        f"{', or allow a --max-error' if means else ''}"
     )
 
 
@@ -159,8 +159,6 @@ def _beats(one: Candidate, other: Candidate) -> bool:
 
 def _best(problem: Problem, pool: _Pool, error_limit: float | None) -> Choice | None:
     """The best choice from a pool: the most accurate one if no error is given, else the fastest within the error."""
-    if error_limit is not None and error_limit <= EXACT_ERROR:
-        return _exact(problem, pool)
     errors = _errors(problem, pool)
     if error_limit is None:
         return _most_accurate(problem, pool, errors)

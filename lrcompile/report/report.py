@@ -92,8 +92,7 @@ def decide(
     graph: Graph,
     pricing: Pricing,
     chosen: Sequence[Candidate],
-    confidence: float,
-    error_limit: float | None,
+    budget: Budget,
     skipped: Sequence[str] = (),
     canonical: Sequence[Rewrite] = (),
     overruled: str | None = None,
@@ -123,12 +122,12 @@ def decide(
         label = operation_label(site.module)
         cost = pricing.node_costs.get(site.nodes[0].name)
         if path in taken:
-            decisions.append(_rewritten(path, label, taken[path], candidates))
+            decisions.append(_rewritten(path, label, taken[path], _alternatives(candidates, budget)))
         elif path in skipped:
             decisions.append(_kept(path, label, "kept", cost, "skipped by --skip", ()))
         elif candidates:
-            reason = overruled or _why_kept(candidates, confidence, error_limit)
-            decisions.append(_kept(path, label, "kept", cost, reason, candidates))
+            reason = overruled or _why_kept(candidates, budget)
+            decisions.append(_kept(path, label, "kept", cost, reason, _alternatives(candidates, budget)))
         else:
             reason = "; ".join(refusals[path]) or "no pass proposes anything here"
             decisions.append(_kept(path, label, "refused" if refusals[path] else "kept", cost, reason, ()))
@@ -178,7 +177,7 @@ def error_figures(budget: Budget, calibration: CalibrationData | None, measured:
     }
 
 
-def _rewritten(path: str, label: str, candidate: Candidate, rivals: Sequence[Candidate]) -> Decision:
+def _rewritten(path: str, label: str, candidate: Candidate, alternatives: Sequence[Mapping[str, Any]]) -> Decision:
     names = "+".join(dict.fromkeys(rewrite.pass_name for rewrite in candidate.rewrites))
     params = dict(candidate.rewrites[0].params) if len(candidate.rewrites) == 1 else _joined_params(candidate)
     first = candidate.sites[0] == path
@@ -195,7 +194,7 @@ def _rewritten(path: str, label: str, candidate: Candidate, rivals: Sequence[Can
         latency_ms_after=candidate.after.latency_s * 1e3 if first else None,
         p_faster=candidate.p_faster,
         reason=reason if first else f"together with {candidate.sites[0]}",
-        alternatives=_alternatives(rivals),
+        alternatives=alternatives,
     )
 
 
@@ -207,37 +206,40 @@ def _joined_params(candidate: Candidate) -> dict[str, Any]:
 
 
 def _kept(
-    path: str, label: str, decision: str, cost: Cost | None, reason: str, rivals: Sequence[Candidate]
+    path: str, label: str, decision: str, cost: Cost | None, reason: str, alternatives: Sequence[Mapping[str, Any]]
 ) -> Decision:
     latency = cost.latency_s * 1e3 if cost is not None else None
-    return Decision(path, label, decision, None, {}, None, latency, latency, None, reason, _alternatives(rivals))
+    return Decision(path, label, decision, None, {}, None, latency, latency, None, reason, alternatives)
 
 
-def _why_kept(candidates: Sequence[Candidate], confidence: float, error_limit: float | None) -> str:
+def _is_sure(candidate: Candidate, budget: Budget) -> bool:
+    return candidate.p_faster >= budget.confidence and candidate.gain.latency_s > 0
+
+
+def _why_kept(candidates: Sequence[Candidate], budget: Budget) -> str:
     best = max(candidates, key=lambda c: c.gain.latency_s)
     name = best.rewrites[-1]
     text = f"{name.pass_name}({', '.join(f'{k}={v}' for k, v in name.params.items())})"
     ratio = best.before.latency_s / max(best.after.latency_s, 1e-12)
     if best.gain.latency_s <= 0:
         return f"nothing is faster: at best {1 / ratio:.2f}× the time, {text}"
-    sure = [c for c in candidates if c.p_faster >= confidence and c.gain.latency_s > 0]
+    sure = [c for c in candidates if _is_sure(c, budget)]
     if not sure:
         surest = max(candidates, key=lambda c: c.p_faster)
-        return f"not sure enough: {text} {ratio:.2f}× faster with P = {surest.p_faster:.2f} < {confidence:.2f}"
-    exact_only = error_limit is not None and error_limit <= 1e-5
-    least = min(sure, key=lambda c: c.error)
-    if exact_only and not least.exact:
+        return f"not sure enough: {text} {ratio:.2f}× faster with P = {surest.p_faster:.2f} < {budget.confidence:.2f}"
+    if budget.exact_only and not any(c.exact for c in sure):
         return f"{text} would be {ratio:.2f}× faster, but only exact rewrites were allowed"
+    least = min(sure, key=lambda c: c.error)
     return f"up to {ratio:.2f}× faster, but the layer's error is {least.error:.2g} or more: outside the error budget"
 
 
-def _alternatives(candidates: Sequence[Candidate], most: int = 12) -> list[dict[str, Any]]:
-    """The strongest rivals of a site, fastest first, for `explain`."""
+def _alternatives(candidates: Sequence[Candidate], budget: Budget, most: int = 12) -> list[dict[str, Any]]:
+    """The strongest rivals of a site, fastest first, for `explain`; errors of those that may be chosen."""
     ranked = sorted(candidates, key=lambda c: -c.gain.latency_s)[:most]
     return [
         {
             "rewrites": [str(rewrite) for rewrite in c.rewrites],
-            "error": c.error if c.gain.latency_s > 0 else None,  # what is not faster is not decomposed
+            "error": c.error if c.exact or (_is_sure(c, budget) and not budget.exact_only) else None,
             "latency_ms_before": c.before.latency_s * 1e3,
             "latency_ms_after": c.after.latency_s * 1e3,
             "sigma_ms": c.gain.sigma_s * 1e3,
