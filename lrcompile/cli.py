@@ -69,7 +69,7 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 def compile_command(
     model: Annotated[str, typer.Argument(help="An exported archive, TorchScript, state dict, or pkg.mod:factory.")],
     target: Target = "v100",
-    out: Annotated[Path | None, typer.Option(help="Output: .onnx, .pt2, or a folder.")] = None,
+    out: Annotated[str | None, typer.Option(help="Output: .onnx, .pt2, or a folder.")] = None,
     arch: Annotated[str | None, typer.Option(help="pkg.mod:factory that builds the module of a state dict.")] = None,
     trust_pickle: Annotated[bool, typer.Option(help="Unpickle a whole module: runs code from the file.")] = False,
     inputs: Annotated[list[str] | None, typer.Option("--input", help="name=float32[1,3,224,224]; repeat.")] = None,

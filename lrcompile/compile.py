@@ -60,7 +60,7 @@ class Result:
             VerificationError: what was emitted does not compute what the model computes; nothing is written.
         """
         start = time.perf_counter()
-        emitted = emit(Path(path), self.model, self.traced)
+        emitted = emit(path, self.model, self.traced)
         return replace(
             self.report,
             verification={**self.report.verification, **emitted.verification},
@@ -150,6 +150,7 @@ def prepare_model(
         model, args, kwargs, dtype = prepare(model, tuple(args), dict(kwargs or {}), dtype, batch)
         traced = trace(model, args, kwargs)
     target = target.for_batch(traced.dynamic_batch)
+    reference = Reference.of(traced) if target.is_local else None
     keep, skipped = _keeper(traced.graph, skip)
     batches = _batches(traced, calibration)
     with clock("canonicalize"):
@@ -166,7 +167,6 @@ def prepare_model(
         pricing = price(graph, transforms, context, target.model, keep, clock.progress)
         costs = {} if target.is_local else _node_costs(graph, target.model)
         pricing = replace(pricing, refusals=(*refusals, *pricing.refusals), node_costs=costs)
-        reference = Reference.of(traced) if target.is_local else None
         base = reference.latency() if reference else total(list(costs.values()))
         original = base if reference else total(list(_node_costs(traced.graph, target.model).values()))
     return Prepared(

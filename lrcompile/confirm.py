@@ -9,6 +9,7 @@ import torch
 from lrcompile.devices.bench import BenchResult, paired
 from lrcompile.devices.cost import Cost
 from lrcompile.emit.onnx import to_onnx
+from lrcompile.errors import InputError
 from lrcompile.frontend.trace import Traced
 from lrcompile.graph.graph import Graph
 from lrcompile.planning.search import Choice, Problem, applied
@@ -46,7 +47,17 @@ class Reference:
 
     @classmethod
     def of(cls, traced: Traced) -> Reference:
-        """Exports the original."""
+        """Exports the original.
+
+        Raises:
+            InputError: ONNX Runtime cannot run its data type on a CPU.
+        """
+        tensors = [*traced.graph.gm.state_dict().values(), *traced.flat]
+        if any(isinstance(tensor, torch.Tensor) and tensor.dtype == torch.bfloat16 for tensor in tensors):
+            raise InputError(
+                "--target local cannot measure bfloat16: ONNX Runtime has no kernels for it on a CPU; "
+                "use --dtype fp32, or a device profile (lrcompile devices lists them)"
+            )
         return cls(traced, _onnx(traced, traced.graph))
 
     def latency(self) -> Cost:

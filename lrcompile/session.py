@@ -29,7 +29,7 @@ class Request:
 
     model: str
     target: str
-    out: Path | None
+    out: str | None
     arch: str | None
     trust_pickle: bool
     inputs: tuple[str, ...]

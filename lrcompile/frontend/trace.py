@@ -63,6 +63,7 @@ def trace(
         if note:
             notes.append(note)
     expected = _run_reference(reference, *pytree.tree_map(_copied, (args, kwargs)))
+    _check_numbers(expected)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about torch's own deprecated ways
         gm = functionalize(exported).module()
@@ -78,7 +79,16 @@ def trace(
             f"got {len(flat)}; give one --input for each"
         )
     graph = propagate(gm, flat)
-    _check_same(expected, run(gm, flat), "the lifted graph")
+    try:
+        _check_same(expected, run(gm, flat), "the lifted graph")
+    except VerificationError as error:
+        again = pytree.tree_leaves(_run_reference(reference, *pytree.tree_map(_copied, (args, kwargs))))
+        if not relative_error(pytree.tree_leaves(expected), again) <= 1e-3:
+            raise InputError(
+                "the model gives different outputs for the same inputs, so no rewrite can be checked; "
+                "take out what is random, such as dropout that ignores eval()"
+            ) from error
+        raise
     return Traced(
         graph=graph,
         args=args,
@@ -232,6 +242,15 @@ def _input_names(
     taken = [name for name, p in inspect.signature(program.forward).parameters.items() if p.kind in kinds]
     given = (*taken[: len(args)], *kwargs)
     return given if len(given) == len(names) else names
+
+
+def _check_numbers(outputs: Any) -> None:
+    for i, value in enumerate(pytree.tree_leaves(outputs)):
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and bool(value.isnan().any()):
+            raise InputError(
+                f"output {i} of the model holds NaN on the example inputs, so no rewrite can be checked; "
+                "give inputs that the model is made for, with --calib or --input"
+            )
 
 
 def _check_same(expected: Any, got: tuple[Any, ...], what: str) -> None:

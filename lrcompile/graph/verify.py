@@ -21,20 +21,31 @@ def relative_error(expected: Sequence[Any], got: Sequence[Any]) -> float:
     return max((_error(y, other) for y, other in zip(expected, got, strict=True)), default=0.0)
 
 
+def squared_difference(expected: torch.Tensor, got: torch.Tensor) -> tuple[float, float]:
+    """(‖y − ŷ‖², ‖y‖²) in double precision, without the positions where both are the same infinity.
+
+    The first is infinite where an output is NaN, or where types that are not floating-point differ.
+    """
+    if not (expected.is_floating_point() or expected.is_complex()):
+        return (0.0 if torch.equal(expected, got) else math.inf), 1.0
+    wide = torch.complex128 if expected.is_complex() or got.is_complex() else torch.float64
+    y, other = expected.detach().to(wide), got.detach().to(wide)
+    same_infinity = y.isinf() & (y == other)
+    difference = float((y - other).masked_fill(same_infinity, 0.0).norm()) ** 2
+    size = float(y.masked_fill(same_infinity, 0.0).norm()) ** 2
+    return (difference, size) if math.isfinite(difference) and math.isfinite(size) else (math.inf, 1.0)
+
+
 def _error(expected: Any, got: Any) -> float:
     if not isinstance(expected, torch.Tensor) or not isinstance(got, torch.Tensor):
         return 0.0 if expected == got else math.inf
     if expected.shape != got.shape:
         return math.inf
-    if not (expected.is_floating_point() or expected.is_complex()):
-        return 0.0 if torch.equal(expected, got) else math.inf
-    wide = torch.complex128 if expected.is_complex() or got.is_complex() else torch.float64
-    y, other = expected.detach().to(wide), got.detach().to(wide)
-    same_infinity = y.isinf() & (y == other)
-    difference = float((y - other).masked_fill(same_infinity, 0.0).norm())
-    size = float(y.masked_fill(same_infinity, 0.0).norm())
-    if not math.isfinite(difference) or not math.isfinite(size):
-        return math.inf
+    return ratio(*squared_difference(expected, got))
+
+
+def ratio(difference: float, size: float) -> float:
+    """‖y − ŷ‖/‖y‖ from its squares; of nothing, no error is none and any is infinite."""
     if difference == 0.0:
         return 0.0
-    return difference / size if size > 0.0 else math.inf
+    return (difference / size) ** 0.5 if size > 0.0 else math.inf

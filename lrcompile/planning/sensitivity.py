@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from lrcompile.frontend.trace import run
 from lrcompile.graph.graph import Graph, prune
 from lrcompile.graph.rewrite import Rewrite
+from lrcompile.graph.verify import ratio, squared_difference
 from lrcompile.passes import Context, Pass, apply
 from lrcompile.planning.price import Candidate, Family
 
@@ -101,14 +102,10 @@ def _error(pairs: Iterable[tuple[Sequence[Any], Sequence[Any]]]) -> float:
         for i, (y, got) in enumerate(zip(expected, outputs, strict=True)):
             if not isinstance(y, Tensor):
                 continue
-            if not y.is_floating_point():
-                difference[i] += 0.0 if torch.equal(y, got) else math.inf
-                size[i] += 1.0
-                continue
-            difference[i] += float((y.double() - got.double()).square().sum())
-            size[i] += float(y.double().square().sum())
-    errors = [(squared / max(size[i], 1e-300)) ** 0.5 for i, squared in difference.items()]
-    return max((math.inf if math.isnan(error) else error for error in errors), default=0.0)
+            of_batch = squared_difference(y, got)
+            difference[i] += of_batch[0]
+            size[i] += of_batch[1]
+    return max((ratio(squared, size[i]) for i, squared in difference.items()), default=0.0)
 
 
 def rewritten(graph: Graph, rewrites: Iterable[Rewrite], passes: Mapping[str, Pass], context: Context) -> Graph:
