@@ -41,8 +41,9 @@ Write = Callable[[Writer, list[str], Any], None]
 class FactorizeConv3d(Pass):
     """Conv3d(W)x → Σ_t Conv2d(W_t)x_t, or Conv2d(V) ; Conv1d(U) with W ≈ U·V.
 
-    `parallel` adds "add" and "cat": a spatial and a temporal convolution side by side. They keep of the kernel only
-    its central frame and its central column, so the model needs training afterwards.
+    `parallel` adds "add" and "cat": a spatial and a temporal convolution side by side, added, or joined by a 1×1
+    convolution. Of the kernel they keep its central frame and central column, which is their least-squares fit, so
+    the model needs training afterwards. Both start as the same function; "cat" has more to learn with.
     """
 
     stage = Stage.FACTORIZE
@@ -58,9 +59,8 @@ class FactorizeConv3d(Pass):
                 continue
             yield from (site.rewrite(exact=True, form=form) for form in _exact_forms(site.module))
             yield from _factors(site, context)
-            if False and _has_center(site.module):
-                for form in ("add", "cat"):
-                    yield site.rewrite(form=form, error=partial(_outside_cross, site))
+            if self.parallel and _is_centered(site.module):
+                yield from (site.rewrite(form=form, error=partial(_outside_cross, site)) for form in ("add", "cat"))
 
     def apply(self, rewriter: Rewriter, rewrite: Rewrite) -> None:
         """Puts the 2-D layers under the site's path, and the nodes of the form in the place of each call."""
@@ -129,6 +129,43 @@ def _split(site: Site, context: Context, form: str) -> Spectrum:
         return kernel.reshape(kernel.shape[0] * kernel.shape[1], -1)
 
     return context.svd(site, form, matrix, context.input_gram(site, 1))
+
+
+def _is_centered(module: Any) -> bool:
+    """Whether a kernel has a central frame and a central position, which lies on the output's."""
+    taps, *cells = module.kernel_size
+    if isinstance(module, nn.ConvTranspose3d) or module.groups > 1 or taps == 1 or prod(cells) == 1:
+        return False
+    spans = [dilation * (size - 1) for dilation, size in zip(module.dilation[1:], cells, strict=True)]
+    named = {"same": spans, "valid": [0, 0]}
+    doubled = named[module.padding] if isinstance(module.padding, str) else [2 * p for p in module.padding[1:]]
+    return all(size % 2 for size in cells) and spans == doubled
+
+
+def _outside_cross(site: Site) -> float:
+    """What the central frame and the central column leave of a kernel, relative to it."""
+    weight: Any = site.module.weight
+    outside = weight.detach().double().clone()
+    _, _, taps, high, wide = weight.shape
+    outside[:, :, taps // 2] = 0
+    outside[:, :, :, high // 2, wide // 2] = 0
+    return float(outside.norm() / weight.detach().double().norm().clamp_min(1e-300))
+
+
+def _parallel_layers(site: Site, context: Context, params: Mapping[str, Any]) -> Modules:
+    """A spatial and a temporal layer, and for "cat" one that adds their maps; the cell of both is in the spatial."""
+    module: Any = site.module
+    weight, bias = context.constant(module.weight), module.bias
+    out, _, taps, high, wide = weight.shape
+    middle, column = taps // 2, weight[:, :, :, high // 2, wide // 2]
+    rest = [column[:, :, :middle], torch.zeros_like(column[:, :, :1]), column[:, :, middle + 1 :]]
+    temporal = conv(module, torch.cat(rest, 2).unsqueeze(3), **time_options(module))
+    spatial = weight[:, :, middle].contiguous()
+    if params["form"] == "add":
+        return [conv(module, spatial, bias, **spatial_options(module)), temporal]
+    one = torch.eye(out, dtype=weight.dtype, device=weight.device)
+    both = torch.cat([one, one], 1)[:, :, None, None]
+    return [conv(module, spatial, **spatial_options(module)), temporal, conv(module, both, bias)]
 
 
 def _column_layer(site: Site, context: Context, params: Mapping[str, Any]) -> Modules:
@@ -249,6 +286,18 @@ def _write_time_first(w: Writer, paths: list[str], module: Any) -> None:
     w.finish(w.copy(w.turn(after)))
 
 
+def _write_parallel(w: Writer, paths: list[str], module: Any) -> None:
+    taps, frames = _padded(w, module)
+    _, first = taps.phases[0][module.kernel_size[0] // 2]
+    images = _images(w, w.take(frames, 1, first, taps.count, taps.step))
+    space = w.copy(w.turn(w.clips(w.call(paths[0], images), taps.count)))
+    under = source(w.before)
+    for axis in (3, 4):  # the positions under the middle of each window
+        under = w.take(under, axis, 0, shape(w.before)[axis], module.stride[axis - 2])
+    time = w.call(paths[1], w.flat(under))
+    w.finish(w.add([space, time]) if len(paths) == 2 else w.call(paths[2], w.cat([space, time], 1)))
+
+
 def _padded(w: Writer, module: Any) -> tuple[Taps, fx.Node]:
     """What the taps read, and the frames with zeros at both ends, [B × T × C × HW]."""
     taps = Taps.of(module, w.before)
@@ -277,4 +326,6 @@ _FORMS: Mapping[str, tuple[Callable[..., Modules], Write]] = {
     "exact-shift": (_map_layer, _write_shift),
     "2plus1": (_factor_layers, _write_space_first),
     "1plus2": (_factor_layers, _write_time_first),
+    "add": (_parallel_layers, _write_parallel),
+    "cat": (_parallel_layers, _write_parallel),
 }

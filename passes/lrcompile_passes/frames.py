@@ -165,5 +165,3 @@ class Writer:
 def source(node: fx.Node) -> fx.Node:
     """What a layer's call reads."""
     return node.args[0]  # type: ignore[return-value]
-
-
