@@ -170,13 +170,20 @@ class Rewriter:
             if not argument.users and argument.op not in ("placeholder", "output"):
                 self.erase(argument)
 
+    def put_modules(self, site: Site, modules: Sequence[nn.Module]) -> list[str]:
+        """Keeps modules as `nn.Sequential` in the place of a site's, of which every call is then to be replaced.
+
+        Returns their paths: `path.0`, `path.1`, …
+        """
+        set_module(self.graph.gm, site.path, nn.Sequential(*modules))
+        return [f"{site.path}.{i}" for i in range(len(modules))]
+
     def replace_module(self, site: Site, chain: Sequence[nn.Module]) -> list[str]:
         """Replaces every call of a site by a chain of modules, kept as `nn.Sequential` at the site's path.
 
         Returns the paths of the chain's modules: `path.0`, `path.1`, …
         """
-        set_module(self.graph.gm, site.path, nn.Sequential(*chain))
-        paths = [f"{site.path}.{i}" for i in range(len(chain))]
+        paths = self.put_modules(site, chain)
         for node in site.nodes:
             value: Any = node.args[0]
             for path in paths:

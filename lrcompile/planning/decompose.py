@@ -96,10 +96,14 @@ class Tucker:
 def spectrum(matrix: Tensor, gram: Tensor | None = None) -> Spectrum:
     """Decomposes W [rows × columns]; `gram` is XᵀX [columns × columns] of the inputs X, or None.
 
+    A `gram` of channels alone holds for columns that are [channels × taps]: taps are taken as alike (our reading).
     Works on the Gram matrix of the smaller side, so that a wide or tall layer costs min(rows, columns)³.
     """
     weight = matrix.detach()
-    scaled = weight.double() if gram is None else weight.double() @ _root(gram)[0]
+    scaled = weight.double()
+    if gram is not None:
+        taps = scaled.unflatten(1, (len(gram), -1)).mT  # [rows × taps × channels]
+        scaled = (taps @ _root(gram)[0]).mT.flatten(1)
     scaled = scaled.to(_precision(weight))
     rows, columns = scaled.shape
     values, vectors = _eigh(scaled @ scaled.T if rows <= columns else scaled.T @ scaled)

@@ -2,6 +2,7 @@
 
 from lrcompile.passes import Pass
 from lrcompile_passes.compose_linear import ComposeLinear
+from lrcompile_passes.factorize_conv3d import FactorizeConv3d
 from lrcompile_passes.fold_batch_norm import FoldBatchNorm
 from lrcompile_passes.low_rank_conv import LowRankConv
 from lrcompile_passes.low_rank_embedding import LowRankEmbedding
@@ -14,6 +15,7 @@ PASSES: tuple[Pass, ...] = (
     FoldBatchNorm(),
     LowRankLinear(),
     LowRankConv(),
+    FactorizeConv3d(),
     LowRankEmbedding(),
     MergeSiblings(),
     ComposeLinear(),

@@ -30,19 +30,21 @@ def linear(like: nn.Module, weight: Tensor, bias: Tensor | None = None) -> nn.Li
     return _assign(_bare(nn.Linear, in_features, out_features, bias=bias is not None), like, weight, bias)
 
 
-def conv(like: nn.Module, weight: Tensor, bias: Tensor | None = None, **options: Any) -> Conv:
-    """A convolution without groups from its weight [out × in × taps…]; options are those of `nn.Conv*`."""
+def conv(like: nn.Module, weight: Tensor, bias: Tensor | None = None, groups: int = 1, **options: Any) -> Conv:
+    """A convolution from its weight [out × in/groups × taps…]; options are those of `nn.Conv*`."""
     out_channels, in_channels, *kernel = weight.shape
-    make = CONVS[len(kernel) - 1]
-    module = _bare(make, in_channels, out_channels, tuple(kernel), bias=bias is not None, **options)
+    options |= {"groups": groups, "bias": bias is not None}
+    module = _bare(CONVS[len(kernel) - 1], in_channels * groups, out_channels, tuple(kernel), **options)
     return _assign(module, like, weight, bias)
 
 
-def conv_transpose(like: nn.Module, weight: Tensor, bias: Tensor | None = None, **options: Any) -> ConvTranspose:
-    """A transposed convolution without groups from its weight [in × out × taps…]."""
+def conv_transpose(
+    like: nn.Module, weight: Tensor, bias: Tensor | None = None, groups: int = 1, **options: Any
+) -> ConvTranspose:
+    """A transposed convolution from its weight [in × out/groups × taps…]."""
     in_channels, out_channels, *kernel = weight.shape
-    make = TRANSPOSED_CONVS[len(kernel) - 1]
-    module = _bare(make, in_channels, out_channels, tuple(kernel), bias=bias is not None, **options)
+    options |= {"groups": groups, "bias": bias is not None}
+    module = _bare(TRANSPOSED_CONVS[len(kernel) - 1], in_channels, out_channels * groups, tuple(kernel), **options)
     return _assign(module, like, weight, bias)
 
 
