@@ -3,6 +3,7 @@
 from lrcompile.passes import Pass
 from lrcompile_passes.compose_linear import ComposeLinear
 from lrcompile_passes.fold_batch_norm import FoldBatchNorm
+from lrcompile_passes.group_heads import GroupHeads
 from lrcompile_passes.low_rank_conv import LowRankConv
 from lrcompile_passes.low_rank_embedding import LowRankEmbedding
 from lrcompile_passes.low_rank_linear import LowRankLinear
@@ -15,6 +16,7 @@ PASSES: tuple[Pass, ...] = (
     LowRankLinear(),
     LowRankConv(),
     LowRankEmbedding(),
+    GroupHeads(),
     MergeSiblings(),
     ComposeLinear(),
 )
