@@ -11,9 +11,9 @@ from __future__ import annotations
 import ast
 import operator
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -21,6 +21,9 @@ from torch import Tensor, fx, nn
 from lrcompile.graph.graph import Graph, Site, aten, shape
 
 T = TypeVar("T")
+Role = Literal["query", "key", "value"]
+
+ROLES: tuple[Role, Role, Role] = ("query", "key", "value")
 
 SDPA = aten.scaled_dot_product_attention.default
 SAMPLES = 3  # stands for every open size while positions are followed: a batch of one would hide the order of axes
@@ -139,11 +142,26 @@ def recognise(graph: Graph, node: fx.Node) -> Attention:
         raise NotUnderstoodError(f"{heads} query heads do not divide among {shape(keys)[1]} key heads")
     if shape(keys)[1] != shape(values)[1]:
         raise NotUnderstoodError(f"{shape(keys)[1]} key heads but {shape(values)[1]} value heads")
-    order = {other: i for i, other in enumerate(graph.nodes)}
-    query, key, value = (_with_sizes(_projection, graph, x, heads, order) for x in (queries, keys, values))
+    query, key, value = (_with_sizes(_projection, graph, x, heads) for x in (queries, keys, values))
     _check_alone(node, (query, key, value))
     output, columns = _with_sizes(_output, graph, node) or (None, None)
     return Attention(node, heads, query, key, value, output, columns)
+
+
+def computed_by(graph: Graph, node: fx.Node, paths: Container[str]) -> dict[Role, Projection]:
+    """Of an attention that was recognised before, what the layers at some paths compute.
+
+    An extract of the graph may lack the other layers, and other rewrites may have taken them since.
+    """
+    found: dict[Role, Projection] = {}
+    for role, value in zip(ROLES, node.args, strict=False):
+        try:
+            part = _with_sizes(_projection, graph, value, shape(node)[1])
+        except NotUnderstoodError:
+            continue
+        if part.site.path in paths:
+            found[role] = part
+    return found
 
 
 def arguments(node: fx.Node) -> dict[str, Any]:
@@ -192,16 +210,14 @@ def _features(site: Site) -> int:
     return int(site.module.weight.shape[0])  # type: ignore[union-attr, misc, index]
 
 
-def _projection(
-    graph: Graph, value: fx.Node, heads: int, order: Mapping[fx.Node, int], samples: int | None
-) -> Projection:
+def _projection(graph: Graph, value: fx.Node, heads: int, samples: int | None) -> Projection:
     """How one input of attention is computed."""
     end, tail = _moves(value)
     body: list[fx.Node] = []
     base = None if _is_linear(graph, end) else end
     source, moves = end, tail
     if base is not None:
-        base, body = _body(graph, end, order)
+        base, body = _body(graph, end)
         source, moves = _moves(base)
     site = graph.site(str(source.target))
     symbols = _symbols(source, samples)
@@ -330,12 +346,12 @@ def _tail(end: fx.Node, tail: Sequence[fx.Node], symbols: Mapping[str, int]) -> 
     raise NotUnderstoodError(f"what follows {end.name} rearranges more than heads")
 
 
-def _body(graph: Graph, end: fx.Node, order: Mapping[fx.Node, int]) -> tuple[fx.Node, list[fx.Node]]:
+def _body(graph: Graph, end: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
     """(where the heads enter, the operations on them up to `end`) for an input that is not just moved."""
     ancestors, layers = _ancestors(graph, end)
     cone: dict[fx.Node, None] = dict.fromkeys(layers)
-    for node in sorted(ancestors, key=order.__getitem__):
-        if any(source in cone for source in node.all_input_nodes):
+    for node in graph.nodes:
+        if node in ancestors and any(source in cone for source in node.all_input_nodes):
             cone[node] = None
     modules = [type(graph.module(node)).__name__ for node in cone if node.op == "call_module" and node not in layers]
     if any("Norm" in name for name in modules) or any(_name(node) in _NORMS for node in cone):

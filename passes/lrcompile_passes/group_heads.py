@@ -24,11 +24,21 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
-from lrcompile.graph.graph import Graph, aten, owners
+from lrcompile.graph.graph import Graph, aten, owners, shape
 from lrcompile.graph.rewrite import Refusal, Rewrite, Rewriter
 from lrcompile.passes import Context, Pass, Stage
-from lrcompile_passes.attention import SDPA, Attention, Projection, arguments, attentions, recognise
-from lrcompile_passes.head_groups import INITS, ROLES, Grouping, Role, error, groupings, shared, similar_order, unusual
+from lrcompile_passes.attention import (
+    ROLES,
+    SDPA,
+    Attention,
+    Projection,
+    Role,
+    arguments,
+    attentions,
+    computed_by,
+    recognise,
+)
+from lrcompile_passes.head_groups import INITS, Grouping, error, groupings, shared, similar_order, unusual
 from lrcompile_passes.layers import cannot_rebuild, linear, with_weight
 
 
@@ -66,23 +76,26 @@ class GroupHeads(Pass):
     def apply(self, rewriter: Rewriter, rewrite: Rewrite) -> None:
         """Narrows the layers, and lets attention read their heads as often as it needs them."""
         node = rewriter.node(rewrite.site[-1])
-        attention = recognise(rewriter.graph, node)
+        heads = shape(node)[1]
         params: Any = rewrite.params
-        grouping = Grouping(params["form"], params["queries"], params["keys"])
-        order = _order(attention, grouping, params["init"], rewriter.context)
-        inputs: dict[Role, fx.Node] = dict(zip(ROLES, node.args[:3], strict=True))  # type: ignore[arg-type]
-        for path in dict.fromkeys(part.site.path for part in attention.parts):
-            if path in rewrite.site:
-                inputs |= _narrowed(rewriter, attention, path, grouping, params["init"], order)
-        if attention.output is not None and attention.output.path in rewrite.site:
+        grouping, init = Grouping(params["form"], params["queries"], params["keys"]), params["init"]
+        parts = computed_by(rewriter.graph, node, rewrite.site)
+        order: Sequence[int] = range(heads)
+        if init == "similar":
+            attention = recognise(rewriter.graph, node)
+            order = _order(attention, grouping, rewriter.context)
             _reorder_output(rewriter, attention, order)
+        inputs: dict[Role, fx.Node] = dict(zip(ROLES, node.args, strict=False))  # type: ignore[arg-type]
+        for path in dict.fromkeys(part.site.path for part in parts.values()):
+            mine = {role: part for role, part in parts.items() if part.site.path == path}
+            inputs |= _narrowed(rewriter, mine, node, grouping, init, order)
         options = arguments(node)
         given = {name: options[name] for name in ("attn_mask", "scale") if options[name] is not None}
         if options["is_causal"]:
             given["is_causal"] = True
         if grouping.form != "GQA":
-            inputs = _repeated(rewriter, inputs, grouping, attention.heads, node)
-        elif grouping.keys < attention.heads:
+            inputs = _repeated(rewriter, inputs, grouping, heads, node)
+        elif grouping.keys < heads:
             given["enable_gqa"] = True
         rewriter.replace(node, rewriter.call_function(SDPA, *inputs.values(), before=node, **given))
 
@@ -103,40 +116,44 @@ def _rewrite(attention: Attention, grouping: Grouping, init: str, context: Conte
     return Rewrite("", sites, params, partial(error, attention, grouping, init, context))  # type: ignore[arg-type]
 
 
-def _order(attention: Attention, grouping: Grouping, init: str, context: Context) -> Sequence[int]:
+def _order(attention: Attention, grouping: Grouping, context: Context) -> Sequence[int]:
     """The old heads in their new order; on trial there are no values to tell, and it makes no difference."""
     weight = context.constant(attention.query.site.module.weight)  # type: ignore[arg-type]
-    if init != "similar" or weight.is_meta or isinstance(weight, FakeTensor):
+    if weight.is_meta or isinstance(weight, FakeTensor):
         return range(attention.heads)
     return similar_order(attention, grouping, context)
 
 
 def _narrowed(
-    rewriter: Rewriter, attention: Attention, path: str, grouping: Grouping, init: str, order: Sequence[int]
+    rewriter: Rewriter,
+    parts: Mapping[Role, Projection],
+    before: fx.Node,
+    grouping: Grouping,
+    init: str,
+    order: Sequence[int],
 ) -> dict[Role, fx.Node]:
-    """Makes the layer at `path` narrower; returns what of q, k and v it computes, [batch, groups, length, size]."""
-    mine = [(role, part) for role, part in zip(ROLES, attention.parts, strict=True) if part.site.path == path]
-    site = mine[0][1].site
+    """Makes one layer narrower; returns what of q, k and v it computes, [batch, groups, length, size]."""
+    site = next(iter(parts.values())).site
     module: Any = site.module
     weights, biases, widths = [], [], []
-    for role, part in mine:
+    for role, part in parts.items():
         weights.append(shared(part, _rows(module.weight, part, rewriter.context), grouping, role, init, order))
         widths.append(weights[-1].shape[0] * weights[-1].shape[1])
         if module.bias is not None:
             biases.append(shared(part, _rows(module.bias, part, rewriter.context), grouping, role, init, order))
     weight = torch.cat([w.flatten(0, 1) for w in weights])
     bias = torch.cat([b.flatten() for b in biases]) if biases else None
-    rewriter.set_module(path, linear(module, weight, bias))
+    rewriter.set_module(site.path, linear(module, weight, bias))
     (call,) = site.nodes
     if "sizes" in call.meta:
         call.meta["sizes"] = (*call.meta["sizes"][:-1], str(len(weight)))
     pieces: list[fx.Node] = [call]
-    if len(mine) > 1:
-        split = rewriter.call_function(aten.split_with_sizes.default, call, widths, -1, before=attention.node)
-        pieces = [rewriter.call_function(operator.getitem, split, i, before=attention.node) for i in range(len(mine))]
+    if len(parts) > 1:
+        split = rewriter.call_function(aten.split_with_sizes.default, call, widths, -1, before=before)
+        pieces = [rewriter.call_function(operator.getitem, split, i, before=before) for i in range(len(parts))]
     return {
-        role: _heads(rewriter, part, piece, len(w), attention.node)
-        for (role, part), piece, w in zip(mine, pieces, weights, strict=True)
+        role: _heads(rewriter, part, piece, len(w), before)
+        for (role, part), piece, w in zip(parts.items(), pieces, weights, strict=True)
     }
 
 

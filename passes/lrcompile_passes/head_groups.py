@@ -19,12 +19,9 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from lrcompile.passes import Context
-from lrcompile_passes.attention import Attention, Projection
+from lrcompile_passes.attention import ROLES, Attention, Projection, Role
 
 Form = Literal["GQA", "GKVA", "GQKVA"]
-Role = Literal["query", "key", "value"]
-
-ROLES: tuple[Role, Role, Role] = ("query", "key", "value")
 INITS = ("mean", "first", "similar")
 DIGITS = 9  # of distances that count: the order of heads must not hang on rounding
 
