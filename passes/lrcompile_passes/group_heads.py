@@ -80,6 +80,9 @@ class GroupHeads(Pass):
         params: Any = rewrite.params
         grouping, init = Grouping(params["form"], params["queries"], params["keys"]), params["init"]
         parts = computed_by(rewriter.graph, node, rewrite.site)
+        missing = [role for role in ROLES if grouping.changes(role) and role not in parts]
+        if missing:
+            raise KeyError(f"no layer that computes {' and '.join(missing)} of {node.name}")
         order: Sequence[int] = range(heads)
         if init == "similar":
             attention = recognise(rewriter.graph, node)
