@@ -129,9 +129,7 @@ def recognise(graph: Graph, node: fx.Node) -> Attention:
     options = arguments(node)
     queries, keys, values = (options[name] for name in ("query", "key", "value"))
     if any(len(shape(x)) != 4 for x in (queries, keys, values)):
-        raise NotUnderstoodError(
-            f"attention over tensors of rank {len(shape(queries))}, not [batch, heads, length, size]"
-        )
+        raise NotUnderstoodError("attention over tensors that are not [batch, heads, length, size]")
     heads = shape(queries)[1]
     if heads < 2:
         raise NotUnderstoodError("attention has one head")
@@ -355,9 +353,7 @@ def _body(graph: Graph, end: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
             cone[node] = None
     modules = [type(graph.module(node)).__name__ for node in cone if node.op == "call_module" and node not in layers]
     if any("Norm" in name for name in modules) or any(_name(node) in _NORMS for node in cone):
-        raise NotUnderstoodError(
-            "queries or keys are normalised (QK-norm): averaging would go through the normalisation"
-        )
+        raise NotUnderstoodError("queries or keys are normalised (QK-norm): an average would go through it")
     if modules:
         raise NotUnderstoodError(f"{modules[0]} between the layer and attention is not understood")
     if len(layers) != 1:
