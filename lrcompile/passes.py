@@ -122,22 +122,17 @@ class Context:
 
     def svd(self, site: Site, form: str, matrix: Callable[[], Tensor], gram: Tensor | None = None) -> Spectrum:
         """The SVD of a matrix made from a site's weight; `form` names the way it is made and is part of the key."""
-        return self._once(site, form, lambda: spectrum(matrix(), gram))
+        return self.once(site, form, lambda: spectrum(matrix(), gram))
 
     def tucker(self, site: Site) -> Tucker:
         """Tucker-2 of a convolution's kernel as [S × C × taps]; a transposed convolution's is turned that way first."""
         weight: Any = site.module.weight
         transposed = isinstance(site.module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d)
         kernel = weight.transpose(0, 1) if transposed else weight
-        return self._once(site, "tucker", lambda: tucker(kernel, self.input_gram(site, 1)))
+        return self.once(site, "tucker", lambda: tucker(kernel, self.input_gram(site, 1)))
 
-    def on_trial(self, fake_mode: FakeTensorMode) -> Context:
-        """The same context for pricing: decompositions and statistics have shapes and no values, so it is cheap."""
-        return TrialContext(
-            self.device, self.dtype, self.grams, self.token_counts, self._memo, self._digests, fake_mode=fake_mode
-        )
-
-    def _once(self, site: Site, form: str, compute: Callable[[], T]) -> T:
+    def once(self, site: Site, form: str, compute: Callable[[], T]) -> T:
+        """What `compute` makes of a site's weight and inputs, computed once; `form` names what that is."""
         inputs = " ".join(value_names(node.args[0])[0] for node in site.nodes)  # type: ignore[arg-type]
         weight: Any = site.module.weight
         if weight not in self._digests:
@@ -146,6 +141,12 @@ class Context:
         if key not in self._memo:
             self._memo[key] = compute()
         return self._memo[key]
+
+    def on_trial(self, fake_mode: FakeTensorMode) -> Context:
+        """The same context for pricing: decompositions and statistics have shapes and no values, so it is cheap."""
+        return TrialContext(
+            self.device, self.dtype, self.grams, self.token_counts, self._memo, self._digests, fake_mode=fake_mode
+        )
 
 
 @dataclass(frozen=True, eq=False)

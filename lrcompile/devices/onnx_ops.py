@@ -412,14 +412,16 @@ def _embedding(b: Builder, node: fx.Node, a: Arguments) -> str:
 
 def _attention(b: Builder, node: fx.Node, a: Arguments) -> str:
     query, key = tensor_of(a["query"]), tensor_of(a["key"])
-    if a["enable_gqa"] and query.shape[-3] != key.shape[-3]:
-        raise UnsupportedRegion(node, "attention with grouped queries")
     dtype, axes = query.dtype, key.dim()
     factor = math.sqrt(a["scale"] if a["scale"] is not None else 1 / math.sqrt(query.shape[-1]))
     q, k, v = (b.name(a[name], node) for name in ("query", "key", "value"))
-    turned = [*key.shape[:-2], key.shape[-1], key.shape[-2]]
+    leading = key.shape[:-2]
+    if a["enable_gqa"] and query.shape[-3] != key.shape[-3]:
+        k, v = (_repeat_heads(b, node, x, tensor_of(a[name]), query) for x, name in ((k, "key"), (v, "value")))
+        leading = (*key.shape[:-3], query.shape[-3])
+    turned = [*leading, key.shape[-1], key.shape[-2]]
     if axes > 3:
-        k = b.reshape(k, [math.prod(key.shape[:-2]), *key.shape[-2:]], node)
+        k = b.reshape(k, [math.prod(leading), *key.shape[-2:]], node)
     k = b.emit("Transpose", k, perm=[0, 2, 1] if axes > 2 else [1, 0])
     if axes > 3:
         k = b.reshape(k, turned, node)
@@ -430,6 +432,15 @@ def _attention(b: Builder, node: fx.Node, a: Arguments) -> str:
     if boolean:
         weights = b.emit("Where", b.emit("IsNaN", weights), b.constant(0.0, dtype, node), weights)
     return b.emit("MatMul", weights, v)
+
+
+def _repeat_heads(b: Builder, node: fx.Node, name: str, value: Tensor, query: Tensor) -> str:
+    """Keys or values [batch, groups, length, size] as each head of the queries reads them."""
+    batch, groups, length, size = value.shape
+    heads = query.shape[-3]
+    x = b.emit("Unsqueeze", name, b.integers([2], node))
+    x = b.emit("Expand", x, b.integers([batch, groups, heads // groups, length, size], node))
+    return b.reshape(x, [batch, heads, length, size], node)
 
 
 def _mask(b: Builder, node: fx.Node, a: Arguments, query: Tensor, key: Tensor) -> tuple[str | None, bool]:

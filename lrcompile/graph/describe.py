@@ -43,10 +43,18 @@ def describe(gm: fx.GraphModule, node: fx.Node) -> OpDesc:
     packet = node.target.overloadpacket
     if packet in _SPECIAL:
         return _SPECIAL[packet](node)
+    if packet in _RESHAPES and _is_repeated(node.args[0]):
+        return _plain("movement", node, 0.0)
     if packet in _KINDS:
         kind, per_element = _KINDS[packet]
         return _plain(kind, node, per_element)
     return _plain("elementwise", node, 1.0)
+
+
+def _is_repeated(source: Any) -> bool:
+    """Whether an input repeats values without holding them, as `expand` does: another shape needs them written out."""
+    value = _value(source)
+    return any(step == 0 and size > 1 for step, size in zip(value.stride(), value.shape, strict=True))
 
 
 def _describe_module(module: nn.Module, node: fx.Node) -> OpDesc:
@@ -173,6 +181,7 @@ _SPECIAL: dict[Any, Callable[[fx.Node], OpDesc]] = {
     aten.convolution: _convolution,
 }
 
+_RESHAPES = (aten.reshape, aten.flatten, aten.contiguous, aten.clone)
 _VIEWS = [
     "view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "expand", "slice", "select", "t", "alias",
     "detach", "sym_size", "sym_numel", "sym_stride", "split", "split_with_sizes", "chunk", "unbind", "narrow",

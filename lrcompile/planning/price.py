@@ -159,7 +159,9 @@ class _Trials:
         self.trial_context = context.on_trial(self.shapes)
         self.model = model
         self.sites = graph.sites()
-        self.node_by_name = {node.name: node for node in graph.nodes}
+        self.ordered = list(graph.nodes)
+        self.places = {node: i for i, node in enumerate(self.ordered)}
+        self.node_by_name = {node.name: node for node in self.ordered}
         tied = owners(graph)
         self.closed = {path for path, site in self.sites.items() if not keep(path) or tied_with(graph, site, tied)}
         self.blanks: dict[int, Any] = {}
@@ -256,7 +258,7 @@ class _Trials:
         return self.regions[key]
 
     def neighbourhood(self, chain: Iterable[Rewrite]) -> set[fx.Node]:
-        """The nodes of a chain's sites, the layers that they read and that read the same, and what reads them."""
+        """The nodes of a chain's sites and on the way between them, their layers' siblings, and what reads them."""
         nodes: set[fx.Node] = set()
         for rewrite in chain:
             for site in rewrite.site:
@@ -264,6 +266,7 @@ class _Trials:
                     nodes.update(self.sites[site].nodes)
                 elif site in self.node_by_name:
                     nodes.add(self.node_by_name[site])
+        nodes |= self.between(nodes)
         for node in list(nodes):
             for source in node.all_input_nodes:
                 if source.op == "call_module":
@@ -271,6 +274,21 @@ class _Trials:
                 nodes.update(user for user in source.users if user.op == "call_module")
             nodes.update(user for user in node.users if user.op in ("call_module", "call_function"))
         return nodes
+
+    def between(self, nodes: set[fx.Node]) -> set[fx.Node]:
+        """The nodes on every way from one of some nodes to another."""
+        places = sorted(self.places[node] for node in nodes)
+        if len(places) < 2:
+            return set()
+        span = self.ordered[places[0] : places[-1] + 1]
+        after, before = set(nodes), set(nodes)
+        for node in span:
+            if any(source in after for source in node.all_input_nodes):
+                after.add(node)
+        for node in reversed(span):
+            if any(user in before for user in node.users):
+                before.add(node)
+        return {node for node in after & before if node.op in ("call_module", "call_function")}
 
     def blank(self, value: Any) -> Any:
         """A tensor, or a module, without values; what is shared stays shared."""
@@ -325,7 +343,8 @@ class _Region:
 
     def worded(self, rewrite: Rewrite) -> str:
         """A rewrite in words that do not depend on the region's paths."""
-        return f"{rewrite.pass_name} {self.unspoken(rewrite).site} {sorted(rewrite.params.items())}"
+        sites = [f"%{self.names.index(site)}" if site in self.names else site for site in self.unspoken(rewrite).site]
+        return f"{rewrite.pass_name} {sites} {sorted(rewrite.params.items())}"
 
     def _position(self, site: str) -> str:
         matches = [i for i, path in enumerate(self.paths) if site == path or site.startswith(f"{path}.")]

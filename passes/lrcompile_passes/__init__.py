@@ -4,6 +4,7 @@ from lrcompile.passes import Pass
 from lrcompile_passes.compose_linear import ComposeLinear
 from lrcompile_passes.factorize_conv3d import FactorizeConv3d
 from lrcompile_passes.fold_batch_norm import FoldBatchNorm
+from lrcompile_passes.group_heads import GroupHeads
 from lrcompile_passes.low_rank_conv import LowRankConv
 from lrcompile_passes.low_rank_embedding import LowRankEmbedding
 from lrcompile_passes.low_rank_linear import LowRankLinear
@@ -17,6 +18,7 @@ PASSES: tuple[Pass, ...] = (
     LowRankConv(),
     FactorizeConv3d(),
     LowRankEmbedding(),
+    GroupHeads(),
     MergeSiblings(),
     ComposeLinear(),
 )
