@@ -2,6 +2,7 @@
 
 from lrcompile.passes import Pass
 from lrcompile_passes.compose_linear import ComposeLinear
+from lrcompile_passes.fold_affine import FoldAffine
 from lrcompile_passes.fold_batch_norm import FoldBatchNorm
 from lrcompile_passes.low_rank_conv import LowRankConv
 from lrcompile_passes.low_rank_embedding import LowRankEmbedding
@@ -12,6 +13,7 @@ from lrcompile_passes.remove_identity import RemoveIdentity
 PASSES: tuple[Pass, ...] = (
     RemoveIdentity(),
     FoldBatchNorm(),
+    FoldAffine(),
     LowRankLinear(),
     LowRankConv(),
     LowRankEmbedding(),
