@@ -4,6 +4,7 @@ from lrcompile.passes import Pass
 from lrcompile_passes.compose_linear import ComposeLinear
 from lrcompile_passes.fold_affine import FoldAffine
 from lrcompile_passes.fold_batch_norm import FoldBatchNorm
+from lrcompile_passes.fold_layer_norm import FoldLayerNorm
 from lrcompile_passes.low_rank_conv import LowRankConv
 from lrcompile_passes.low_rank_embedding import LowRankEmbedding
 from lrcompile_passes.low_rank_linear import LowRankLinear
@@ -14,6 +15,7 @@ PASSES: tuple[Pass, ...] = (
     RemoveIdentity(),
     FoldBatchNorm(),
     FoldAffine(),
+    FoldLayerNorm(),
     LowRankLinear(),
     LowRankConv(),
     LowRankEmbedding(),

@@ -100,6 +100,16 @@ def out_of_step(shift: Tensor | None, dtype: torch.dtype) -> str | None:
     return None if most <= limit else f"a shift of {most:.3g} would cancel: at most {limit:g} in {_name(dtype)}"
 
 
+def rounds_again(scale: Tensor | None, dtype: torch.dtype) -> str | None:
+    """Why a scale should not go into weights of half precision, or None: only powers of two leave their digits alone.
+
+    One more rounding of every weight of a deep model adds up to more than exact rewrites may show.
+    """
+    if scale is None or dtype in (torch.float64, torch.float32) or bool((scale.frexp().mantissa.abs() == 0.5).all()):
+        return None
+    return f"the weights would be rounded once more in {_name(dtype)}"
+
+
 def feature_axis(module: nn.Module, rank: int) -> int:
     """The axis of a layer's input and output that holds its features, for values of this rank."""
     return rank - 1 if isinstance(module, nn.Linear) else rank - 1 - len(module.kernel_size)  # type: ignore[arg-type]

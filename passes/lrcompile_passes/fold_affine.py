@@ -27,6 +27,7 @@ from lrcompile_passes.affine import (
     out_of_step,
     readers,
     rebuilt,
+    rounds_again,
 )
 from lrcompile_passes.constants import RESHAPES, Step, is_constant, needed, read, step_of
 from lrcompile_passes.layers import cannot_rebuild
@@ -98,8 +99,10 @@ def _after(
         reason = _cannot_fold(graph, site, ends, users, reshaped, owner_map)
         if reason is None:
             step = needed(users[0][0])
-            weight, bias = after(module, read(graph, step, context), context)
-            reason = out_of_range(weight, bias, module.weight.dtype)
+            affine = read(graph, step, context)
+            weight, bias = after(module, affine, context)
+            kind = module.weight.dtype
+            reason = rounds_again(affine.scale, kind) or out_of_range(weight, bias, kind)
         if reason is not None:
             yield site.refuse(reason)
             return
@@ -189,7 +192,8 @@ def _before(
             affine = read(graph, step, context)
             kinds = [module.weight.dtype for module in modules]
             folded = [before(module, affine, context) for module in modules]
-            reasons = [out_of_range(*parts, kind) for parts, kind in zip(folded, kinds, strict=True)]
+            reasons = [rounds_again(affine.scale, kind) for kind in kinds]
+            reasons += [out_of_range(*parts, kind) for parts, kind in zip(folded, kinds, strict=True)]
             reasons += [out_of_step(None if affine.shift is None else affine.shift * gain, kind) for kind in kinds]
             reason = next((text for text in reasons if text), None)
         if reason is not None:

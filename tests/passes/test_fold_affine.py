@@ -187,7 +187,9 @@ def test_single_precision() -> None:
 def test_low_precision(dtype: torch.dtype, limit: float) -> None:
     torch.manual_seed(0)
     x = torch.randn(4, 6).to(dtype)
-    graph = common.exported(Around(nn.Linear(6, 6), lambda m, x: m.layer(x) * m.c + 1, torch.rand(6)).to(dtype), x)
+    graph = common.exported(
+        Around(nn.Linear(6, 6), lambda m, x: m.layer(x) * m.c + 0.3, torch.tensor([2, 4, 0.5, 1, -1, 8])).to(dtype), x
+    )
     result, applied, _ = folded(graph)
     assert len(applied) == 2
     assert common.outputs(result, x)[0].dtype == dtype
@@ -272,7 +274,9 @@ class Tied(nn.Module):
             Around(nn.Linear(4, 4), lambda m, x: m.layer(x).flatten(1) * m.c, torch.randn(16)),
             "the constant comes behind a reshape",
         ),
-        (Around(nn.Linear(4, 4).half(), lambda m, x: m.layer(x) * 1e-7), "exceeds the range of float16"),
+        (Around(nn.Linear(4, 4).half(), lambda m, x: m.layer(x) * 2**-12), "exceeds the range of float16"),
+        (Around(nn.Linear(4, 4).half(), lambda m, x: m.layer(x) * 0.3), "be rounded once more in float16"),
+        (Around(nn.Linear(4, 4).half(), lambda m, x: m.layer(x * 0.3)), "be rounded once more in float16"),
         (Around(nn.Linear(4, 4), lambda m, x: m.layer(x) * 1e38 * 1e10), "exceeds the range of float32"),
         (Around(nn.Linear(4, 4), lambda m, x: m.layer(x - 1e4)), "sub before it: a shift of 1e+04 would cancel"),
         (
