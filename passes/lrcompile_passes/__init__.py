@@ -5,6 +5,7 @@ from lrcompile_passes.compose_linear import ComposeLinear
 from lrcompile_passes.fold_affine import FoldAffine
 from lrcompile_passes.fold_batch_norm import FoldBatchNorm
 from lrcompile_passes.fold_layer_norm import FoldLayerNorm
+from lrcompile_passes.fold_layout import FoldLayout
 from lrcompile_passes.low_rank_conv import LowRankConv
 from lrcompile_passes.low_rank_embedding import LowRankEmbedding
 from lrcompile_passes.low_rank_linear import LowRankLinear
@@ -13,6 +14,7 @@ from lrcompile_passes.remove_identity import RemoveIdentity
 
 PASSES: tuple[Pass, ...] = (
     RemoveIdentity(),
+    FoldLayout(),
     FoldBatchNorm(),
     FoldAffine(),
     FoldLayerNorm(),
