@@ -107,7 +107,8 @@ def test_main_form_writes_a_verified_model(cwd: Path, capsys: pytest.CaptureFixt
     assert made(cwd) == {"model_lr.onnx", "r.json", "plan.json"}
     report = json.loads(Path("r.json").read_text())
     assert set(report) >= {"schema", "target", "model", "latency_ms", "error", "sites", "verification", "timings_s"}
-    assert set(report["model"]) >= {"params_before", "params_after", "flops_before", "flops_after"}
+    figures = {"params_before", "params_after", "flops_before", "flops_after", "ops_before", "ops_after"}
+    assert set(report["model"]) >= figures
     assert set(report["latency_ms"]) == {"before", "after", "speedup", "kind", "sigma"}
     assert set(report["error"]) == {"metric", "basis", "budget", "measured"}
     assert set(report["sites"][0]) >= {

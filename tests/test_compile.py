@@ -58,6 +58,12 @@ def test_splits_low_rank_layers_within_the_error_budget(mlp: Mlp) -> None:
     assert report.model["params_before"] == sum(p.numel() for p in mlp.parameters())
 
 
+def test_operations_are_counted_before_and_after(mlp: Mlp) -> None:
+    model = nn.Sequential(mlp.head, nn.Dropout(), nn.Flatten(), nn.BatchNorm1d(10)).eval()
+    figures = lrcompile.compile(model, (X,), target="v100", budget=lrcompile.Budget(max_error=0.0)).report.model
+    assert (figures["ops_before"], figures["ops_after"]) == (2, 1)
+
+
 def test_zero_budget_makes_only_exact_rewrites(mlp: Mlp) -> None:
     result = lrcompile.compile(mlp, (X,), target="v100", budget=lrcompile.Budget(max_error=0.0))
     assert all(rewrite.exact for rewrite in result.plan.rewrites)

@@ -83,7 +83,7 @@ class Pricing:
 
 Progress = Callable[[str, int, int], None]
 Priced = tuple[Cost, Cost, float]
-_Outcome = tuple[Rewrite | None, Priced, tuple[int, ...]]  # what follows, its price, positions of the nodes taken up
+_Outcome = tuple[tuple[Rewrite, ...], Priced, tuple[int, ...]]  # what follows, price, positions of nodes taken up
 
 
 def price(
@@ -170,7 +170,7 @@ class _Trials:
         self.priced: dict[str, Priced] = {}
 
     def price(self, chain: tuple[Rewrite, ...], fuse: Sequence[Pass]) -> Iterator[Candidate]:
-        """The chain as a candidate, and one more for each FUSE rewrite of what the chain made, if that is faster.
+        """The chain as a candidate, and one more for each FUSE rewrite of what it made that makes it faster, and so on.
 
         A chain that does the same to an equal region as an earlier one is not tried again.
         """
@@ -179,34 +179,55 @@ class _Trials:
         outcomes = self.known.get(key)
         if outcomes is None:
             outcomes = list(self.outcomes(region, chain, fuse))
-            if all(follow is None or all(site.startswith("#") for site in follow.site) for follow, _, _ in outcomes):
+            if all(site.startswith("#") for follows, _, _ in outcomes for follow in follows for site in follow.site):
                 self.known[key] = outcomes
-        for follow, costs, touched in outcomes:
-            whole = chain if follow is None else (*chain, region.spoken(follow))
+        for follows, costs, touched in outcomes:
+            whole = (*chain, *map(region.spoken, follows))
             sites = tuple(dict.fromkeys(s for r in whole for s in r.site if s in self.sites or s in self.node_by_name))
             footprint = frozenset(region.names[i] for i in touched)
             yield Candidate(whole, sites, footprint, *costs)
 
     def outcomes(self, region: _Region, chain: tuple[Rewrite, ...], fuse: Sequence[Pass]) -> Iterator[_Outcome]:
-        """What the chain alone comes to, and each FUSE rewrite after it that makes it faster; names left out."""
+        """What the chain alone comes to, and each FUSE rewrite after it that makes it faster; names left out.
+
+        The fastest of these is followed in the same way: a split in three can be merged on both sides.
+        """
         after, touched, created = self.applied(region, chain)
         alone = self.compared(region, after)
-        yield None, alone, touched
+        yield (), alone, touched
         if len(chain) == 1 and self.passes[chain[0].pass_name].stage is Stage.FUSE:
             return
+        whole, fastest = chain, max(0.0, _gain_s(alone))
+        while True:
+            best: tuple[Rewrite, ...] | None = None
+            for follow in self.follows(region, whole, after, created, fuse):
+                fused, fused_touched, _ = self.applied(region, (*whole, follow))
+                costs = self.compared(region, fused)
+                if _gain_s(costs) > _gain_s(alone) and _gain_s(costs) > 0:
+                    yield tuple(map(region.unspoken, (*whole[len(chain) :], follow))), costs, fused_touched
+                if _gain_s(costs) > fastest:
+                    best, fastest = (*whole, follow), _gain_s(costs)
+            if best is None:
+                return
+            whole = best
+            after, _, created = self.applied(region, whole)
+            alone = self.compared(region, after)
+
+    def follows(
+        self, region: _Region, chain: tuple[Rewrite, ...], after: Graph, created: list[fx.Node], fuse: Sequence[Pass]
+    ) -> Iterator[Rewrite]:
+        """The FUSE rewrites of what a chain made, together with sites around it."""
         made = {node.target for node in created if node.op == "call_module"}
+        split = [rewrite for rewrite in chain if self.passes[rewrite.pass_name].stage is not Stage.FUSE]
         for transform in fuse:
             for follow in list(proposals(after, transform, self.trial_context)):
                 if isinstance(follow, Refusal) or not made & set(follow.site):
                     continue
                 if not all(site in made or site in region.open for site in follow.site):
                     continue
-                if len(chain) == 1 and made <= set(follow.site):
+                if len(split) == 1 and made <= set(follow.site):
                     continue  # it would put together again what the rewrite took apart
-                fused, fused_touched, _ = self.applied(region, (*chain, follow))
-                costs = self.compared(region, fused)
-                if costs[0].latency_s - costs[1].latency_s > max(0.0, alone[0].latency_s - alone[1].latency_s):
-                    yield region.unspoken(follow), costs, fused_touched
+                yield follow
 
     def continuations(
         self, chain: tuple[Rewrite, ...], passes: Sequence[Pass], context: Context
@@ -390,6 +411,10 @@ def extract(
     inside = set(ordered)
     new.output(tuple(env[node] for node in ordered if any(user not in inside for user in node.users)))
     return _unrun(root, new, mode or graph.fake_mode)
+
+
+def _gain_s(priced: Priced) -> float:
+    return priced[0].latency_s - priced[1].latency_s
 
 
 def _unrun(root: nn.Module, graph: fx.Graph, mode: FakeTensorMode) -> Graph:

@@ -155,7 +155,10 @@ def latency_figures(kind: str, before: Cost, after: Cost) -> dict[str, Any]:
 
 
 def model_figures(traced: Traced, after: Graph) -> dict[str, float]:
-    """Parameters and operations (a multiply-add is two) of the model before and after."""
+    """Parameters, arithmetic (a multiply-add is two) and operations of the model before and after.
+
+    `ops` counts the operations that a device carries out: neither views nor constants.
+    """
     before = traced.graph
     return {
         "params_before": parameter_count(before.gm),
@@ -164,7 +167,15 @@ def model_figures(traced: Traced, after: Graph) -> dict[str, float]:
         "weight_bytes_after": weight_bytes(after.gm),
         "flops_before": sum(describe(before.gm, node).flops for node in before.nodes),
         "flops_after": sum(describe(after.gm, node).flops for node in after.nodes),
+        "ops_before": operation_count(before),
+        "ops_after": operation_count(after),
     }
+
+
+def operation_count(graph: Graph) -> int:
+    """How many operations of a graph a device carries out."""
+    calls = (node for node in graph.nodes if node.op in ("call_module", "call_function"))
+    return sum(describe(graph.gm, node).kind != "view" for node in calls)
 
 
 def error_figures(budget: Budget, calibration: CalibrationData | None, measured: float) -> dict[str, Any]:

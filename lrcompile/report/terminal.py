@@ -23,7 +23,8 @@ def print_report(console: Console, report: Report) -> None:
     )
     console.print(
         f"weights   {model['weight_bytes_before'] / 1e6:.2f} → {model['weight_bytes_after'] / 1e6:.2f} MB, "
-        f"operations {model['flops_before'] / 1e9:.3f} → {model['flops_after'] / 1e9:.3f} GFLOP"
+        f"operations {model['ops_before']} → {model['ops_after']}, "
+        f"{model['flops_before'] / 1e9:.3f} → {model['flops_after'] / 1e9:.3f} GFLOP"
     )
     limit = f", budget {error['budget']:g}" if error["budget"] is not None else ""
     console.print(f"error     {error['measured']:.3g} {error['metric']} (measured; {error['basis']}{limit})")

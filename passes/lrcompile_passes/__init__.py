@@ -3,7 +3,10 @@
 from lrcompile.passes import Pass
 from lrcompile_passes.compose_linear import ComposeLinear
 from lrcompile_passes.factorize_conv3d import FactorizeConv3d
+from lrcompile_passes.fold_affine import FoldAffine
 from lrcompile_passes.fold_batch_norm import FoldBatchNorm
+from lrcompile_passes.fold_layer_norm import FoldLayerNorm
+from lrcompile_passes.fold_layout import FoldLayout
 from lrcompile_passes.group_heads import GroupHeads
 from lrcompile_passes.low_rank_conv import LowRankConv
 from lrcompile_passes.low_rank_embedding import LowRankEmbedding
@@ -13,7 +16,10 @@ from lrcompile_passes.remove_identity import RemoveIdentity
 
 PASSES: tuple[Pass, ...] = (
     RemoveIdentity(),
+    FoldLayout(),
     FoldBatchNorm(),
+    FoldAffine(),
+    FoldLayerNorm(),
     LowRankLinear(),
     LowRankConv(),
     FactorizeConv3d(),

@@ -1,4 +1,4 @@
-"""Folds a batch norm with fixed statistics into the convolution or linear layer before it.
+"""Folds a batch norm with fixed statistics into the layer before it, or into the layers that read it.
 
 Written because `torch.fx.experimental.optimization.fuse` folds a layer that is called at two sites into the batch
 norm of one of them, and is then silently wrong at the other.
@@ -6,70 +6,83 @@ norm of one of them, and is then silently wrong at the other.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from lrcompile.graph.graph import Graph, Site, aten, owners, shape
 from lrcompile.graph.rewrite import Refusal, Rewrite, Rewriter
 from lrcompile.passes import Context, Pass, Stage
-from lrcompile_passes.layers import CONVS, TRANSPOSED_CONVS, cannot_rebuild, with_weight
-
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+from lrcompile_passes.affine import (
+    BATCH_NORMS,
+    LAYERS,
+    Affine,
+    after,
+    before,
+    cannot_absorb,
+    feature_axis,
+    of_batch_norm,
+    out_of_range,
+    out_of_step,
+    readers,
+    rebuilt,
+)
+from lrcompile_passes.layers import cannot_rebuild
 
 
 @dataclass(frozen=True)
 class FoldBatchNorm(Pass):
-    """Conv(W)·BN → Conv(W′), W′ = W·γ/√(σ²+ε), b′ = (b−μ)·γ/√(σ²+ε)+β."""
+    """Conv(W)·BN → Conv(W′), W′ = W·γ/√(σ²+ε), b′ = (b−μ)·γ/√(σ²+ε)+β ; BN·Conv(W) likewise."""
 
     stage = Stage.CANONICALIZE
 
     def propose(self, graph: Graph, context: Context) -> Iterator[Rewrite | Refusal]:
-        """Every layer whose calls all go into one batch norm and nowhere else."""
-        owner_map = owners(graph)
-        for site in graph.modules_of(nn.Linear, *CONVS, *TRANSPOSED_CONVS):
-            if not any(_normalizes(graph, user) for node in site.nodes for user in node.users):
+        """Every layer whose calls all go into one batch norm and nowhere else; then the layers behind a batch norm."""
+        owner_map, sites = owners(graph), graph.sites()
+        folded: set[fx.Node] = set()
+        for site in graph.modules_of(*LAYERS):
+            norms = {user for node in site.nodes for user in node.users if _normalizes(graph, user)}
+            if not norms:
                 continue
-            reason = _cannot_fold(graph, site) or cannot_rebuild(graph, site, owner_map)
+            reason = _cannot_fold(graph, site, context) or cannot_rebuild(graph, site, owner_map)
+            folded |= set() if reason else norms
             yield site.refuse(reason) if reason else site.rewrite(exact=True)
+        for site in graph.modules_of(*BATCH_NORMS):
+            for node in site.nodes:
+                if node not in folded and readers(graph, node, sites):
+                    yield _ahead(graph, site, node, sites, owner_map, context)
 
     def apply(self, rewriter: Rewriter, rewrite: Rewrite) -> None:
-        """Gives the layer new weights, under its old path, and erases the batch norm's calls after it."""
+        """Gives the layers new weights, under their old paths, and erases the batch norm's calls next to them."""
+        if len(rewrite.site) > 1:
+            self._apply_ahead(rewriter, rewrite)
+            return
         site = rewriter.site()
         norms = [next(iter(node.users)) for node in site.nodes]
-        norm: Any = rewriter.graph.module(norms[0])
-        rewriter.set_module(site.path, with_weight(site.module, *folded(site.module, norm)))
+        affine = of_batch_norm(rewriter.graph.module(norms[0]), rewriter.context)
+        rewriter.set_module(site.path, rebuilt(site.module, *after(site.module, affine, rewriter.context)))
         for norm_node, node in zip(norms, site.nodes, strict=True):
             rewriter.replace(norm_node, node)
 
-
-def folded(module: Any, norm: Any) -> tuple[Tensor, Tensor]:
-    """(weight, bias) of the layer with the batch norm folded in, computed in float64, in the layer's dtype."""
-    scale = (norm.running_var.double() + norm.eps).rsqrt()
-    if norm.weight is not None:
-        scale = scale * norm.weight.double()
-    shift = -norm.running_mean.double() * scale
-    if norm.bias is not None:
-        shift = shift + norm.bias.double()
-    weight = module.weight.double()
-    if isinstance(module, TRANSPOSED_CONVS):  # [in × out/groups × taps…]: output channels count within their group
-        grouped = weight.unflatten(0, (module.groups, -1))
-        by_group = scale.view(module.groups, 1, -1, *[1] * (weight.dim() - 2))
-        weight = (grouped * by_group).flatten(0, 1)
-    else:
-        weight = weight * scale.view(-1, *[1] * (weight.dim() - 1))
-    bias = shift if module.bias is None else module.bias.double() * scale + shift
-    return weight.to(module.weight.dtype), bias.to(module.weight.dtype)
+    def _apply_ahead(self, rewriter: Rewriter, rewrite: Rewrite) -> None:
+        affine = of_batch_norm(rewriter.site().module, rewriter.context)
+        if not rewrite.params["shift"]:
+            affine = Affine(affine.scale)
+        for path in rewrite.site[1:]:
+            site = rewriter.site(path)
+            rewriter.set_module(path, rebuilt(site.module, *before(site.module, affine, rewriter.context)))
+            for call in site.nodes:
+                source = call.args[0].args[0]  # type: ignore[union-attr]
+                rewriter.replace(call, rewriter.call_module(path, source, before=call))
 
 
 def _normalizes(graph: Graph, node: fx.Node) -> bool:
     return node.target is aten.batch_norm.default or isinstance(graph.module(node), BATCH_NORMS)
 
 
-def _cannot_fold(graph: Graph, site: Site) -> str | None:
+def _cannot_fold(graph: Graph, site: Site, context: Context) -> str | None:
     users = list(dict.fromkeys(user for node in site.nodes for user in node.users))
     norms: list[Any] = [graph.module(user) for user in users]
     if len(site.nodes) > 1 and (len(users) != len(site.nodes) or not all(_same(norms[0], norm) for norm in norms)):
@@ -81,9 +94,9 @@ def _cannot_fold(graph: Graph, site: Site) -> str | None:
     if isinstance(site.module, nn.Linear) and any(len(shape(node)) != 2 for node in site.nodes):
         return "batch norm normalizes axis 1, and the linear layer's features are the last axis"
     weight: Any = site.module.weight
-    if weight.dtype is torch.float16 and not folded(site.module, norms[0])[0].isfinite().all():
-        return "the folded weight exceeds the range of float16"
-    return None
+    if not weight.is_floating_point():
+        return None
+    return out_of_range(*after(site.module, of_batch_norm(norms[0], context), context), weight.dtype)
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -91,3 +104,31 @@ def _same(a: Any, b: Any) -> bool:
     names = ("running_mean", "running_var", "weight", "bias")
     both = isinstance(a, BATCH_NORMS) and isinstance(b, BATCH_NORMS)
     return both and a.eps == b.eps and all(getattr(a, name) is getattr(b, name) for name in names)
+
+
+def _ahead(
+    graph: Graph,
+    norm: Site,
+    node: fx.Node,
+    sites: Mapping[str, Site],
+    owner_map: Mapping[int, frozenset[str]],
+    context: Context,
+) -> Rewrite | Refusal:
+    """The fold of one call of a batch norm into the layers that read it, or why not."""
+    module: Any = norm.module
+    if module.running_mean is None or module.training:
+        return norm.refuse("batch norm uses the statistics of the batch")
+    found = readers(graph, node, sites)
+    affine = of_batch_norm(module, context)
+    assert affine.shift is not None
+    shifts = bool(affine.shift.any())  # a batch norm without any may come before zero padding
+    reason = cannot_absorb(graph, node, found, shifts, owner_map)
+    for site in found:
+        if feature_axis(site.module, len(shape(node))) != 1:
+            reason = reason or "batch norm normalizes axis 1, and the linear layer's features are the last axis"
+        weight: Any = site.module.weight
+        reason = reason or out_of_step(affine.shift if shifts else None, weight.dtype)
+        reason = reason or out_of_range(*before(site.module, affine, context), weight.dtype)
+    if reason:
+        return norm.refuse(reason)
+    return Rewrite("", (norm.path, *(site.path for site in found)), {"shift": shifts}, exact=True)

@@ -1,16 +1,21 @@
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lrcompile_passes import ComposeLinear
+from lrcompile_passes import ComposeLinear, LowRankConv
 from lrcompile_passes.layers import CONVS
 from torch import nn
 
+import lrcompile
+from lrcompile.graph.graph import Graph
+from lrcompile.graph.rewrite import Rewrite
 from lrcompile.nn.linear import TransposedLinear
+from lrcompile.planning.price import Candidate
 from tests.passes import common
 
 PASS = ComposeLinear()
@@ -144,3 +149,63 @@ def test_low_precision(dtype: torch.dtype) -> None:
     graph = common.drawn(Net().to(dtype), x)
     (rewrite,) = common.rewrites(graph, PASS)
     assert common.difference(common.applied(graph, PASS, rewrite), graph, x) < 0.02
+
+
+class Bottleneck(nn.Module):
+    """1×1, 3×3 and 1×1 with nothing between them; the 3×3 is of exact Tucker rank."""
+
+    def __init__(self, width: int = 128, rank: int = 32, bias: bool = True) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.a, self.d = nn.Conv2d(2 * width, width, 1, bias=bias), nn.Conv2d(width, 2 * width, 1, stride=2, bias=bias)
+        self.k = nn.Conv2d(width, width, 3, padding=1, bias=bias)
+        up, down = (torch.randn(width, rank, generator=generator).double() / rank**0.5 for _ in range(2))
+        core = torch.randn(rank, rank, 9, generator=generator).double() / (9 * rank) ** 0.5
+        self.double()
+        self.k.weight.data = torch.einsum("so,oik,ci->sck", up, core, down).unflatten(2, (3, 3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(self.d(self.k(self.a(torch.relu(x)))))
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_split_of_a_bottleneck_merges_on_both_sides(dtype: torch.dtype, limit: float, bias: bool) -> None:
+    """Tucker of the 3×3, then A′ = VᵀA and D′ = D·U: three convolutions again, narrower (2407.20266)."""
+    model, x = Bottleneck(16, 4, bias).to(dtype).eval(), torch.randn(2, 32, 9, 9, dtype=dtype)
+    graph = common.exported(model, x)
+    split = Rewrite(LowRankConv.name, ("k",), {"form": "tucker", "rank_out": 4, "rank_in": 4})
+    result = common.applied(graph, LowRankConv(), split)
+    for pair in [("a", "k.0"), ("k.2", "d")]:
+        (merge,) = [rewrite for rewrite in common.rewrites(result, PASS) if rewrite.site == pair]
+        result = common.applied(result, PASS, merge)
+    assert [f"{m.in_channels}→{m.out_channels} {m.kernel_size}" for m in convs(result)] == [
+        "32→4 (1, 1)", "4→4 (3, 3)", "4→32 (1, 1)",
+    ]  # fmt: skip
+    assert common.difference(result, graph, x) < limit
+    other = torch.randn(5, 32, 9, 9, dtype=dtype)
+    assert common.on_other_batch(result, model, (x,), (other,)) < limit
+
+
+def convs(graph: Graph) -> list[Any]:
+    return [site.module for site in graph.sites().values()]
+
+
+def test_pricing_finds_the_merges_on_both_sides() -> None:
+    model, x = Bottleneck().float().eval(), torch.randn(8, 256, 28, 28, generator=torch.Generator().manual_seed(1))
+    passes = [LowRankConv(pairs=2), ComposeLinear()]
+    prepared = lrcompile.prepare_model(model, (x,), target="v100", passes=passes)
+    by_passes: dict[tuple[str, ...], list[Candidate]] = defaultdict(list)
+    for candidate in prepared.pricing.candidates:
+        by_passes[tuple(rewrite.pass_name for rewrite in candidate.rewrites)].append(candidate)
+    both = by_passes["low-rank-conv", "compose-linear", "compose-linear"]
+    assert ("a", "k.0") in {candidate.rewrites[1].site for candidate in both}
+    gain = {names: max(c.gain.latency_s for c in found) for names, found in by_passes.items()}
+    one = gain["low-rank-conv", "compose-linear"]
+    assert gain["low-rank-conv", "compose-linear", "compose-linear"] > one > gain["low-rank-conv",]
+    result = lrcompile.solve(prepared, lrcompile.Budget(max_error=1e-3))
+    assert len([node for node in result.model.graph.nodes if node.op == "call_module"]) <= 3
+    assert result.report.error["measured"] < 1e-5
+    assert {r.pass_name for r in result.report.rewrites} == {"low-rank-conv", "compose-linear"}
+    again = lrcompile.compile(model, (x,), plan=lrcompile.Plan.loads(result.plan.dumps()), passes=passes)
+    assert torch.equal(again.model(x), result.model(x))

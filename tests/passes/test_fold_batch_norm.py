@@ -190,3 +190,103 @@ def test_statistics_of_the_batch_norm_hold_for_the_folded_conv() -> None:
     gram = ctx.input_gram(result.site("2"), 1)
     assert gram is not None
     assert torch.equal(gram, ctx.grams["_1", 1])
+
+
+class Before(nn.Module):
+    """A batch norm in front of layers, as in networks that normalize before they convolve."""
+
+    def __init__(self, norm: nn.Module, *layers: nn.Module) -> None:
+        super().__init__()
+        self.norm, self.layers = norm, nn.ModuleList(layers)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.norm(torch.tanh(x))
+        return sum(layer(y) for layer in self.layers)  # type: ignore[return-value]
+
+
+def test_golden_before_layers() -> None:
+    layers = (nn.Conv2d(4, 6, 3, bias=False), nn.Conv2d(4, 6, 3, groups=2))
+    model = trained(Before(nn.BatchNorm2d(4), *layers).double())
+    x = torch.randn(2, 4, 6, 6, dtype=torch.float64)
+    graph = common.exported(model, x)
+    (rewrite,) = common.rewrites(graph, PASS)
+    assert str(rewrite) == "fold-batch-norm(norm, layers.0, layers.1; shift=True)"
+    assert rewrite.exact
+    result = common.applied(graph, PASS, rewrite)
+    assert [node.target for node in result.nodes if node.op == "call_module"] == ["layers.0", "layers.1"]
+    assert common.difference(result, graph, x) < 1e-10
+    other = torch.randn(5, 4, 6, 6, dtype=torch.float64)
+    assert common.on_other_batch(result, model, (x,), (other,)) < 1e-10
+
+
+@settings(max_examples=220, derandomize=True, deadline=None)
+@given(folds(), st.booleans())
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+def test_before_layers_exact_for_all_options_or_refused(drawn: tuple[Any, int], shifts: bool) -> None:
+    (conv, _), axes = drawn
+    norm: Any = trained(NORMS[axes - 1](conv.in_channels))
+    if not shifts:  # a batch norm that only scales: what zero padding allows
+        norm.running_mean.zero_()
+        norm.bias.data.zero_()
+    x = torch.randn(2, conv.in_channels, *[7] * axes, dtype=torch.float64)
+    graph = common.drawn(nn.Sequential(norm, conv).double(), x)
+    found, refused = common.rewrites(graph, PASS), common.refusals(graph, PASS)
+    assert len(found) + len(refused) == 1
+    zeros = isinstance(conv, TRANSPOSED_CONVS) or conv.padding_mode == "zeros"
+    if not shifts or (isinstance(conv, CONVS) and (conv.padding in ((0,) * axes, "valid") or not zeros)):
+        assert found
+    for rewrite in found:
+        result = common.applied(graph, PASS, rewrite)
+        assert list(common.layers(result)) == ["1"]
+        assert common.difference(result, graph, x) < 1e-10
+
+
+@pytest.mark.parametrize(
+    ("model", "size", "reason"),
+    [
+        (nn.Conv2d(4, 4, 3, padding=1), (6, 6), "layers.0: the shift does not reach the zeros that it pads"),
+        (nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular"), (6, 6), None),
+        (nn.ConvTranspose2d(4, 4, 2), (6, 6), "layers.0: a transposed convolution spreads the shift unevenly"),
+        (nn.ConvTranspose2d(4, 4, 1), (6, 6), None),
+        (nn.Linear(4, 4), (), None),
+        (nn.Linear(6, 4), (6,), "batch norm normalizes axis 1, and the linear layer's features are the last axis"),
+    ],
+)
+def test_refusals_before_layers(model: nn.Module, size: tuple[int, ...], reason: str | None) -> None:
+    norm = nn.BatchNorm2d(4) if len(size) == 2 else nn.BatchNorm1d(4)
+    x = torch.randn(3, 4, *size, dtype=torch.float64)
+    graph = common.drawn(trained(Before(norm, model)).double(), x)
+    assert common.refusals(graph, PASS) == ({} if reason is None else {"norm": reason})
+    for rewrite in common.rewrites(graph, PASS):
+        assert common.difference(common.applied(graph, PASS, rewrite), graph, x) < 1e-10
+
+
+def test_batch_norm_that_others_read_stays() -> None:
+    class Both(Before):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.norm(torch.tanh(x))
+            return self.layers[0](y) + y
+
+    x = torch.randn(3, 4)
+    graph = common.exported(trained(Both(nn.BatchNorm1d(4), nn.Linear(4, 4))), x)
+    assert common.refusals(graph, PASS) == {"norm": "its result is read by add too"}
+    far = trained(Before(nn.BatchNorm1d(4, affine=False), nn.Linear(4, 4)))
+    far.norm.running_mean.fill_(1e4)
+    reason = "a shift of 2.24e+04 would cancel: at most 64 in float32"
+    far.norm.running_var.fill_(0.2)
+    assert common.refusals(common.exported(far, x), PASS) == {"norm": reason}
+
+
+def test_batch_norm_called_twice_before_layers() -> None:
+    class Twice(Before):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.layers[0](self.norm(torch.tanh(x)))
+            return self.layers[1](self.norm(torch.relu(y)))
+
+    x = torch.randn(3, 4, dtype=torch.float64)
+    graph = common.exported(trained(Twice(nn.BatchNorm1d(4), nn.Linear(4, 4), nn.Linear(4, 4, bias=False))).double(), x)
+    first, second = common.rewrites(graph, PASS)
+    assert [first.site, second.site] == [("norm", "layers.0"), ("norm", "layers.1")]
+    both = common.applied(common.applied(graph, PASS, first), PASS, second)
+    assert "norm" not in common.layers(both)
+    assert common.difference(both, graph, x) < 1e-10
