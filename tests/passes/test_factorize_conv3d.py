@@ -300,50 +300,6 @@ def test_error_is_that_of_the_weights(dtype: torch.dtype) -> None:
             assert sum(p.numel() for p in result.gm.parameters()) < module.weight.numel()
 
 
-def test_branches_are_the_least_squares_fit() -> None:
-    """Nothing is left of the kernel in the cells that the two branches can reach."""
-    module = nn.Conv3d(4, 5, 3, padding=1, bias=False)
-    graph, _ = single(module, 2, 4, 3, 3, 3)
-    for form in ("add", "cat"):
-        result = common.applied(graph, PARALLEL, Rewrite(PASS.name, ("0",), {"form": form}))
-        left = module.weight.detach() - kernel(result, module)
-        assert left[:, :, 1].norm() < 1e-12
-        assert left[:, :, :, 1, 1].norm() < 1e-12
-
-
-@pytest.mark.parametrize("stride", [1, 2, (2, 1, 2)])
-@pytest.mark.parametrize("kernel_size", [3, (2, 3, 5)])
-def test_branches_of_a_kernel_that_is_a_cross_are_the_layer(stride: Any, kernel_size: Any) -> None:
-    module: Any = nn.Conv3d(4, 5, kernel_size, stride=stride, dilation=(2, 1, 2), padding=(1, 1, 2))
-    taps, high, wide = module.kernel_size
-    module.padding = (1, high // 2, 2 * (wide // 2))
-    with torch.no_grad():
-        mask = torch.zeros(module.kernel_size)
-        mask[taps // 2] = mask[:, high // 2, wide // 2] = 1
-        module.weight.mul_(mask)
-    graph, x = single(module, 2, 4, 6, 7, 6)
-    found = [r for r in common.rewrites(graph, PARALLEL) if r.params["form"] in ("add", "cat")]
-    assert [r.error for r in found] == [0.0, 0.0]
-    for rewrite in found:
-        assert common.difference(common.applied(graph, PARALLEL, rewrite), graph, x) < 1e-12
-
-
-@pytest.mark.parametrize(
-    "module",
-    [
-        nn.Conv3d(4, 4, (3, 2, 3), padding=1),
-        nn.Conv3d(4, 4, 3),
-        nn.Conv3d(4, 4, 3, padding=1, groups=2),
-        nn.Conv3d(4, 4, (1, 3, 3), padding=1),
-        nn.Conv3d(4, 4, (3, 1, 1)),
-        nn.ConvTranspose3d(4, 4, 3, padding=1),
-    ],
-)
-def test_no_branches_without_a_center(module: nn.Module) -> None:
-    graph, _ = single(module, 2, 4, 5, 5, 5)
-    assert all(r.exact or "rank" in r.params for r in common.rewrites(graph, PARALLEL))
-
-
 @pytest.mark.parametrize("form", ["2plus1", "1plus2"])
 def test_calibration_helps(form: str) -> None:
     torch.manual_seed(2)
