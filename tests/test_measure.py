@@ -171,7 +171,8 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
     "attention masked": (of(aten.scaled_dot_product_attention.default), (*HEADS, MASK)),
     "attention biased": (of(aten.scaled_dot_product_attention.default), (*HEADS, MASK.float())),
     "attention grouped": (
-        of(aten.scaled_dot_product_attention.default, enable_gqa=True), (HEADS[0], *(x[:, :1] for x in HEADS[1:]))
+        of(aten.scaled_dot_product_attention.default, enable_gqa=True),
+        (HEADS[0], *(x[:, :1] for x in HEADS[1:])),
     ),
     "attention 3d": (of(aten.scaled_dot_product_attention.default), tuple(h[0] for h in HEADS)),
     "instance norm": (of(aten.instance_norm.default, *[None] * 4, True, 0.1, 1e-5, False), (IMAGE,)),

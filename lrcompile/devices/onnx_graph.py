@@ -195,6 +195,13 @@ class Builder:
             target[0] = -1
         return self.emit("Reshape", name, self.integers(target, node), allowzero=int(0 in target))
 
+    def repeat_heads(self, name: str, value: Tensor, heads: int, node: fx.Node) -> str:
+        """Keys or values [batch, groups, length, size] as each of so many heads reads them, in runs."""
+        batch, groups, length, size = value.shape
+        name = self.emit("Unsqueeze", name, self.integers([2], node))
+        name = self.emit("Expand", name, self.integers([batch, groups, heads // groups, length, size], node))
+        return self.reshape(name, [batch, heads, length, size], node)
+
     def port(self, name: str, value: Tensor, node: fx.Node) -> Port:
         """An input or output with the type and shape of a node's value."""
         return Port(name, self.elem_type(value.dtype, node), tuple(int(size) for size in value.shape))

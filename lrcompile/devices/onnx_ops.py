@@ -415,9 +415,9 @@ def _attention(b: Builder, node: fx.Node, a: Arguments) -> str:
     dtype, axes = query.dtype, key.dim()
     factor = math.sqrt(a["scale"] if a["scale"] is not None else 1 / math.sqrt(query.shape[-1]))
     q, k, v = (b.name(a[name], node) for name in ("query", "key", "value"))
-    leading = key.shape[:-2]
+    leading = tuple(key.shape[:-2])
     if a["enable_gqa"] and query.shape[-3] != key.shape[-3]:
-        k, v = (_repeat_heads(b, node, x, tensor_of(a[name]), query) for x, name in ((k, "key"), (v, "value")))
+        k, v = (b.repeat_heads(x, tensor_of(a[role]), query.shape[-3], node) for x, role in ((k, "key"), (v, "value")))
         leading = (*key.shape[:-3], query.shape[-3])
     turned = [*leading, key.shape[-1], key.shape[-2]]
     if axes > 3:
@@ -432,15 +432,6 @@ def _attention(b: Builder, node: fx.Node, a: Arguments) -> str:
     if boolean:
         weights = b.emit("Where", b.emit("IsNaN", weights), b.constant(0.0, dtype, node), weights)
     return b.emit("MatMul", weights, v)
-
-
-def _repeat_heads(b: Builder, node: fx.Node, name: str, value: Tensor, query: Tensor) -> str:
-    """Keys or values [batch, groups, length, size] as each head of the queries reads them."""
-    batch, groups, length, size = value.shape
-    heads = query.shape[-3]
-    x = b.emit("Unsqueeze", name, b.integers([2], node))
-    x = b.emit("Expand", x, b.integers([batch, groups, heads // groups, length, size], node))
-    return b.reshape(x, [batch, heads, length, size], node)
 
 
 def _mask(b: Builder, node: fx.Node, a: Arguments, query: Tensor, key: Tensor) -> tuple[str | None, bool]:

@@ -8,36 +8,37 @@ moves values is understood, and what is not understood is refused, never guessed
 
 from __future__ import annotations
 
-import ast
 import operator
 import re
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
 
 from lrcompile.graph.graph import Graph, Site, aten, shape
+from lrcompile_passes.positions import (
+    NotUnderstoodError,
+    followed,
+    is_move,
+    is_scale,
+    moves_to,
+    name_of,
+    packet_of,
+    shape_with,
+    sizes_of,
+    symbols_of,
+    with_sizes,
+)
 
-T = TypeVar("T")
 Role = Literal["query", "key", "value"]
 
 ROLES: tuple[Role, Role, Role] = ("query", "key", "value")
 
 SDPA = aten.scaled_dot_product_attention.default
-SAMPLES = 3  # stands for every open size while positions are followed: a batch of one would hide the order of axes
 MOST_NODES = 200  # between a layer and its attention
 
-_MOVEMENTS = frozenset(
-    getattr(aten, name)
-    for name in (
-        "reshape", "view", "_unsafe_view", "flatten", "unflatten", "transpose", "permute", "t", "squeeze", "unsqueeze",
-        "contiguous", "clone", "alias", "detach", "select", "split", "split_with_sizes", "chunk", "unbind", "slice",
-        "narrow", "expand", "movedim", "swapaxes", "lift_fresh_copy",
-    )
-    if hasattr(aten, name)
-)  # fmt: skip
 _POINTWISE = frozenset((aten.neg, aten.contiguous, aten.clone, aten.alias, aten.detach, aten.to, aten._to_copy))
 _BROADCAST = frozenset((aten.mul, aten.add, aten.sub, aten.div))
 _ALONG_ONE_AXIS = {
@@ -47,14 +48,6 @@ _ALONG_ONE_AXIS = {
 _NORMS = frozenset((
     "pow", "mean", "rsqrt", "rms_norm", "layer_norm", "native_layer_norm", "linalg_vector_norm", "norm", "var", "square"
 ))  # fmt: skip
-
-
-class NotUnderstoodError(Exception):
-    """The reason for which an attention is left alone."""
-
-
-class _UnknownSizeError(Exception):
-    """An open size is read that an extract of a graph does not know."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,9 +133,9 @@ def recognise(graph: Graph, node: fx.Node) -> Attention:
         raise NotUnderstoodError(f"{heads} query heads do not divide among {shape(keys)[1]} key heads")
     if shape(keys)[1] != shape(values)[1]:
         raise NotUnderstoodError(f"{shape(keys)[1]} key heads but {shape(values)[1]} value heads")
-    query, key, value = (_with_sizes(_projection, graph, x, heads) for x in (queries, keys, values))
+    query, key, value = (with_sizes(_projection, graph, x, heads) for x in (queries, keys, values))
     _check_alone(node, (query, key, value))
-    output, columns = _with_sizes(_output, graph, node) or (None, None)
+    output, columns = with_sizes(_output, graph, node) or (None, None)
     return Attention(node, heads, query, key, value, output, columns)
 
 
@@ -154,7 +147,7 @@ def computed_by(graph: Graph, node: fx.Node, paths: Container[str]) -> dict[Role
     found: dict[Role, Projection] = {}
     for role, value in zip(ROLES, node.args, strict=False):
         try:
-            part = _with_sizes(_projection, graph, value, shape(node)[1])
+            part = with_sizes(_projection, graph, value, shape(node)[1])
         except NotUnderstoodError:
             continue
         if part.site.path in paths:
@@ -167,14 +160,6 @@ def arguments(node: fx.Node) -> dict[str, Any]:
     schema = node.target._schema.arguments  # type: ignore[union-attr]
     given = {argument.name: value for argument, value in zip(schema, node.args, strict=False)}
     return {argument.name: argument.default_value for argument in schema} | given | dict(node.kwargs)
-
-
-def _with_sizes(read: Callable[..., T], *args: Any) -> T:
-    """What `read` finds where open sizes are `SAMPLES`, or, where these are not known, with sizes as they are."""
-    try:
-        return read(*args, SAMPLES)
-    except _UnknownSizeError:
-        return read(*args, None)
 
 
 def _check_mask(mask: Any) -> None:
@@ -210,18 +195,18 @@ def _features(site: Site) -> int:
 
 def _projection(graph: Graph, value: fx.Node, heads: int, samples: int | None) -> Projection:
     """How one input of attention is computed."""
-    end, tail = _moves(value)
+    end, tail = moves_to(value)
     body: list[fx.Node] = []
     base = None if _is_linear(graph, end) else end
     source, moves = end, tail
     if base is not None:
         base, body = _body(graph, end)
-        source, moves = _moves(base)
+        source, moves = moves_to(base)
     site = graph.site(str(source.target))
-    symbols = _symbols(source, samples)
-    if not all(re.fullmatch(r"\d+", size) for size in _sizes(value)[1:]):
+    symbols = symbols_of(source, samples)
+    if not all(re.fullmatch(r"\d+", size) for size in sizes_of(value)[1:]):
         raise NotUnderstoodError("the sequence length is open")
-    placed = _followed(source, moves, symbols)
+    placed = followed(source, moves, symbols)
     head_axis, reads_base = 1, None
     if base is not None:
         head_axis, reads_base = _tail(end, tail, symbols)
@@ -244,55 +229,17 @@ def _projection(graph: Graph, value: fx.Node, heads: int, samples: int | None) -
         reads=tuple(reads[o // repeat] for o in range(heads)),
         length=int(shape(value)[2]),
         sequence_first=sequence_first,
-        scales=tuple(filter(_is_scale, moves)),
+        scales=tuple(filter(is_scale, moves)),
         base=base,
         head_axis=head_axis,
         body=tuple(body),
-        late_scales=tuple(filter(_is_scale, after)),
+        late_scales=tuple(filter(is_scale, after)),
         inside=frozenset([*moves, *body, *after]),
     )
 
 
 def _is_linear(graph: Graph, node: fx.Node) -> bool:
     return isinstance(graph.module(node), nn.Linear)
-
-
-def _moves(node: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
-    """The node from which values are only moved or scaled on the way to `node`, and these operations in order."""
-    chain: list[fx.Node] = []
-    while _is_move(node) or _is_scale(node):
-        chain.append(node)
-        node = node.args[0]  # type: ignore[assignment]
-    return node, chain[::-1]
-
-
-def _is_move(node: fx.Node) -> bool:
-    return node.target is operator.getitem or _packet(node) in _MOVEMENTS
-
-
-def _is_scale(node: fx.Node) -> bool:
-    """Whether a node multiplies by a number, or divides by one."""
-    scales = _packet(node) in (aten.mul, aten.div) and len(node.args) == 2 and not node.kwargs
-    return scales and isinstance(node.args[0], fx.Node) and isinstance(node.args[1], int | float)
-
-
-def _packet(node: fx.Node) -> Any:
-    return getattr(node.target, "overloadpacket", None)
-
-
-def _followed(source: fx.Node, moves: Sequence[fx.Node], symbols: Mapping[str, int]) -> Tensor:
-    """For each position after the moves, the position in `source`'s output, flat, that it reads."""
-    sizes = _shape(source, symbols)
-    values: dict[fx.Node, Any] = {source: torch.arange(_product(sizes), device="cpu").reshape(sizes)}
-    for node in moves:
-        if _is_scale(node):
-            values[node] = values[node.args[0]]  # type: ignore[index]
-            continue
-        args, kwargs = fx.node.map_arg(
-            (node.args, dict(node.kwargs)), lambda n: values[n] if n in values else _number(n, symbols)
-        )
-        values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
-    return values[moves[-1]] if moves else values[source]
 
 
 def _layout(placed: Tensor, features: int) -> tuple[Tensor, bool]:
@@ -325,8 +272,8 @@ def _unique(rows: Tensor) -> tuple[Tensor, list[int]]:
 
 def _tail(end: fx.Node, tail: Sequence[fx.Node], symbols: Mapping[str, int]) -> tuple[int, list[int]]:
     """(axis of heads in `end`'s output, which of them each head of the attention reads)."""
-    sizes = _shape(end, symbols)
-    placed = _followed(end, tail, symbols)
+    sizes = shape_with(end, symbols)
+    placed = followed(end, tail, symbols)
     if len(sizes) != 4 or placed.dim() != 4:
         raise NotUnderstoodError(f"{end.name} is of rank {len(sizes)}, not [batch, heads, length, size]")
     batch, _, length, size = placed.shape
@@ -352,7 +299,7 @@ def _body(graph: Graph, end: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
         if node in ancestors and any(source in cone for source in node.all_input_nodes):
             cone[node] = None
     modules = [type(graph.module(node)).__name__ for node in cone if node.op == "call_module" and node not in layers]
-    if any("Norm" in name for name in modules) or any(_name(node) in _NORMS for node in cone):
+    if any("Norm" in name for name in modules) or any(name_of(node) in _NORMS for node in cone):
         raise NotUnderstoodError("queries or keys are normalised (QK-norm): an average would go through it")
     if modules:
         raise NotUnderstoodError(f"{modules[0]} between the layer and attention is not understood")
@@ -363,11 +310,11 @@ def _body(graph: Graph, end: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
     open_until, entry = 0, None
     place = {node: i for i, node in enumerate(nodes)}
     for i, node in enumerate(nodes[:-1]):
-        if i >= open_until and _moves(node)[0] in layers:
+        if i >= open_until and moves_to(node)[0] in layers:
             entry = i
         open_until = max([open_until, *(place[user] for user in node.users if user in place)])
     if entry is None or nodes[entry] in layers:
-        raise NotUnderstoodError(f"{_name(end)} before the heads are apart")
+        raise NotUnderstoodError(f"{name_of(end)} before the heads are apart")
     return nodes[entry], nodes[entry + 1 :]
 
 
@@ -395,11 +342,11 @@ def _check_body(body: Sequence[fx.Node], base: fx.Node | None, axis: int) -> Non
     mine = {base, *body}
     for node in body:
         if not _is_by_head(node, mine, axis):
-            raise NotUnderstoodError(f"{_name(node)} between the layer and attention is not understood")
+            raise NotUnderstoodError(f"{name_of(node)} between the layer and attention is not understood")
 
 
 def _is_by_head(node: fx.Node, mine: set[fx.Node | None], axis: int) -> bool:
-    packet = _packet(node)
+    packet = packet_of(node)
     if node.target is operator.getitem or packet in _POINTWISE:
         return True
     if packet in _BROADCAST:
@@ -437,7 +384,7 @@ def _output(graph: Graph, node: fx.Node, samples: int | None) -> tuple[Site, Ten
     value = node
     while len(value.users) == 1:
         value = next(iter(value.users))
-        if not _is_move(value):
+        if not is_move(value):
             break
         chain.append(value)
     if not _is_linear(graph, value) or not chain or len(value.all_input_nodes) != 1:
@@ -445,10 +392,10 @@ def _output(graph: Graph, node: fx.Node, samples: int | None) -> tuple[Site, Ten
     site = graph.site(str(value.target))
     if len(site.nodes) > 1:
         return None
-    symbols = _symbols(node, samples)
+    symbols = symbols_of(node, samples)
     try:
-        placed = _followed(node, chain, symbols)
-        batch, heads, length, size = _shape(node, symbols)
+        placed = followed(node, chain, symbols)
+        batch, heads, length, size = shape_with(node, symbols)
     except NotUnderstoodError:
         return None
     features = placed.shape[-1]
@@ -475,74 +422,3 @@ def _nearest_layer(graph: Graph, node: fx.Node) -> str:
             break
         value = tensors[0]
     return node.name
-
-
-def _name(node: fx.Node) -> str:
-    packet = _packet(node)
-    return packet.__name__ if packet is not None else str(getattr(node.target, "__name__", node.target))
-
-
-def _product(sizes: Sequence[int]) -> int:
-    total = 1
-    for size in sizes:
-        total *= size
-    return total
-
-
-def _sizes(node: fx.Node) -> tuple[str, ...]:
-    """The sizes of a node's output as export knew them, with symbols for open ones; else as they are."""
-    known = node.meta.get("sizes")
-    return tuple(known) if known is not None else tuple(map(str, shape(node)))
-
-
-def _symbols(node: fx.Node, samples: int | None) -> dict[str, int]:
-    """A number for each open size of a node's output; none if sizes are to be as they are."""
-    if samples is None:
-        return {}
-    return {name: samples for size in _sizes(node) for name in re.findall(r"[A-Za-z_]\w*", size)}
-
-
-def _shape(node: fx.Node, symbols: Mapping[str, int]) -> tuple[int, ...]:
-    return tuple(_evaluated(size, symbols) for size in _sizes(node)) if symbols else shape(node)
-
-
-def _number(node: fx.Node, symbols: Mapping[str, int]) -> int:
-    """The value of an integer that the graph computes from open sizes."""
-    if not symbols:
-        return int(node.meta["val"])
-    if node.target is aten.sym_size.int:
-        source, axis = node.args
-        return _evaluated(_sizes(source)[axis], symbols)  # type: ignore[arg-type, index]
-    if node.target in _ARITHMETIC:
-        left, right = (_number(x, symbols) if isinstance(x, fx.Node) else int(x) for x in node.args)  # type: ignore[arg-type]
-        return int(_ARITHMETIC[node.target](left, right))
-    if node.op == "placeholder":
-        raise _UnknownSizeError
-    raise NotUnderstoodError(f"a size is computed by {_name(node)}")
-
-
-_ARITHMETIC: dict[Any, Callable[[int, int], int]] = {
-    operator.add: operator.add, operator.sub: operator.sub, operator.mul: operator.mul,
-    operator.floordiv: operator.floordiv,
-}  # fmt: skip
-_WRITTEN: dict[type[ast.operator], Callable[[int, int], int]] = {
-    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.FloorDiv: operator.floordiv,
-}  # fmt: skip
-
-
-def _evaluated(size: str, symbols: Mapping[str, int]) -> int:
-    """The value of a size written with symbols, such as `16*s7`."""
-
-    def value(tree: ast.AST) -> int:
-        match tree:
-            case ast.Expression(body=body):
-                return value(body)
-            case ast.Constant(value=int(number)):
-                return number
-            case ast.Name(id=name) if name in symbols:
-                return symbols[name]
-            case ast.BinOp(left=left, op=operation, right=right) if type(operation) in _WRITTEN:
-                return _WRITTEN[type(operation)](value(left), value(right))
-        raise NotUnderstoodError(f"a size of {size} is open")
-
-    return value(ast.parse(size, mode="eval"))

@@ -40,6 +40,7 @@ from lrcompile_passes.attention import (
 )
 from lrcompile_passes.head_groups import INITS, Grouping, error, groupings, shared, similar_order, unusual
 from lrcompile_passes.layers import cannot_rebuild, linear, with_weight
+from lrcompile_passes.positions import packet_of
 
 
 @dataclass(frozen=True)
@@ -190,7 +191,7 @@ def _heads(rewriter: Rewriter, part: Projection, value: fx.Node, groups: int, be
         for node in part.body:
             given: Any = (node.args, dict(node.kwargs))
             args, kwargs = fx.node.map_arg(given, lambda n: new.get(n, n))
-            if node.target is aten.reshape.default and args[1][part.head_axis] != -1:
+            if packet_of(node) in (aten.reshape, aten.view) and args[1][part.head_axis] != -1:
                 sizes = list(args[1])
                 sizes[part.head_axis] = groups
                 args = (args[0], sizes)
