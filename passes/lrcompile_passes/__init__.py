@@ -1,6 +1,7 @@
 """The built-in passes, in pipeline order: the first plugin package of lrcompile."""
 
 from lrcompile.passes import Pass
+from lrcompile_passes.branch_tucker import BranchTucker
 from lrcompile_passes.compose_linear import ComposeLinear
 from lrcompile_passes.fold_affine import FoldAffine
 from lrcompile_passes.fold_batch_norm import FoldBatchNorm
@@ -9,6 +10,7 @@ from lrcompile_passes.fold_layout import FoldLayout
 from lrcompile_passes.low_rank_conv import LowRankConv
 from lrcompile_passes.low_rank_embedding import LowRankEmbedding
 from lrcompile_passes.low_rank_linear import LowRankLinear
+from lrcompile_passes.merge_pointwise import MergePointwise
 from lrcompile_passes.merge_siblings import MergeSiblings
 from lrcompile_passes.remove_identity import RemoveIdentity
 
@@ -20,6 +22,8 @@ PASSES: tuple[Pass, ...] = (
     FoldLayerNorm(),
     LowRankLinear(),
     LowRankConv(),
+    BranchTucker(),
+    MergePointwise(),
     LowRankEmbedding(),
     MergeSiblings(),
     ComposeLinear(),
