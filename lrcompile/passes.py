@@ -226,6 +226,11 @@ class TrialTucker(Tucker):
         new = self.kernel.new_empty
         return new(out, rank_out), new(rank_out, rank_in, *taps), new(rank_in, into)
 
+    def branches(self, rank_out: int, rank_in: int, groups: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Empty (up [S × r2], diagonal blocks [r2 × r1/groups × taps…], down [r1 × C])."""
+        up, core, down = self.factors(rank_out, rank_in)
+        return up, core[:, : rank_in // groups].contiguous(), down
+
 
 def proposals(graph: Graph, transform: Pass, context: Context) -> Iterator[Rewrite | Refusal]:
     """What a pass proposes, each stamped with the pass's name.

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 DAMPING = 1e-4  # of the mean of G's diagonal, added to the diagonal: orders directions that the data do not excite
@@ -92,6 +93,48 @@ class Tucker:
         up, core, down = (t.to(kernel.dtype).contiguous() for t in parts)
         return up, core, down
 
+    def branch_tail(self, rank_out: int, rank_in: int, groups: int) -> float:
+        """Relative error of keeping the core's diagonal blocks alone, as `tail`: what was projected and what is cut."""
+        order_out, order_in = self.branch_order(rank_out, rank_in, groups)
+        blocks = self.energy[order_out][:, order_in].reshape(groups, rank_out // groups, groups, rank_in // groups)
+        return float((1 - blocks.sum((1, 3)).diagonal().sum()).clamp_min(0).sqrt())
+
+    def branches(self, rank_out: int, rank_in: int, groups: int) -> tuple[Tensor, Tensor, Tensor]:
+        """(up [S × r2], diagonal blocks of the core [r2 × r1/groups × taps…], down [r1 × C]), ranks in new order."""
+        up, core, down = self.factors(rank_out, rank_in)
+        order_out, order_in = self.branch_order(rank_out, rank_in, groups)
+        blocks = core[order_out][:, order_in].unflatten(0, (groups, -1)).unflatten(2, (groups, -1))
+        kept = torch.cat([blocks[i, :, i] for i in range(groups)])
+        return up[:, order_out].contiguous(), kept.contiguous(), down[order_in].contiguous()
+
+    def branch_order(self, rank_out: int, rank_in: int, groups: int) -> tuple[Tensor, Tensor]:
+        """The order of the ranks that keeps much of the core in `groups` diagonal blocks of equal size.
+
+        Output and input ranks are dealt to the blocks in turn, each time the best deal for the other side as it
+        stands, until nothing improves (our reading; finding the best of all is hard).
+        """
+        energy = self.energy[:rank_out, :rank_in]
+        best, best_kept = (torch.arange(rank_out), torch.arange(rank_in)), -1.0
+        starts = (torch.arange(rank_in) % groups, torch.arange(rank_in) * groups // rank_in)
+        for block_in in starts:
+            kept = -1.0
+            while True:
+                block_out = _dealt(energy, block_in, groups)
+                block_in = _dealt(energy.T, block_out, groups)
+                now = float(energy[block_out.unsqueeze(1) == block_in].sum())
+                if now <= kept * (1 + 1e-12):
+                    break
+                kept = now
+            if now > best_kept:
+                best, best_kept = (block_out.argsort(stable=True), block_in.argsort(stable=True)), now
+        return best
+
+    @property
+    def energy(self) -> Tensor:
+        """The share of ‖W·S‖² at each pair of output and input rank, [S × C]."""
+        rows = torch.diff(self.captured, dim=0, prepend=self.captured.new_zeros(1, self.captured.shape[1]))
+        return torch.diff(rows, dim=1, prepend=rows.new_zeros(len(rows), 1)).clamp_min(0)
+
 
 def spectrum(matrix: Tensor, gram: Tensor | None = None) -> Spectrum:
     """Decomposes W [rows × columns]; `gram` is XᵀX [columns × columns] of the inputs X, or None.
@@ -128,6 +171,15 @@ def tucker(kernel: Tensor, gram: Tensor | None = None) -> Tucker:
     onto = into_basis if root is None else root @ into_basis
     back = into_basis.T if inverse is None else into_basis.T @ inverse
     return Tucker(kernel.detach(), out_basis, onto, back, captured, gram is not None)
+
+
+def _dealt(energy: Tensor, blocks: Tensor, groups: int) -> Tensor:
+    """The block of each row, equally many in each, that keeps most energy; `blocks` are those of the columns."""
+    rows = len(energy)
+    by_block = energy.new_zeros(rows, groups).index_add_(1, blocks, energy)
+    places = by_block.repeat_interleave(rows // groups, dim=1)
+    _, chosen = linear_sum_assignment(places.numpy(), maximize=True)
+    return torch.from_numpy(chosen) // (rows // groups)
 
 
 def _precision(matrix: Tensor) -> torch.dtype:

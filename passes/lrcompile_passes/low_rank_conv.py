@@ -46,7 +46,7 @@ class LowRankConv(Pass):
         """Every form that fits the site, at every rank that saves both weights and multiply-adds."""
         owner_map = owners(graph)
         for site in graph.modules_of(*CONVS, *TRANSPOSED_CONVS):
-            reason = _cannot_split(site) or cannot_rebuild(graph, site, owner_map)
+            reason = cannot_split(site) or cannot_rebuild(graph, site, owner_map)
             if reason:
                 yield site.refuse(reason)
                 continue
@@ -57,7 +57,7 @@ class LowRankConv(Pass):
                 yield site.refuse(f"too small: no rank of the device's step saves weights and work of {size}")
 
     def _splits(self, site: Site, context: Context) -> Iterator[Rewrite]:
-        sizes = _Sizes.of(site)
+        sizes = Sizes.of(site)
         module: Any = site.module
         if is_pointwise(module):
             for rank in context.ranks(below=sizes.break_even(sizes.into + sizes.out, sizes.into + sizes.out, 1)):
@@ -71,23 +71,9 @@ class LowRankConv(Pass):
             for rank in context.ranks(below=limit):
                 yield site.rewrite(form="spatial", rank=rank, error=partial(_spatial_error, site, context, rank))
 
-    def _tucker(self, site: Site, context: Context, sizes: _Sizes) -> Iterator[Rewrite]:
-        choices = [
-            (sizes.tucker_work(rank_out, rank_in), rank_out, rank_in)
-            for rank_out in context.ranks(below=sizes.out)
-            for rank_in in context.ranks(below=sizes.into)
-            if sizes.saves(rank_out, rank_in)
-        ]
-        if not choices:
-            return
-        tucker = context.tucker(site)
-        front: list[tuple[float, int, int]] = []
-        for _, rank_out, rank_in in sorted(choices):
-            error = tucker.tail(rank_out, rank_in)
-            if not front or error < front[-1][0]:
-                front.append((error, rank_out, rank_in))
-        step = max(1, ceil(len(front) / self.pairs))
-        for error, rank_out, rank_in in front[::-1][::step][::-1]:
+    def _tucker(self, site: Site, context: Context, sizes: Sizes) -> Iterator[Rewrite]:
+        for rank_out, rank_in in tucker_ranks(site, context, sizes, self.pairs):
+            error = context.tucker(site).tail(rank_out, rank_in)
             yield site.rewrite(form="tucker", rank_out=rank_out, rank_in=rank_in, error=error)
 
     def apply(self, rewriter: Rewriter, rewrite: Rewrite) -> None:
@@ -99,7 +85,7 @@ class LowRankConv(Pass):
 
 
 @dataclass(frozen=True)
-class _Sizes:
+class Sizes:
     """Channels, taps, and positions before and after: what weights and multiply-adds are counted from."""
 
     into: int
@@ -110,7 +96,8 @@ class _Sizes:
     transposed: bool
 
     @classmethod
-    def of(cls, site: Site) -> _Sizes:
+    def of(cls, site: Site) -> Sizes:
+        """Those of a convolution's first call."""
         module: Any = site.module
         axes = len(module.kernel_size)
         before, after = (prod(shape(node)[-axes:]) for node in (site.input, site.nodes[0]))
@@ -119,26 +106,54 @@ class _Sizes:
 
     @property
     def weights(self) -> int:
+        """Of the layer as it is, without its bias."""
         return self.into * self.out * self.taps
 
     @property
     def positions(self) -> int:
+        """At which the layer's window is laid."""
         return self.before if self.transposed else self.after
 
     def break_even(self, weights: int, work: int, positions: int) -> int:
         """The least rank that saves nothing, for `weights` and `work` a unit of rank."""
         return ceil(min(self.weights / weights, self.weights * positions / work))
 
-    def tucker_work(self, rank_out: int, rank_in: int) -> int:
-        core = self.taps * rank_in * rank_out * self.positions
+    def tucker_work(self, rank_out: int, rank_in: int, groups: int = 1) -> int:
+        """Multiply-adds of the chain; its core may be in groups."""
+        core = self.taps * rank_in * rank_out // groups * self.positions
         return self.into * rank_in * self.before + core + rank_out * self.out * self.after
 
-    def saves(self, rank_out: int, rank_in: int) -> bool:
-        weights = self.into * rank_in + self.taps * rank_in * rank_out + rank_out * self.out
-        return weights < self.weights and self.tucker_work(rank_out, rank_in) < self.weights * self.positions
+    def saves(self, rank_out: int, rank_in: int, groups: int = 1) -> bool:
+        """Whether the chain has fewer weights and multiply-adds than the layer."""
+        weights = self.into * rank_in + self.taps * rank_in * rank_out // groups + rank_out * self.out
+        return weights < self.weights and self.tucker_work(rank_out, rank_in, groups) < self.weights * self.positions
 
 
-def _cannot_split(site: Site) -> str | None:
+def tucker_ranks(site: Site, context: Context, sizes: Sizes, pairs: int, groups: int = 1) -> list[tuple[int, int]]:
+    """Pairs (r2, r1) that save weights and work, those that no other beats in error and work; at most `pairs`.
+
+    With a core in groups the error is that before the blocks are cut, which is enough to leave out poor pairs.
+    """
+    choices = [
+        (sizes.tucker_work(rank_out, rank_in, groups), rank_out, rank_in)
+        for rank_out in context.ranks(below=sizes.out)
+        for rank_in in context.ranks(below=sizes.into)
+        if not (rank_out % groups or rank_in % groups) and sizes.saves(rank_out, rank_in, groups)
+    ]
+    if not choices:
+        return []
+    tucker = context.tucker(site)
+    front: list[tuple[float, int, int]] = []
+    for _, rank_out, rank_in in sorted(choices):
+        error = tucker.tail(rank_out, rank_in)
+        if not front or error < front[-1][0]:
+            front.append((error, rank_out, rank_in))
+    step = max(1, ceil(len(front) / pairs))
+    return [(rank_out, rank_in) for _, rank_out, rank_in in front[::-1][::step][::-1]]
+
+
+def cannot_split(site: Site) -> str | None:
+    """Why a convolution is none that a chain can take the place of, or None."""
     module: Any = site.module
     if module.groups == module.in_channels and module.groups > 1:
         return "depthwise: each channel has a filter of its own"
