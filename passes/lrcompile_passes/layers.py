@@ -45,21 +45,6 @@ def conv_transpose(
     in_channels, out_channels, *kernel = weight.shape
     options |= {"groups": groups, "bias": bias is not None}
     module = _bare(TRANSPOSED_CONVS[len(kernel) - 1], in_channels, out_channels * groups, tuple(kernel), **options)
-def conv(like: nn.Module, weight: Tensor, bias: Tensor | None = None, **options: Any) -> Conv:
-    """A convolution from its weight [out × in/groups × taps…]; options are those of `nn.Conv*`."""
-    out_channels, in_channels, *kernel = weight.shape
-    in_channels *= options.get("groups", 1)
-    make = CONVS[len(kernel) - 1]
-    module = _bare(make, in_channels, out_channels, tuple(kernel), bias=bias is not None, **options)
-    return _assign(module, like, weight, bias)
-
-
-def conv_transpose(like: nn.Module, weight: Tensor, bias: Tensor | None = None, **options: Any) -> ConvTranspose:
-    """A transposed convolution from its weight [in × out/groups × taps…]."""
-    in_channels, out_channels, *kernel = weight.shape
-    out_channels *= options.get("groups", 1)
-    make = TRANSPOSED_CONVS[len(kernel) - 1]
-    module = _bare(make, in_channels, out_channels, tuple(kernel), bias=bias is not None, **options)
     return _assign(module, like, weight, bias)
 
 
