@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -204,7 +205,7 @@ def cases(draw: Any) -> tuple[Options, tuple[str, int, int], str, int]:
     return options, variant, draw(st.sampled_from(inits)), draw(st.integers(1, 3))
 
 
-@settings(max_examples=250, derandomize=True, deadline=None)
+@settings(max_examples=200, derandomize=True, deadline=None)
 @given(cases())
 def test_equal_heads_are_shared_exactly(case: tuple[Options, tuple[str, int, int], str, int]) -> None:
     options, variant, init, batch = case
@@ -743,10 +744,11 @@ def test_recovery_from_a_mean_takes_an_epoch() -> None:
         return model
 
     torch.manual_seed(0)
-    base = fit(TinyViT(), 20)
-    graph = trace(base.eval(), (images[:50],)).graph
+    base = fit(TinyViT(), 10)
+    original = accuracy(base)
     results = {}
     for start in ("mean", "random"):
+        graph = trace(copy.deepcopy(base).eval(), (images[:50],)).graph  # training one must not train the other
         result = graph.copy()
         for rewrite in common.rewrites(graph, PASS):
             if rewrite.params == {"form": "GQA", "queries": 6, "keys": 3, "init": "mean"}:
@@ -756,10 +758,9 @@ def test_recovery_from_a_mean_takes_an_epoch() -> None:
             for path in result.sites():
                 if path.endswith((".k", ".v")):
                     result.site(path).module.reset_parameters()
-        before = accuracy(result.gm)
-        results[start] = before, accuracy(fit(result.gm, 1))
-    assert accuracy(base) > 0.95
-    assert results["mean"][1] > accuracy(base) - 0.03
+        results[start] = accuracy(result.gm), accuracy(fit(result.gm, 1))
+    assert original > 0.9
+    assert results["mean"][1] > original - 0.03
     assert results["mean"][0] > results["random"][0] + 0.1
     assert results["mean"][1] > results["random"][1]
 
