@@ -97,12 +97,14 @@ def gemm_latency_s(device: Device, shape: GemmShape, dtype: str) -> float:
 def conv_latency_s(device: Device, shape: ConvShape, dtype: str, direction: Direction = "forward") -> float:
     """Latency in s of a convolution, or of the gradient of its input (`data`) or weight, with its launch.
 
-    A device that lacks grouped convolution runs it as a dense one, with zeros between the groups.
+    A device that lacks grouped convolution runs it as a dense one, with zeros between the groups. Blocks of channels
+    that convolutions of images are laid out in do not hold for volumes, which run as products of unfolded windows.
     """
     kind = device.compute_dtype(dtype)
     engine = device.engines[device.engine[kind]]
     element = DTYPE_BYTES[dtype]
-    shape = _plain(_aligned(shape, 1 if "grouped_conv" in device.lacks else shape.groups, device.alignment_conv[kind]))
+    step = (device.alignment if len(shape.kernel) == 3 else device.alignment_conv)[kind]
+    shape = _plain(_aligned(shape, 1 if "grouped_conv" in device.lacks else shape.groups, step))
     direction = _MIRRORED[direction] if shape.transposed else direction
     maps = shape.channels_in * math.prod(shape.size_in) + shape.channels_out * math.prod(shape.size_out)
     weights = shape.channels_in // shape.groups * shape.channels_out * math.prod(shape.kernel)
