@@ -762,7 +762,7 @@ def test_recovery_from_a_mean_takes_an_epoch() -> None:
     assert original > 0.9
     assert results["mean"][1] > original - 0.03
     assert results["mean"][0] > results["random"][0] + 0.1
-    assert results["mean"][1] > results["random"][1]
+    assert results["mean"][1] > results["random"][1] + 0.05
 
 
 class TinyViT(nn.Module):
