@@ -65,18 +65,26 @@ def folded_io(value: Any) -> Any:
     return value.flatten(1, -RANK + 1) if isinstance(value, Tensor) and value.dim() > RANK else value
 
 
-def lower_rank(traced: Traced, limit: float, *, max_rank: int = RANK, fold_io: bool = False) -> Traced:
-    """The traced model with no value of rank above 4 inside its graph, and with `fold_io` none at its ends either.
+def to_rank(traced: Traced, max_rank: int | None, io_rank: int | None, limit: float) -> Traced:
+    """The traced model with no value of rank above 4 inside its graph, and with `io_rank` none at its ends either.
 
-    A graph that has no value of rank above `max_rank` stays as it is. The result is compared with the original on the
-    example inputs and, where the batch is open, at another batch size: its outputs may differ by `limit` (relative).
+    Nothing is limited where both are None, and a graph that keeps `max_rank` stays as it is. The result is compared
+    with the original on the example inputs and, where the batch is open, at another batch size: its outputs may differ
+    by `limit` (relative).
 
     Raises:
-        InputError: an operation has no form of rank 4.
+        InputError: a limit is below 4, or an operation has no form of rank 4.
         VerificationError: the lowered graph computes something else (a fault of lrcompile).
     """
-    io_rank = RANK if fold_io else None
-    if rank_of(traced.graph) <= max_rank:
+    for name, rank in (("--max-rank", max_rank), ("--io-rank", io_rank)):
+        if rank is not None and rank < RANK:
+            raise InputError(f"{name} {rank} cannot be had: pictures have rank {RANK}; give {name} {RANK}")
+    if max_rank is None:
+        max_rank = io_rank
+    if max_rank is None:
+        return traced
+    fold_io = io_rank is not None and rank_of(traced.graph) > io_rank
+    if rank_of(traced.graph) <= max_rank and not fold_io and not (max_rank == RANK and _needs_forms(traced.graph)):
         return replace(traced, max_rank=max_rank, io_rank=io_rank)
     other = _other_batch(traced)
     graph = _lowered(traced, other, fold_io)
@@ -179,8 +187,17 @@ def _lengths(here: Any, there: Any) -> Any:
 def _concerned(lower: Lowering, node: fx.Node) -> bool:
     if any(source in lower.values for source in node.all_input_nodes) or _rank(node.meta.get("val")) > RANK:
         return True
+    return _needs_form(lower.graph, node)
+
+
+def _needs_forms(graph: Graph) -> bool:
+    return any(_needs_form(graph, node) for node in graph.nodes)
+
+
+def _needs_form(graph: Graph, node: fx.Node) -> bool:
+    """Whether a node of values of rank 4 has to be lowered: torch.onnx would write it with values of higher rank."""
     if node.op == "call_module":
-        return isinstance(lower.graph.module(node), (nn.Conv3d, nn.ConvTranspose3d))  # of a single sample
+        return isinstance(graph.module(node), (nn.Conv3d, nn.ConvTranspose3d))  # of a single sample
     if node.target is aten.adaptive_avg_pool2d.default:
         sizes = zip(node.args[0].meta["val"].shape[-2:], node.meta["val"].shape[-2:], strict=True)  # type: ignore[union-attr]
         return any(before % after for before, after in sizes)
