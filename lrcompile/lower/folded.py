@@ -32,7 +32,7 @@ CLIPS: Groups = ((0,), (1,), (2,), (3, 4))
 """[B, C, T, H, W] as [B, C, T, H·W]: what convolutions over time alone and norms over (T, H, W) work on."""
 
 
-class CannotLower(Exception):
+class CannotLowerError(Exception):
     """Says why an operation has no form of rank 4; the caller names the operation."""
 
 
@@ -62,15 +62,15 @@ class Folded:
         """The lengths of axes that must not depend on the batch size.
 
         Raises:
-            CannotLower: one of them does.
+            CannotLowerError: one of them does.
         """
         for axis in axes:
             if self.sizes[axis][0] != self.sizes[axis][1]:
-                raise CannotLower(f"the length of axis {axis} depends on the batch size")
+                raise CannotLowerError(f"the length of axis {axis} depends on the batch size")
         return [self.sizes[axis][0] for axis in axes]
 
 
-Value: TypeAlias = "Folded | None | tuple[Value, ...]"
+Value: TypeAlias = "Folded | tuple[Value, ...] | None"
 
 
 def identity(rank: int) -> Groups:
@@ -102,6 +102,7 @@ class Lowering:
     lengths: dict[fx.Node, Any]
     values: dict[fx.Node, Value] = field(default_factory=dict)
     layers: dict[Any, list[str]] = field(default_factory=dict)
+    made: set[fx.Node] = field(default_factory=set)
     before: fx.Node | None = None
 
     def sizes(self, node: fx.Node) -> Sizes:
@@ -112,13 +113,13 @@ class Lowering:
         """The value of an argument, folded or plain.
 
         Raises:
-            CannotLower: it is no single tensor.
+            CannotLowerError: it is no single tensor.
         """
         value = self.values.get(node) if node in self.values else None
         if isinstance(value, Folded):
             return value
         if node in self.values or not isinstance(node, fx.Node) or not isinstance(node.meta.get("val"), Tensor):
-            raise CannotLower("an argument is no single tensor")
+            raise CannotLowerError("an argument is no single tensor")
         return Folded(node, self.sizes(node), identity(len(self.sizes(node))))
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
@@ -140,7 +141,9 @@ class Lowering:
         return self.layers[key]
 
     def reshape(self, node: fx.Node, *sizes: int) -> fx.Node:
-        """The node with other sizes, -1 for an open one; itself if it has them."""
+        """The node with other sizes, -1 for an open one; itself if it has them. What is reshaped twice is so once."""
+        while node.target is aten.reshape.default and node in self.made:
+            node = node.args[0]  # type: ignore[assignment]
         shape = node.meta["val"].shape
         count = math.prod(shape)
         known = math.prod(size for size in sizes if size != -1)
@@ -198,7 +201,7 @@ class Lowering:
     def _grouped(self, node: fx.Node, sizes: Sizes, groups: Sequence[Sequence[int]]) -> fx.Node:
         lengths = [product([sizes[axis] for axis in group]) for group in groups]
         if sum(a != b for a, b in lengths) > 1:
-            raise CannotLower("more than one axis depends on the batch size")
+            raise CannotLowerError("more than one axis depends on the batch size")
         return self.reshape(node, *(a if a == b else -1 for a, b in lengths))
 
     def _refolded_constant(self, value: Folded, target: Folded) -> Folded:
@@ -224,7 +227,8 @@ class Lowering:
 
     def _finish(self, node: fx.Node) -> fx.Node:
         node.meta["val"] = infer(self.graph, node)
-        node.meta["provenance"] = "rank4"
+        node.meta["provenance"] = "the lowering to rank 4"
+        self.made.add(node)
         return node
 
 

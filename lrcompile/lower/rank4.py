@@ -17,9 +17,8 @@ from torch.utils import _pytree as pytree
 from lrcompile.errors import InputError, VerificationError
 from lrcompile.frontend.trace import Traced, batch_size, run
 from lrcompile.graph.graph import Graph, aten, propagate, prune
-from lrcompile.graph.rewrite import set_module
 from lrcompile.graph.verify import relative_error
-from lrcompile.lower.folded import RANK, CannotLower, Folded, Lowering, Value, merged, identity
+from lrcompile.lower.folded import RANK, CannotLowerError, Folded, Lowering, identity, merged
 from lrcompile.lower.structure import STRUCTURE, Rule, pick_item
 from lrcompile.lower.values import VALUES, embedding, on_last_axes, pointwise
 from lrcompile.lower.volumes import MODULES
@@ -240,7 +239,7 @@ def _lower_node(lower: Lowering, node: fx.Node) -> None:
                 plain.meta.setdefault("sizes", node.meta["sizes"])
             node.replace_all_uses_with(plain)
             return
-    except CannotLower as error:
+    except CannotLowerError as error:
         raise _refusal(lower, node, str(error)) from error
     except (RuntimeError, ValueError, TypeError, StopIteration) as error:  # an argument that a rule did not expect
         raise _refusal(lower, node, f"{type(error).__name__}: {error}".splitlines()[0]) from error
@@ -250,9 +249,9 @@ def _lower_node(lower: Lowering, node: fx.Node) -> None:
 def _rule(lower: Lowering, node: fx.Node) -> Rule:
     if node.op == "call_module":
         module = lower.graph.module(node)
-        rule = LAYERS.get(type(module))
+        rule = LAYERS.get(type(module)) if module is not None else None
         if rule is None:
-            raise CannotLower("there is no form of rank 4 for it yet")
+            raise CannotLowerError("there is no form of rank 4 for it yet")
         return rule
     if getattr(node.target, "__name__", "") == "getitem":
         return pick_item
@@ -260,7 +259,7 @@ def _rule(lower: Lowering, node: fx.Node) -> Rule:
     if rule is None and isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags:
         return pointwise
     if rule is None:
-        raise CannotLower("there is no form of rank 4 for it yet")
+        raise CannotLowerError("there is no form of rank 4 for it yet")
     return rule
 
 

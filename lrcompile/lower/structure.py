@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import fx
 
 from lrcompile.graph.graph import aten
-from lrcompile.lower.folded import ONE, CannotLower, Folded, Lowering, Size, Sizes, Value, merged
+from lrcompile.lower.folded import ONE, CannotLowerError, Folded, Lowering, Size, Sizes, Value, merged
 
 Rule = Callable[[Lowering, fx.Node], Value]
 
@@ -52,7 +53,7 @@ def regrouped(lower: Lowering, value: Folded, sizes: Sizes) -> Folded:
 def _neighbours(value: Folded) -> list[tuple[list[int], list[int]]]:
     long = [[axis for axis in group if value.sizes[axis] != ONE] for group in value.groups]
     filled = [group for group in long if group]
-    return list(zip(filled, filled[1:], strict=False))
+    return list(itertools.pairwise(filled))
 
 
 def _joined(value: Folded, before: int, axis: int, cuts: set[tuple[int, int]]) -> bool:
@@ -92,10 +93,10 @@ def _aligned(old: Sizes, new: Sizes) -> list[tuple[list[int], list[int]]]:
                 b.append(right.pop(0))
                 q = _times(q, new[b[-1]])
             else:
-                raise CannotLower(f"it cannot be told how {_text(old)} becomes {_text(new)} at every batch size")
+                raise CannotLowerError(f"it cannot be told how {_text(old)} becomes {_text(new)} at every batch size")
         segments.append((a, b))
     if left or right:
-        raise CannotLower(f"it cannot be told how {_text(old)} becomes {_text(new)} at every batch size")
+        raise CannotLowerError(f"it cannot be told how {_text(old)} becomes {_text(new)} at every batch size")
     return segments
 
 
@@ -203,7 +204,7 @@ def pick_item(lower: Lowering, node: fx.Node) -> Value:
     items: Any = lower.values[node.args[0]]  # type: ignore[index]
     item = items[node.args[1]]
     if item is None:
-        raise CannotLower(f"its output {node.args[1]} is used, which the form of rank 4 does not have")
+        raise CannotLowerError(f"its output {node.args[1]} is used, which the form of rank 4 does not have")
     return item  # type: ignore[no-any-return]
 
 
@@ -245,7 +246,7 @@ def expanded(lower: Lowering, value: Folded, sizes: Sizes, asked: Sequence[Any] 
             continue
         count: Any = asked[axis] if asked else size[0]
         if size[0] != size[1] and not isinstance(count, fx.Node):
-            raise CannotLower(f"axis {axis} is repeated as often as the batch is large")
+            raise CannotLowerError(f"axis {axis} is repeated as often as the batch is large")
         value, at = lower.isolated(value, axis)
         lengths = [count if i == at else -1 for i in range(len(value.groups))]
         grown = (*value.sizes[:axis], size, *value.sizes[axis + 1 :])
@@ -269,12 +270,10 @@ def repeat(lower: Lowering, node: fx.Node) -> Value:
     value = padded_rank(lower.value(node.args[0]), len(counts))
     for axis, count in enumerate(counts):
         if not isinstance(count, int):
-            raise CannotLower(f"axis {axis} is repeated as often as the batch is large")
+            raise CannotLowerError(f"axis {axis} is repeated as often as the batch is large")
         if count != 1:
             size = (value.sizes[axis][0] * count, value.sizes[axis][1] * count)
-            value = concatenated(
-                lower, [value] * count, axis, (*value.sizes[:axis], size, *value.sizes[axis + 1 :])
-            )
+            value = concatenated(lower, [value] * count, axis, (*value.sizes[:axis], size, *value.sizes[axis + 1 :]))
     return value
 
 
@@ -292,7 +291,7 @@ def roll(lower: Lowering, node: fx.Node) -> Value:
     value = lower.value(node.args[0])
     dims = argument(node, "dims", [])
     if not dims:
-        raise CannotLower("it shifts the flattened value")
+        raise CannotLowerError("it shifts the flattened value")
     for dim, shift in zip(dims, argument(node, "shifts"), strict=True):
         value, at = lower.isolated(value, dim % value.rank)
         value = Folded(lower.call(aten.roll.default, value.node, [shift], [at]), value.sizes, value.groups)
@@ -308,7 +307,7 @@ def pad(lower: Lowering, node: fx.Node) -> Value:
     for i in range(0, len(amounts), 2):
         axis, ends = value.rank - 1 - i // 2, amounts[i : i + 2]
         if ends != [0, 0]:
-            value = padded(lower, value, axis, *ends, mode=mode, fill=fill or 0)
+            value = padded(lower, value, axis, ends[0], ends[1], mode, fill or 0)
     return value
 
 
@@ -333,7 +332,8 @@ def padded(
 def size_of(lower: Lowering, node: fx.Node) -> Value:
     """sym_size: the length of an axis, which stays a number where the batch does not change it."""
     value = lower.value(node.args[0])
-    dim = node.args[1] % value.rank  # type: ignore[operator]
+    index: Any = node.args[1]
+    dim = index % value.rank
     length = value.sizes[dim]
     if length[0] == length[1]:
         result: Any = length[0]

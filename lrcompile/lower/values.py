@@ -9,8 +9,19 @@ from torch import fx, nn
 
 from lrcompile.graph.graph import aten
 from lrcompile.lower.folded import (
-    CLIPS, FRAMES, ONE, RANK, CannotLower, Folded, Groups, Lowering, Sizes, Value, identity, merged,
-)  # fmt: skip
+    CLIPS,
+    FRAMES,
+    ONE,
+    RANK,
+    CannotLowerError,
+    Folded,
+    Groups,
+    Lowering,
+    Sizes,
+    Value,
+    identity,
+    merged,
+)
 from lrcompile.lower.structure import Rule, argument, expanded, padded_rank, regrouped
 
 
@@ -56,9 +67,7 @@ def _common(sizes: Sizes, values: Sequence[Folded]) -> Groups | None:
 
 
 def _fits(sizes: Sizes, groups: Groups, value: Folded) -> bool:
-    return all(
-        len({value.sizes[axis] == ONE for axis in group if sizes[axis] != ONE}) <= 1 for group in groups
-    )
+    return all(len({value.sizes[axis] == ONE for axis in group if sizes[axis] != ONE}) <= 1 for group in groups)
 
 
 def reduction(lower: Lowering, node: fx.Node) -> Value:
@@ -131,7 +140,7 @@ def over_clips(lower: Lowering, node: fx.Node) -> Value:
 def last_axes(lower: Lowering, node: fx.Node, value: Folded, count: int) -> Folded:
     """The value with its last axes as they are, and all before them in one group."""
     if count >= RANK:
-        raise CannotLower(f"it works on the last {count} axes together")
+        raise CannotLowerError(f"it works on the last {count} axes together")
     kept = value.rank - count
     return lower.refold(value, (tuple(range(kept)), *((axis,) for axis in range(kept, value.rank))))
 
@@ -165,7 +174,7 @@ def matmul(lower: Lowering, node: fx.Node) -> Value:
         kept = value.groups if b.rank == 2 else value.groups[:1]
         return Folded(lower.call(node.target, value.node, lower.plain(b)), sizes, kept)
     if a.rank == 1:
-        raise CannotLower("a vector is multiplied by a stack of matrices")
+        raise CannotLowerError("a vector is multiplied by a stack of matrices")
     rank = len(sizes)
     rows = [padded_rank(value, rank) for value in (a, b)]
     groups: Groups = (tuple(range(rank - 2)), (rank - 2,), (rank - 1,))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from lrcompile.graph.graph import aten
-from lrcompile.lower.folded import CLIPS, FRAMES, ONE, CannotLower, Folded, Lowering, Value
+from lrcompile.lower.folded import CLIPS, FRAMES, ONE, CannotLowerError, Folded, Lowering, Value
 from lrcompile.lower.structure import padded, regrouped
 from lrcompile.lower.values import channels_second
 
@@ -45,10 +45,7 @@ def conv3d(lower: Lowering, node: fx.Node) -> Value:
     count = (time + before + after - dilation * (kernel - 1) - 1) // stride + 1
     spatial = _spatial(module)
     if kernel == 1 and stride == 1 and before == after == 0:
-        if _is_pointwise(module):
-            value = channels_second(lower, value)
-        else:
-            value = lower.refold(value, FRAMES)
+        value = channels_second(lower, value) if _is_pointwise(module) else lower.refold(value, FRAMES)
         (layer,) = lower.put(("conv", path), path, lambda: [_conv2d(module, module.weight[:, :, 0], **spatial)])
         out, groups = lower.call_module(layer, value.node), value.groups
     elif _is_pointwise(module, time=False):
@@ -99,9 +96,9 @@ def _is_pointwise(module: Any, *, time: bool = True) -> bool:
 
 
 def _conv2d(like: Any, weight: Tensor, bias: bool = True, **options: Any) -> nn.Conv2d:
-    out, per_group, *kernel = weight.shape
+    out, per_group, height, width = weight.shape
     use_bias = bias and like.bias is not None
-    module = nn.Conv2d(per_group * options["groups"], out, tuple(kernel), bias=use_bias, device="meta", **options)
+    module = nn.Conv2d(per_group * options["groups"], out, (height, width), bias=use_bias, device="meta", **options)
     return _filled(module, like, weight, use_bias)  # type: ignore[no-any-return]
 
 
@@ -171,7 +168,7 @@ def conv_transpose3d(lower: Lowering, node: fx.Node) -> Value:
     """
     module: Any = lower.graph.module(node)
     if len(node.args) > 1 or node.kwargs:
-        raise CannotLower("its output size is given at the call")
+        raise CannotLowerError("its output size is given at the call")
     path = str(node.target)
     value, alone = unbatched(lower, node)
     sizes = lower.sizes(node)

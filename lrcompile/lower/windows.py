@@ -8,7 +8,7 @@ from typing import Any
 from torch import fx
 
 from lrcompile.graph.graph import aten
-from lrcompile.lower.folded import FRAMES, ONE, CannotLower, Folded, Lowering, Size, Sizes, Value
+from lrcompile.lower.folded import FRAMES, ONE, CannotLowerError, Folded, Lowering, Size, Sizes, Value
 from lrcompile.lower.structure import Rule, argument, concatenated
 from lrcompile.lower.values import reducible
 from lrcompile.lower.volumes import finished, unbatched
@@ -156,7 +156,7 @@ def resize(target: Any) -> Rule:
 
 
 def _no_indices(lower: Lowering, node: fx.Node) -> Value:
-    raise CannotLower("it unpools by indices into a volume")
+    raise CannotLowerError("it unpools by indices into a volume")
 
 
 WINDOWS: dict[Any, Rule] = {
