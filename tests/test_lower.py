@@ -7,18 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
+from torch.nn import functional
 
-import lrcompile
 from lrcompile.frontend.trace import Traced, run, trace
 from lrcompile.graph.graph import Graph, propagate
 from lrcompile.graph.verify import relative_error
 from lrcompile.lower.rank4 import folded_io, rank_of, to_rank
 
 EXACT = 1e-10
+torch.set_num_threads(1)
 aten = torch.ops.aten
 quick = settings(max_examples=200, deadline=None, derandomize=True)
 
@@ -128,18 +128,25 @@ def test_pools(case: tuple[Any, ...], divisor: int | None) -> None:
 
 
 @quick
-@given(three(1, 7), three(1, 7), st.booleans(), st.booleans())
-def test_resizing(sizes: tuple[int, ...], wanted: tuple[int, ...], corners: bool, by_factor: bool) -> None:
-    x = volume(2, *sizes)
-    size, factors = ([*wanted], None) if not by_factor else (None, [w / n + 0.01 for w, n in zip(wanted, sizes)])
-    lowered(single(aten.upsample_trilinear3d.vec, x, size, corners, factors))
-    lowered(single(aten.upsample_nearest3d.vec, x, size, factors))
-    lowered(single(aten._upsample_nearest_exact3d.vec, x, size, factors))
-    lowered(single(aten.adaptive_avg_pool3d.default, x, list(wanted)))
+@given(three(1, 7), three(1, 7), st.booleans())
+def test_trilinear(sizes: tuple[int, ...], wanted: tuple[int, ...], corners: bool) -> None:
+    factors = [w / n + 0.01 * (w != n) for w, n in zip(wanted, sizes, strict=True)]
+    lowered(single(aten.upsample_trilinear3d.vec, volume(2, *sizes), list(wanted), corners, None))
+    lowered(single(aten.upsample_trilinear3d.vec, volume(2, *sizes), None, corners, factors))
 
 
-def fuse(a: Tensor, b: Tensor) -> Tensor:
-    return torch.cat([a, b], 1)
+@quick
+@given(three(1, 7), three(1, 7), st.booleans())
+def test_nearest(sizes: tuple[int, ...], wanted: tuple[int, ...], exact: bool) -> None:
+    target = aten._upsample_nearest_exact3d.vec if exact else aten.upsample_nearest3d.vec
+    lowered(single(target, volume(2, *sizes), list(wanted), None))
+    lowered(single(target, volume(2, *sizes), None, [float(w) for w in wanted]))
+
+
+@quick
+@given(three(1, 7), three(1, 7))
+def test_adaptive_pools(sizes: tuple[int, ...], wanted: tuple[int, ...]) -> None:
+    lowered(single(aten.adaptive_avg_pool3d.default, volume(2, *sizes), list(wanted)))
 
 
 def windows(x: Tensor) -> Tensor:
@@ -187,7 +194,7 @@ USES: dict[str, Callable[[Any, Tensor], Any]] = {
     "flattened": lambda m, x: m.layer(x).flatten(2).transpose(1, 2),
     "flattened from the start": lambda m, x: m.layer(x).flatten(1),
     "flattened frames": lambda m, x: m.layer(x).transpose(1, 2).flatten(0, 1).relu(),
-    "channels last": lambda m, x: F.layer_norm(m.layer(x).permute(0, 2, 3, 4, 1), [4]).permute(0, 4, 1, 2, 3),
+    "channels last": lambda m, x: functional.layer_norm(m.layer(x).permute(0, 2, 3, 4, 1), [4]).permute(0, 4, 1, 2, 3),
     "frames": lambda m, x: [m.layer(x)[:, :, i] for i in (0, -1)],
     "slices": lambda m, x: m.layer(x)[:, 1:, ::2, 2:-1, 1::3],
     "unbound": lambda m, x: sum(x.unbind(2)),
@@ -195,25 +202,27 @@ USES: dict[str, Callable[[Any, Tensor], Any]] = {
     "stacked": lambda m, x: torch.stack([x[:, :, 0], x[:, :, 1]], 2) - torch.stack([x.mean(2)] * 2, -3),
     "repeated": lambda m, x: x[:, :1].expand(-1, 4, -1, -1, -1) + x.mean(3, keepdim=True).repeat(1, 1, 1, 6, 1),
     "flipped": lambda m, x: x.flip(2, 4).movedim(2, 0).movedim(0, 2),
-    "padded": lambda m, x: F.pad(m.layer(x), (1, 2, 0, 1, 1, 0), value=3.0),
-    "reflected": lambda m, x: F.pad(x, (1, 2, 0, 1, 1, 0), mode="reflect"),
-    "replicated": lambda m, x: F.pad(x, (1, 2, 0, 1, 1, 0), mode="replicate"),
-    "circular": lambda m, x: F.pad(x, (1, 2, 0, 1, 1, 0), mode="circular"),
-    "group norm": lambda m, x: F.group_norm(m.layer(x), 2, m.scale.flatten(), m.scale.flatten()),
-    "instance norm": lambda m, x: F.instance_norm(m.layer(x)),
-    "batch statistics": lambda m, x: F.batch_norm(m.layer(x), None, None, training=True)[:, :, 1:],
-    "prelu": lambda m, x: F.prelu(m.layer(x), m.scale.flatten()) + F.prelu(x, m.scale.flatten()[:1]),
+    "padded": lambda m, x: functional.pad(m.layer(x), (1, 2, 0, 1, 1, 0), value=3.0),
+    "reflected": lambda m, x: functional.pad(x, (1, 2, 0, 1, 1, 0), mode="reflect"),
+    "replicated": lambda m, x: functional.pad(x, (1, 2, 0, 1, 1, 0), mode="replicate"),
+    "circular": lambda m, x: functional.pad(x, (1, 2, 0, 1, 1, 0), mode="circular"),
+    "group norm": lambda m, x: functional.group_norm(m.layer(x), 2, m.scale.flatten(), m.scale.flatten()),
+    "instance norm": lambda m, x: functional.instance_norm(m.layer(x)),
+    "batch statistics": lambda m, x: functional.batch_norm(m.layer(x), None, None, training=True)[:, :, 1:],
+    "prelu": lambda m, x: functional.prelu(m.layer(x), m.scale.flatten()) + functional.prelu(x, m.scale.flatten()[:1]),
     "squeezed": lambda m, x: m.layer(x).mean((3, 4), keepdim=True).squeeze(-1).squeeze(-1),
-    "squeeze and excite": lambda m, x: x * m.layer(F.adaptive_avg_pool3d(x, 1)).sigmoid(),
+    "squeeze and excite": lambda m, x: x * m.layer(functional.adaptive_avg_pool3d(x, 1)).sigmoid(),
     "layers in turn": lambda m, x: m.layer(m.layer(x).relu()) + m.layer(x),
-    "adaptive": lambda m, x: F.adaptive_avg_pool3d(x, (3, 6, 5)) + F.adaptive_max_pool3d(x, (3, 6, 5)),
-    "indices unused": lambda m, x: F.max_pool3d(x, 2, return_indices=True)[0],
-    "pooled pictures": lambda m, x: F.adaptive_avg_pool2d(x[:, :, 0], (4, 3)),
+    "adaptive": lambda m, x: (
+        functional.adaptive_avg_pool3d(x, (3, 6, 5)) + functional.adaptive_max_pool3d(x, (3, 6, 5))
+    ),
+    "indices unused": lambda m, x: functional.max_pool3d(x, 2, return_indices=True)[0],
+    "pooled pictures": lambda m, x: functional.adaptive_avg_pool2d(x[:, :, 0], (4, 3)),
     "windows": lambda m, x: windows(m.layer(x)),
     "shuffled": lambda m, x: shuffled(m.layer(x)),
-    "attention": lambda m, x: F.scaled_dot_product_attention(*[m.layer(x).permute(0, 2, 3, 4, 1)] * 3),
-    "masked attention": lambda m, x: F.scaled_dot_product_attention(x, x, x, m.place[:, :1, :, :, :6]),
-    "products": lambda m, x: (x @ x.mT) @ m.place[0, :, :, :, :6].mT @ x[..., :1, :].mT.mT,
+    "attention": lambda m, x: functional.scaled_dot_product_attention(*[m.layer(x).permute(0, 2, 3, 4, 1)] * 3),
+    "masked attention": lambda m, x: functional.scaled_dot_product_attention(x, x, x, m.place[:, :1, :, :, :6]),
+    "products": lambda m, x: (x @ x.mT) @ m.place[0, :, :, :, :6] + m.layer(x)[..., :6].mT.mT,
     "matrix": lambda m, x: m.layer(x) @ m.place[0, 0, 0].mT + (x @ m.place[0, 0, 0, 0])[..., None],
     "sizes": lambda m, x: x.reshape(x.shape[0] * x.shape[2], x.shape[1], -1).mean(-1) * x.shape[3],
     "input and output": lambda m, x: (x, m.layer(x), x.mean(1)),

@@ -95,11 +95,12 @@ class Lowering:
     """A graph while it is lowered in place: which values are folded, and how new nodes come in before the current one.
 
     `values` holds what replaces each old node whose value is not, or was not made, a plain tensor; `lengths` the sizes
-    of the old nodes' values, in the structure of their outputs.
+    of the old nodes' values, in the structure of their outputs; `modules` the modules of the graph as it was.
     """
 
     graph: Graph
     lengths: dict[fx.Node, Any]
+    modules: Mapping[str, nn.Module]
     values: dict[fx.Node, Value] = field(default_factory=dict)
     layers: dict[Any, list[str]] = field(default_factory=dict)
     made: set[fx.Node] = field(default_factory=set)
@@ -108,6 +109,10 @@ class Lowering:
     def sizes(self, node: fx.Node) -> Sizes:
         """The sizes of an old node's value."""
         return self.lengths[node]  # type: ignore[no-any-return]
+
+    def module(self, node: fx.Node) -> Any:
+        """The module that an old node calls, None for one that calls none: another one may be in its place by now."""
+        return self.modules[str(node.target)] if node.op == "call_module" else None
 
     def value(self, node: Any) -> Folded:
         """The value of an argument, folded or plain.

@@ -149,7 +149,8 @@ def _lowered(traced: Traced, other: tuple[Any, ...], fold_io: bool) -> Graph:
     graph = traced.graph.copy()
     there = propagate(traced.graph.copy().gm, tuple(_larger(a, b) for a, b in zip(traced.flat, other, strict=True)))
     pairs = zip(list(graph.nodes), list(there.nodes), strict=True)
-    lower = Lowering(graph, {node: _lengths(node.meta.get("val"), again.meta.get("val")) for node, again in pairs})
+    lengths = {node: _lengths(node.meta.get("val"), again.meta.get("val")) for node, again in pairs}
+    lower = Lowering(graph, lengths, {path: site.module for path, site in graph.sites().items()})
     replaced = []
     for node in list(graph.nodes):
         lower.before = node
@@ -186,17 +187,17 @@ def _lengths(here: Any, there: Any) -> Any:
 def _concerned(lower: Lowering, node: fx.Node) -> bool:
     if any(source in lower.values for source in node.all_input_nodes) or _rank(node.meta.get("val")) > RANK:
         return True
-    return _needs_form(lower.graph, node)
+    return _needs_form(node, lower.module(node))
 
 
 def _needs_forms(graph: Graph) -> bool:
-    return any(_needs_form(graph, node) for node in graph.nodes)
+    return any(_needs_form(node, graph.module(node)) for node in graph.nodes)
 
 
-def _needs_form(graph: Graph, node: fx.Node) -> bool:
+def _needs_form(node: fx.Node, module: nn.Module | None) -> bool:
     """Whether a node of values of rank 4 has to be lowered: torch.onnx would write it with values of higher rank."""
     if node.op == "call_module":
-        return isinstance(graph.module(node), (nn.Conv3d, nn.ConvTranspose3d))  # of a single sample
+        return isinstance(module, (nn.Conv3d, nn.ConvTranspose3d))  # of a single sample
     if node.target is aten.adaptive_avg_pool2d.default:
         sizes = zip(node.args[0].meta["val"].shape[-2:], node.meta["val"].shape[-2:], strict=True)  # type: ignore[union-attr]
         return any(before % after for before, after in sizes)
@@ -248,7 +249,7 @@ def _lower_node(lower: Lowering, node: fx.Node) -> None:
 
 def _rule(lower: Lowering, node: fx.Node) -> Rule:
     if node.op == "call_module":
-        module = lower.graph.module(node)
+        module = lower.module(node)
         rule = LAYERS.get(type(module)) if module is not None else None
         if rule is None:
             raise CannotLowerError("there is no form of rank 4 for it yet")
@@ -266,7 +267,7 @@ def _rule(lower: Lowering, node: fx.Node) -> Rule:
 def _refusal(lower: Lowering, node: fx.Node, reason: str) -> InputError:
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     site = str(node.target) if node.op == "call_module" else stack[-1][0] if stack and stack[-1][0] else node.name
-    module = lower.graph.module(node)
+    module = lower.module(node)
     what = type(module).__name__ if module is not None else str(node.target).removeprefix("aten.").rpartition(".")[0]
     shapes = [list(n.meta["val"].shape) for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
     on = f" on {shapes[0]}" if shapes else ""

@@ -110,6 +110,8 @@ def _text(sizes: Sizes) -> str:
 
 def reshape(lower: Lowering, node: fx.Node) -> Value:
     """Every operator that keeps the elements in row-major order: view, flatten, squeeze, unsqueeze, …"""
+    if node.target is aten.view.dtype:
+        raise CannotLowerError("it reads the same bytes as another type")
     return regrouped(lower, lower.value(node.args[0]), lower.sizes(node))
 
 
@@ -126,6 +128,13 @@ def transpose(lower: Lowering, node: fx.Node) -> Value:
     a, b = (argument(node, name) % value.rank for name in ("dim0", "dim1"))
     dims[a], dims[b] = dims[b], dims[a]
     return _permuted(lower, node, value, dims)
+
+
+def last_two(lower: Lowering, node: fx.Node) -> Value:
+    """mT: the last two axes change places."""
+    value = lower.value(node.args[0])
+    dims = list(range(value.rank))
+    return _permuted(lower, node, value, [*dims[:-2], dims[-1], dims[-2]])
 
 
 def movedim(lower: Lowering, node: fx.Node) -> Value:
@@ -349,6 +358,7 @@ STRUCTURE: dict[Any, Rule] = {
     aten.view: reshape, aten.reshape: reshape, aten._unsafe_view: reshape, aten.flatten: reshape,
     aten.unflatten: reshape, aten.squeeze: reshape, aten.unsqueeze: reshape, aten.view_as: reshape,
     aten.permute: permute, aten.transpose: transpose, aten.swapaxes: transpose, aten.movedim: movedim,
+    aten.mT: last_two,
     aten.clone: same, aten.contiguous: same, aten.detach: same, aten.alias: same, aten.lift_fresh_copy: same,
     aten.slice: along, aten.narrow: along, aten.index_select: along, aten.softmax: along, aten._softmax: along,
     aten.log_softmax: along, aten.cumsum: along, aten.select: select, aten.unbind: unbind,

@@ -33,9 +33,13 @@ def pointwise(lower: Lowering, node: fx.Node) -> Value:
         source: lower.settled(padded_rank(lower.value(source), len(sizes))) for source in nodes if lower.sizes(source)
     }
     groups = _common(sizes, list(values.values()))
+    if groups is None:  # the operands are short on too many axes in turn: repeat them along all but the batch
+        for source, value in values.items():
+            full = tuple(new if new[0] == new[1] else old for old, new in zip(value.sizes, sizes, strict=True))
+            values[source] = expanded(lower, value, full)
+        groups = _common(sizes, list(values.values()))
     if groups is None:
-        values = {source: expanded(lower, value, sizes) for source, value in values.items()}
-        groups = next(iter(values.values())).groups
+        raise CannotLowerError("its operands broadcast along the batch and other axes in turn")
     held = {source: lower.refold(value, groups).node for source, value in values.items()}
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: held.get(n, n))
     kwargs = {key: item for key, item in kwargs.items() if key != "memory_format"}
@@ -75,17 +79,16 @@ def reduction(lower: Lowering, node: fx.Node) -> Value:
     value = lower.settled(lower.value(node.args[0]))
     names = [entry.name for entry in node.target._schema.arguments]  # type: ignore[union-attr]
     dims = argument(node, "dim") if "dim" in names else None
+    if dims is None and node.target in (aten.argmax.default, aten.argmin.default):
+        raise CannotLowerError("it counts positions of the flattened value")
     axes = list(range(value.rank)) if dims is None or dims == [] else [d % value.rank for d in _listed(dims)]
     value, at = reducible(lower, value, axes)
-    options = {key: item for key, item in node.kwargs.items() if key not in ("dim", "keepdim")}
-    if "correction" in names:
-        options["correction"] = argument(node, "correction", 1)
-    if "dim" in names:
-        single = dims is not None and not isinstance(dims, list | tuple)
-        reduced = lower.call(node.target, value.node, at[0] if single else at, keepdim=True, **options)
-    else:
-        reduced = lower.call(node.target, value.node, **options)
-        return Folded(reduced, (), ())
+    given = [name for i, name in enumerate(names) if i < len(node.args) or name in node.kwargs]
+    options = {name: argument(node, name) for name in given[1:] if name not in ("dim", "keepdim")}
+    if "dim" not in names:
+        return Folded(lower.call(node.target, value.node, **options), (), ())
+    single = dims is not None and not isinstance(dims, list | tuple)
+    reduced = lower.call(node.target, value.node, at[0] if single else at, keepdim=True, **options)
     return shortened(lower, value, reduced, axes, lower.sizes(node))
 
 
@@ -153,7 +156,7 @@ def layer_norm_op(lower: Lowering, node: fx.Node) -> Value:
 
 def on_last_axes(lower: Lowering, node: fx.Node) -> Value:
     """Linear layers and layer norms: rows of features."""
-    module = lower.graph.module(node)
+    module = lower.module(node)
     count = len(module.normalized_shape) if isinstance(module, nn.LayerNorm) else 1
     value = last_axes(lower, node, lower.value(node.args[0]), count)
     return Folded(lower.call_module(str(node.target), value.node), lower.sizes(node), value.groups)

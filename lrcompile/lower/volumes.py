@@ -35,7 +35,7 @@ def finished(lower: Lowering, value: Folded, alone: bool) -> Folded:
 
 def conv3d(lower: Lowering, node: fx.Node) -> Value:
     """Conv3d of any stride, padding, dilation and groups."""
-    module: Any = lower.graph.module(node)
+    module = lower.module(node)
     path = str(node.target)
     value, alone = unbatched(lower, node)
     (time,) = value.static(2)
@@ -166,7 +166,7 @@ def conv_transpose3d(lower: Lowering, node: fx.Node) -> Value:
     Frames of one remainder r = t mod s see the same taps, so they are one ConvTranspose2d over the frames that these
     taps see, stacked on the channels; the s results are then interleaved.
     """
-    module: Any = lower.graph.module(node)
+    module = lower.module(node)
     if len(node.args) > 1 or node.kwargs:
         raise CannotLowerError("its output size is given at the call")
     path = str(node.target)
@@ -234,7 +234,7 @@ def _interleaved(lower: Lowering, results: Sequence[fx.Node], count: int, time: 
 
 def batch_norm(lower: Lowering, node: fx.Node) -> Value:
     """BatchNorm3d: the same scale for each channel of each frame."""
-    module: Any = lower.graph.module(node)
+    module = lower.module(node)
     value = channels_second(lower, lower.value(node.args[0]))
 
     def make() -> list[nn.Module]:

@@ -13,6 +13,8 @@ from lrcompile.lower.structure import Rule, argument, concatenated
 from lrcompile.lower.values import reducible
 from lrcompile.lower.volumes import finished, unbatched
 
+ROUNDED = 1e-6  # of a position: what is left of a scale factor that was computed from two sizes
+
 
 def _triple(value: Any, default: Any = None) -> list[Any]:
     if value is None or (isinstance(value, list | tuple) and not value):
@@ -138,17 +140,21 @@ def resize(target: Any) -> Rule:
         else:
             given = [argument(node, f"scales_{axis}") for axis in "dhw"]
             factors = None if None in given else given
+        for before, there, factor in zip((time, height, width), after, factors or (), strict=factors is not None):
+            odd = before == there if "align_corners" in names else True  # where torch's kernels disagree
+            if odd and abs(before * factor - there) > ROUNDED:
+                raise CannotLowerError(f"its scale factor {factor:g} does not make {there} of {before}: give the size")
         corners = [argument(node, "align_corners")] if "align_corners" in names else []
 
         def options(sizes: list[int], scales: list[float]) -> list[Any]:
             return [None, *corners, scales] if factors is not None else [sizes, *corners, None]
 
         held = lower.refold(value, FRAMES).node
-        if after[0] != time or (factors and factors[0] != 1):  # first over time, where the frames are still small
+        if after[0] != time:  # first over time, where the frames are still small
             picture = lower.reshape(held, -1, 1, time, channels * height * width)
             over_time = options([after[0], channels * height * width], [factors[0], 1.0] if factors else [])
             held = lower.reshape(lower.call(target, picture, *over_time), -1, channels, height, width)
-        if after[1:] != [height, width] or (factors and list(factors[1:]) != [1, 1]):
+        if after[1:] != [height, width]:
             held = lower.call(target, held, *options(after[1:], factors[1:] if factors else []))
         return Folded(held, lower.sizes(node), FRAMES)
 
