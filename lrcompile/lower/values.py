@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import fx, nn
@@ -35,8 +35,7 @@ def pointwise(lower: Lowering, node: fx.Node) -> Value:
     groups = _common(sizes, list(values.values()))
     if groups is None:  # the operands are short on too many axes in turn: repeat them along all but the batch
         for source, value in values.items():
-            full = tuple(new if new[0] == new[1] else old for old, new in zip(value.sizes, sizes, strict=True))
-            values[source] = expanded(lower, value, full)
+            values[source] = expanded(lower, value, _filled(value, sizes))
         groups = _common(sizes, list(values.values()))
     if groups is None:
         raise CannotLowerError("its operands broadcast along the batch and other axes in turn")
@@ -56,18 +55,29 @@ def _common(sizes: Sizes, values: Sequence[Folded]) -> Groups | None:
         if all(_fits(sizes, value.groups, other) for other in values):
             return value.groups
     for order in orders:
-        groups: list[list[int]] = []
-        pattern: list[bool] = []
-        for axis in order:
-            short = [value.sizes[axis] == ONE and sizes[axis] != ONE for value in values]
-            if groups and (short == pattern or sizes[axis] == ONE):
-                groups[-1].append(axis)
-                continue
-            groups.append([axis])
-            pattern = short
+        groups = _runs(order, sizes, values)
         if len(groups) <= RANK:
-            return tuple(tuple(group) for group in groups)
+            return groups
     return None
+
+
+def _runs(order: Iterable[int], sizes: Sizes, values: Sequence[Folded]) -> Groups:
+    """Axes in this order, grouped as long as the same values are of length 1 where the result is not."""
+    groups: list[list[int]] = []
+    pattern: list[bool] = []
+    for axis in order:
+        short = [value.sizes[axis] == ONE and sizes[axis] != ONE for value in values]
+        if groups and (short == pattern or sizes[axis] == ONE):
+            groups[-1].append(axis)
+            continue
+        groups.append([axis])
+        pattern = short
+    return tuple(tuple(group) for group in groups)
+
+
+def _filled(value: Folded, sizes: Sizes) -> Sizes:
+    """The sizes of a value that is repeated wherever the batch does not say how often."""
+    return tuple(new if new[0] == new[1] else old for old, new in zip(value.sizes, sizes, strict=True))
 
 
 def _fits(sizes: Sizes, groups: Groups, value: Folded) -> bool:
@@ -169,7 +179,7 @@ def linear_op(lower: Lowering, node: fx.Node) -> Value:
 
 
 def matmul(lower: Lowering, node: fx.Node) -> Value:
-    """matmul of stacks of matrices: all leading axes in one group, repeated first where only one operand has them."""
+    """matmul of stacks of matrices: leading axes in at most two groups, along which the operands may broadcast."""
     sizes = lower.sizes(node)
     a, b = (lower.value(source) for source in node.args[:2])
     if b.rank <= 2:
@@ -179,10 +189,15 @@ def matmul(lower: Lowering, node: fx.Node) -> Value:
     if a.rank == 1:
         raise CannotLowerError("a vector is multiplied by a stack of matrices")
     rank = len(sizes)
-    rows = [padded_rank(value, rank) for value in (a, b)]
-    groups: Groups = (tuple(range(rank - 2)), (rank - 2,), (rank - 1,))
-    held = [expanded(lower, value, (*sizes[:-2], *value.sizes[-2:])) for value in rows]
-    nodes = [lower.refold(value, groups).node for value in held]
+    values = [padded_rank(value, rank) for value in (a, b)]
+    stacks = _runs(range(rank - 2), sizes, values)
+    if len(stacks) > RANK - 2:
+        values = [expanded(lower, value, (*_filled(value, sizes)[:-2], *value.sizes[-2:])) for value in values]
+        stacks = _runs(range(rank - 2), sizes, values)
+    if len(stacks) > RANK - 2:
+        raise CannotLowerError("its operands broadcast along the batch and other axes in turn")
+    groups: Groups = (*stacks, (rank - 2,), (rank - 1,))
+    nodes = [lower.refold(value, groups).node for value in values]
     return Folded(lower.call(node.target, *nodes), sizes, groups)
 
 
