@@ -159,6 +159,13 @@ def same(lower: Lowering, node: fx.Node) -> Value:
     return lower.value(node.args[0])
 
 
+def evaluated(lower: Lowering, node: fx.Node) -> Value:
+    """Dropout in a model that is not trained."""
+    if argument(node, "train"):
+        raise CannotLowerError("it draws random numbers")
+    return lower.value(node.args[0])
+
+
 def along(lower: Lowering, node: fx.Node) -> Value:
     """Operators that work along one axis `dim` and leave the others alone: slice, index_select, softmax, cumsum."""
     value = lower.value(node.args[0])
@@ -359,6 +366,7 @@ STRUCTURE: dict[Any, Rule] = {
     aten.unflatten: reshape, aten.squeeze: reshape, aten.unsqueeze: reshape, aten.view_as: reshape,
     aten.permute: permute, aten.transpose: transpose, aten.swapaxes: transpose, aten.movedim: movedim,
     aten.mT: last_two,
+    aten.dropout: evaluated, aten.feature_dropout: evaluated, aten.alpha_dropout: evaluated,
     aten.clone: same, aten.contiguous: same, aten.detach: same, aten.alias: same, aten.lift_fresh_copy: same,
     aten.slice: along, aten.narrow: along, aten.index_select: along, aten.softmax: along, aten._softmax: along,
     aten.log_softmax: along, aten.cumsum: along, aten.select: select, aten.unbind: unbind,

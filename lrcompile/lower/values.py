@@ -235,6 +235,6 @@ VALUES: dict[Any, Rule] = {
     aten.layer_norm: layer_norm_op, aten.linear: linear_op, aten.matmul: matmul,
     aten.scaled_dot_product_attention: attention,
     aten.to: pointwise, aten._to_copy: pointwise, aten.zeros_like: pointwise, aten.ones_like: pointwise,
-    aten.full_like: pointwise, aten.dropout: pointwise,
+    aten.full_like: pointwise,
 }  # fmt: skip
 """By operator; whatever else torch says works on each element is `pointwise`."""
