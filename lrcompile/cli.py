@@ -78,6 +78,8 @@ def compile_command(
     ] = None,
     batch: Annotated[int | None, typer.Option(help="Batch size to compile for.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Precision: fp32, fp16 or bf16.")] = None,
+    max_rank: Annotated[int | None, typer.Option(help="Highest rank of tensors inside the graph, 4.")] = None,
+    io_rank: Annotated[int | None, typer.Option(help="The same for its inputs and outputs.")] = None,
     max_error: Annotated[float | None, typer.Option(help="Largest relative output error.")] = None,
     size: Annotated[str | None, typer.Option(help="Weight size: 0.5, 50% or 12MB.")] = None,
     speedup: Annotated[float | None, typer.Option(help="Least speed-up, such as 1.5.")] = None,
@@ -96,9 +98,9 @@ def compile_command(
 
     request = Request(
         model=model, target=target, out=out, arch=arch, trust_pickle=trust_pickle, inputs=tuple(inputs or ()),
-        calib=calib, batch=batch, dtype=dtype, max_error=max_error, size=size, speedup=speedup,
-        max_latency=max_latency, confidence=confidence, passes=passes, skip=tuple(skip or ()), seed=seed, plan=plan,
-        plan_out=plan_out, report_json=report_json,
+        calib=calib, batch=batch, dtype=dtype, max_rank=max_rank, io_rank=io_rank, max_error=max_error, size=size,
+        speedup=speedup, max_latency=max_latency, confidence=confidence, passes=passes, skip=tuple(skip or ()),
+        seed=seed, plan=plan, plan_out=plan_out, report_json=report_json,
     )  # fmt: skip
     from lrcompile.report.progress import ProgressDisplay
     from lrcompile.report.terminal import print_report

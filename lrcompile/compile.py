@@ -1,4 +1,4 @@
-"""The way of the data: trace → canonicalize → calibrate → propose, price → choose → apply → confirm → emit → report.
+"""The way of the data: trace → lower → canonicalize → calibrate → propose, price → choose → apply → confirm → emit.
 
 Every stage is a function of values; nothing is kept between them but what one hands to the next, and the order of
 the passes is the order in which they are given.
@@ -29,10 +29,11 @@ from lrcompile.frontend.trace import Traced, batch_size, trace
 from lrcompile.graph.describe import describe
 from lrcompile.graph.graph import Graph, fingerprint
 from lrcompile.graph.rewrite import Rewrite
+from lrcompile.lower.rank4 import check_rank, folded_io, to_rank
 from lrcompile.passes import Context, Pass, Stage
 from lrcompile.planning.budget import Budget
 from lrcompile.planning.calibration import collect
-from lrcompile.planning.canonicalize import canonicalize, check_exact, check_finite
+from lrcompile.planning.canonicalize import ROUNDING, canonicalize, check_exact, check_finite
 from lrcompile.planning.plan import Plan
 from lrcompile.planning.price import Pricing, price
 from lrcompile.planning.search import Choice, Problem, search
@@ -104,15 +105,18 @@ def compile(  # the name that users look for
     skip: Sequence[str] = (),
     dtype: str | None = None,
     batch: int | None = None,
+    max_rank: int | None = None,
+    io_rank: int | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Result:
     """Rewrites a model where that makes it faster on the target, within the budget.
 
     `args` and `kwargs` are example inputs; what is priced is the model at their shapes. `target` is the name or path
-    of a profile, or "local". `skip` holds glob patterns of sites to leave alone. With `plan`, its rewrites are applied
-    and nothing is searched. Without `calibration`, decompositions see the weights alone and the output error is
-    measured on the example inputs.
+    of a profile, or "local". `skip` holds glob patterns of sites to leave alone. With `max_rank=4` no value inside the
+    graph has more than four axes, with `io_rank=4` its inputs and outputs have not either: [B, C, T, H, W] is taken as
+    [B, C·T, H, W]. With `plan`, its rewrites are applied and nothing is searched. Without `calibration`,
+    decompositions see the weights alone and the output error is measured on the example inputs.
 
     Raises:
         InputError: the model, inputs or options cannot be used.
@@ -121,6 +125,7 @@ def compile(  # the name that users look for
         VerificationError: a rewrite changed what the model computes.
     """
     options: dict[str, Any] = {"calibration": calibration, "passes": passes, "dtype": dtype, "batch": batch}
+    options |= {"max_rank": max_rank, "io_rank": io_rank}
     if plan is not None:
         return replay(model, args, kwargs, plan=plan, progress=progress, **options)
     prepared = prepare_model(model, args, kwargs, target=target, skip=skip, seed=seed, progress=progress, **options)
@@ -138,6 +143,8 @@ def prepare_model(
     skip: Sequence[str] = (),
     dtype: str | None = None,
     batch: int | None = None,
+    max_rank: int | None = None,
+    io_rank: int | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Prepared:
@@ -149,6 +156,8 @@ def prepare_model(
     with clock("trace"):
         model, args, kwargs, dtype = prepare(model, tuple(args), dict(kwargs or {}), dtype, batch)
         traced = trace(model, args, kwargs)
+    with clock("lower"):
+        traced = to_rank(traced, target.max_rank if max_rank is None else max_rank, io_rank, ROUNDING.get(dtype, 1e-5))
     target = target.for_batch(traced.dynamic_batch)
     reference = Reference.of(traced) if target.is_local else None
     keep, skipped = _keeper(traced.graph, skip)
@@ -213,11 +222,14 @@ def solve(prepared: Prepared, budget: Budget) -> Result:
         p.graph, p.pricing, choice.candidates, budget, p.skipped, p.canonical,
         overruled=measured.overruled if measured else None,
     )  # fmt: skip
+    check_rank(choice.graph, p.traced)
     rewrites = (*p.canonical, *choice.rewrites) if not (measured and measured.returned_original) else ()
     plan = Plan(
         target=p.target.name,
         dtype=p.context.dtype,
         batch=batch_size(p.traced.flat),
+        max_rank=p.traced.max_rank,
+        io_rank=p.traced.io_rank,
         fingerprint=fingerprint(p.traced.graph.gm),
         calibration=p.calibration.digest if p.calibration else None,
         seed=p.seed,
@@ -272,13 +284,16 @@ def replay(
     passes: Sequence[Pass] | None = None,
     dtype: str | None = None,
     batch: int | None = None,
+    max_rank: int | None = None,
+    io_rank: int | None = None,
     progress: Progress | None = None,
 ) -> Result:
     """Applies a plan's rewrites to the model that it was made for; nothing is priced or searched.
 
     Raises:
-        PlanError: the plan belongs to another model or other calibration data, or names a pass that is not installed.
+        PlanError: the plan belongs to another model, rank or calibration data, or names a pass that is not installed.
     """
+    plan.check_ranks(max_rank, io_rank)
     clock = Clock(progress or _silent)
     target = resolve_target(plan.target)
     transforms, problems = _passes(passes)
@@ -287,6 +302,8 @@ def replay(
     with clock("trace"):
         model, args, kwargs, dtype = prepare(model, tuple(args), dict(kwargs or {}), dtype or plan.dtype, batch)
         traced = trace(model, args, kwargs)
+    with clock("lower"):
+        traced = to_rank(traced, plan.max_rank, plan.io_rank, ROUNDING.get(dtype, 1e-5))
     plan.check_fits(fingerprint(traced.graph.gm), calibration.digest if calibration else None)
     batches = _batches(traced, calibration)
     context = Context(target.device, dtype)
@@ -301,6 +318,7 @@ def replay(
             context = Context(target.device, dtype, statistics.grams, statistics.token_counts)
         graph_after = rewritten(graph, plan.rewrites[count:], by_name, context)
         error = Evaluator(traced.graph, batches).error(graph_after)
+    check_rank(graph_after, traced)
     choice = Choice((), graph_after, error)
     if target.is_local:
         measured = Reference.of(traced).measure(graph_after)
@@ -352,6 +370,9 @@ def _batches(traced: Traced, calibration: CalibrationData | None) -> list[tuple[
     """Flat inputs to run the graph on: the calibration batches, or the example inputs alone."""
     if calibration is None:
         return [traced.flat]
+    if traced.io_rank is not None:
+        batches = tuple({name: folded_io(value) for name, value in batch.items()} for batch in calibration.batches)
+        calibration = replace(calibration, batches=batches)
     example = dict(zip(traced.input_names, traced.flat, strict=True))
     checked = calibration.check_against(example)
     size = batch_size(traced.flat)

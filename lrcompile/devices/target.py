@@ -19,6 +19,11 @@ class Target:
     model: CostModel
     is_local: bool = False
 
+    @property
+    def max_rank(self) -> int | None:
+        """The highest rank of tensors that the device holds, or None where there is no limit."""
+        return 4 if "rank5" in self.device.lacks else None
+
     def for_batch(self, dynamic: bool) -> Target:
         """The target for a model whose batch is open or fixed: the runtime fuses differently."""
         if not isinstance(self.model, LocalCostModel):

@@ -26,7 +26,7 @@ from lrcompile.emit.shapes import fold_shapes
 from lrcompile.emit.structure import keep_outputs
 from lrcompile.errors import InputError
 from lrcompile.frontend.archives import first_line
-from lrcompile.frontend.trace import export
+from lrcompile.frontend.trace import Traced, export
 from lrcompile.graph.graph import Graph
 
 OPSET = 20
@@ -62,6 +62,26 @@ def save(model: ir.Model, path: Path, external_data_bytes: int = EXTERNAL_DATA_B
     data = path.with_name(path.name + ".data")
     ir.save(model, path, external_data=data.name)
     return path, data
+
+
+def check_ranks(model: ir.Model, traced: Traced) -> None:
+    """Holds an ONNX graph to the ranks that the traced model promises: torch.onnx has its own forms of operators.
+
+    Raises:
+        InputError: a value has a higher rank.
+    """
+    if traced.max_rank is None:
+        return
+    ends = set() if traced.io_rank is not None else {*model.graph.inputs, *model.graph.outputs}
+    for value in _values(model.graph):
+        if value in ends or value.shape is None or len(value.shape) <= traced.max_rank:
+            continue
+        node = value.producer()
+        where = f"{node.op_type} ({node.name})" if node is not None else f"the weight {value.name}"
+        raise InputError(
+            f"{where} has rank {len(value.shape)} in ONNX, but at most {traced.max_rank} was asked for: torch.onnx "
+            "writes an operation of the model in this way; change it there, or compile without --max-rank"
+        )
 
 
 def weight_bytes(model: ir.Model) -> int:

@@ -186,13 +186,14 @@ def _install(moves: Sequence[tuple[Path, Path]], folder: Path) -> None:
 
 
 def _emit_onnx(path: Path, gm: fx.GraphModule, traced: Traced) -> tuple[Emitted, Sequence[Path]]:
-    from lrcompile.emit.onnx import lower, save
+    from lrcompile.emit.onnx import check_ranks, lower, save
     from lrcompile.emit.verify import onnx_error
 
     lowered = lower(
         gm, traced.args, traced.kwargs,
         input_names=traced.input_names, output_names=traced.output_names, dynamic_batch=traced.dynamic_batch,
     )  # fmt: skip
+    check_ranks(lowered.model, traced)
     written = save(lowered.model, path)
     limit = _limit(gm)
     checked = onnx_error(path, gm, traced.flat, lowered.input_names, dynamic_batch=lowered.dynamic_batch, limit=limit)

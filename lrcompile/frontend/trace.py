@@ -25,7 +25,8 @@ class Traced:
     """A lifted graph with the inputs it was traced on.
 
     `args` and `kwargs` are what the model's `forward` takes; `flat` are the same tensors in the order of
-    `input_names`, the graph's placeholders. `output_names` name the flat outputs.
+    `input_names`, the graph's placeholders. `output_names` name the flat outputs. `max_rank` is the highest rank that
+    values inside the graph may have, and `io_rank` that of its inputs and outputs, where there is a limit.
     """
 
     graph: Graph
@@ -36,6 +37,8 @@ class Traced:
     output_names: tuple[str, ...]
     dynamic_batch: bool
     notes: tuple[str, ...] = field(default=())
+    max_rank: int | None = None
+    io_rank: int | None = None
 
 
 def trace(

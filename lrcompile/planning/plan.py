@@ -21,6 +21,8 @@ class Plan:
 
     `fingerprint` is that of the traced graph with its weights; `calibration` is the digest of the calibration data,
     None where there were none; `options` holds the fields of every pass in use; `sites` is the decision table.
+    `max_rank` and `io_rank` limit the rank of values inside the graph and at its ends: the graph that is meant, and
+    that the fingerprint is of, is the lowered one.
     """
 
     target: str
@@ -33,6 +35,8 @@ class Plan:
     rewrites: tuple[Rewrite, ...]
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     sites: Sequence[Mapping[str, Any]] = ()
+    max_rank: int | None = None
+    io_rank: int | None = None
 
     def dumps(self) -> str:
         """The plan as JSON text; the same plan gives the same text."""
@@ -41,6 +45,8 @@ class Plan:
             "target": self.target,
             "dtype": self.dtype,
             "batch": self.batch,
+            "max_rank": self.max_rank,
+            "io_rank": self.io_rank,
             "fingerprint": self.fingerprint,
             "calibration": self.calibration,
             "seed": self.seed,
@@ -77,6 +83,8 @@ class Plan:
                 rewrites=tuple(Rewrite.from_json(item) for item in data["rewrites"]),
                 options={name: dict(options) for name, options in data["options"].items()},
                 sites=[dict(site) for site in data["sites"]],
+                max_rank=data.get("max_rank"),
+                io_rank=data.get("io_rank"),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise PlanError(
@@ -94,6 +102,19 @@ class Plan:
             return cls.loads(path.read_text(encoding="utf-8"), str(path))
         except (OSError, UnicodeDecodeError) as error:
             raise PlanError(f"cannot read plan {path}: {error}") from error
+
+    def check_ranks(self, max_rank: int | None, io_rank: int | None) -> None:
+        """Refuses limits that the plan was not made with; None asks for none.
+
+        Raises:
+            PlanError: the plan was made for another rank.
+        """
+        for option, asked, made in (("max-rank", max_rank, self.max_rank), ("io-rank", io_rank, self.io_rank)):
+            if asked is not None and asked != made:
+                raise PlanError(
+                    f"the plan was made with {f'--{option} {made}' if made else f'no --{option}'}, got --{option} "
+                    f"{asked}; leave the option out, or make a new plan"
+                )
 
     def check_fits(self, fingerprint: str, calibration: str | None) -> None:
         """Refuses a plan that was made for something else.

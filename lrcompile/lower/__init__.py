@@ -1,0 +1,1 @@
+"""Lowering of lifted graphs to what a device can hold."""
