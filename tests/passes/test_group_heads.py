@@ -205,6 +205,7 @@ def cases(draw: Any) -> tuple[Options, tuple[str, int, int], str, int]:
     return options, variant, draw(st.sampled_from(inits)), draw(st.integers(1, 3))
 
 
+@pytest.mark.slow
 @settings(max_examples=200, derandomize=True, deadline=None)
 @given(cases())
 def test_equal_heads_are_shared_exactly(case: tuple[Options, tuple[str, int, int], str, int]) -> None:

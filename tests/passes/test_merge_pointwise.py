@@ -81,6 +81,7 @@ def test_golden(transform: MergePointwise, acts: int) -> None:
         assert common.on_other_batch(whole, plain, (x,), (torch.randn(5, 64, 6, 6, dtype=torch.float64),)) < 1e-10
 
 
+@pytest.mark.slow
 @settings(max_examples=200, derandomize=True, deadline=None)
 @given(st.data())
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
