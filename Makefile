@@ -21,10 +21,10 @@ demo: $(READY)  ## compile a trained model for a V100 and for this machine, and 
 	$(BIN)/python tools/demo.py
 
 test: $(READY)  ## run the quick tests
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
 
 test-all: $(READY) data  ## run every test, slow ones and those on real data too
-	$(BIN)/python -m pytest -q -m ""
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -m ""
 
 lint: $(READY)  ## check style and types
 	$(BIN)/ruff check
