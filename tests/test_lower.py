@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -18,9 +18,17 @@ from lrcompile.graph.verify import relative_error
 from lrcompile.lower.rank4 import folded_io, rank_of, to_rank
 
 EXACT = 1e-10
-torch.set_num_threads(1)
 aten = torch.ops.aten
 quick = settings(max_examples=200, deadline=None, derandomize=True)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Volumes of a few elements: threads would wait for each other longer than they compute."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def lowered(traced: Traced, io_rank: int | None = None) -> Graph:

@@ -90,20 +90,21 @@ def to_rank(traced: Traced, max_rank: int | None, io_rank: int | None, limit: fl
     args, kwargs = pytree.tree_map(folded_io, (traced.args, traced.kwargs)) if fold_io else (traced.args, traced.kwargs)
     flat = tuple(map(folded_io, traced.flat)) if fold_io else traced.flat
     result = replace(
-        traced, graph=graph, args=args, kwargs=kwargs, flat=flat, max_rank=max_rank, io_rank=io_rank,
-        notes=(*traced.notes, *_notes(traced, fold_io)),
+        traced, graph=graph, args=args, kwargs=kwargs, flat=flat, max_rank=max_rank, io_rank=io_rank
     )  # fmt: skip
     check_rank(graph, result)
+    errors = []
     for batch in [traced.flat, *([other] if other is not traced.flat else [])]:
         inputs = [folded_io(value) for value in batch] if fold_io else batch
         expected = [folded_io(y) for y in run(traced.graph.gm, batch)] if fold_io else run(traced.graph.gm, batch)
         error = relative_error(expected, run(graph.gm, inputs))
+        errors.append(error)
         if not error <= limit:
             raise VerificationError(
                 f"the model lowered to rank 4 differs from the original by {error:.2e} (relative; at most {limit:.0e} "
                 f"expected) at batch size {batch_size(batch)}; this is a fault of lrcompile: leave out --max-rank"
             )
-    return result
+    return replace(result, notes=(*traced.notes, *_notes(traced, fold_io, max(errors))))
 
 
 def _ranks(graph: Graph, inside: bool) -> Iterator[tuple[fx.Node, int]]:
@@ -120,8 +121,11 @@ def _rank(value: Any) -> int:
     return max((leaf.dim() for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)), default=0)
 
 
-def _notes(traced: Traced, fold_io: bool) -> Iterator[str]:
-    yield "lowered to rank 4: latencies before and after are those of the lowered model"
+def _notes(traced: Traced, fold_io: bool, error: float) -> Iterator[str]:
+    yield (
+        f"lowered to rank 4, {error:.1e} from the original (relative): the latency before and all other errors are "
+        "against the lowered model"
+    )
     if not fold_io:
         return
     for name, value in zip(traced.input_names, traced.flat, strict=True):
