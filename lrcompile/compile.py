@@ -33,7 +33,7 @@ from lrcompile.lower.rank4 import check_rank, folded_io, to_rank
 from lrcompile.passes import Context, Pass, Stage
 from lrcompile.planning.budget import Budget
 from lrcompile.planning.calibration import collect
-from lrcompile.planning.canonicalize import ROUNDING, canonicalize, check_exact, check_finite
+from lrcompile.planning.canonicalize import canonicalize, check_exact, check_finite, rounding
 from lrcompile.planning.plan import Plan
 from lrcompile.planning.price import Pricing, price
 from lrcompile.planning.search import Choice, Problem, search
@@ -157,7 +157,7 @@ def prepare_model(
         model, args, kwargs, dtype = prepare(model, tuple(args), dict(kwargs or {}), dtype, batch)
         traced = trace(model, args, kwargs)
     with clock("lower"):
-        traced = to_rank(traced, target.max_rank if max_rank is None else max_rank, io_rank, ROUNDING.get(dtype, 1e-5))
+        traced = to_rank(traced, target.max_rank if max_rank is None else max_rank, io_rank, rounding(dtype))
     target = target.for_batch(traced.dynamic_batch)
     reference = Reference.of(traced) if target.is_local else None
     keep, skipped = _keeper(traced.graph, skip)
@@ -303,7 +303,7 @@ def replay(
         model, args, kwargs, dtype = prepare(model, tuple(args), dict(kwargs or {}), dtype or plan.dtype, batch)
         traced = trace(model, args, kwargs)
     with clock("lower"):
-        traced = to_rank(traced, plan.max_rank, plan.io_rank, ROUNDING.get(dtype, 1e-5))
+        traced = to_rank(traced, plan.max_rank, plan.io_rank, rounding(dtype))
     plan.check_fits(fingerprint(traced.graph.gm), calibration.digest if calibration else None)
     batches = _batches(traced, calibration)
     context = Context(target.device, dtype)

@@ -127,16 +127,17 @@ def _page(rows: Iterable[Row]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     lines += [
-        f"| {r.name} | {r.sites} | {_counts(r.exact)} | {r.exact_error:.1e} | {r.half_size} | {_counts(r.half)} "
+        f"| {r.name} | {r.sites} | {counts(r.exact)} | {r.exact_error:.1e} | {r.half_size} | {counts(r.half)} "
         f"| {r.half_stated:.4f} | {r.half_onnx:.4f} |"
         for r in rows
     ]
     lines += ["", "## What was refused, and why", "", "| model | refusals |", "|---|---|"]
-    lines += [f"| {r.name} | {_counts(r.refused, '; ')} |" for r in rows]
+    lines += [f"| {r.name} | {counts(r.refused, '; ')} |" for r in rows]
     return "\n".join(lines) + "\n"
 
 
-def _counts(counter: Counter[str], separator: str = ", ") -> str:
+def counts(counter: Counter[str], separator: str = ", ") -> str:
+    """What was counted, and how often each."""
     return separator.join(f"{name} ×{count}" for name, count in sorted(counter.items())) or "none"
 
 

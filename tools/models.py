@@ -161,6 +161,13 @@ def _normalised(image: np.ndarray) -> Tensor:
 # ------------------------------------------------------------------------------------------------------- archives
 
 
+def trained(name: str, batch: int = 8, seq: int = 128, samples: int = 64) -> tuple[Example, tuple[Tensor, ...]]:
+    """(model with an example batch, real data to calibrate it with); `seq` counts the tokens of a sentence."""
+    if name == "minilm":
+        return minilm(seq, batch), tokenise(movie_sentences()[0][:samples], seq)
+    return efficientnet_lite0(batch), (calibration_images(samples),)
+
+
 def save_archive(model: nn.Module, args: tuple[Tensor, ...], path: Path) -> None:
     """Writes a torch.export archive whose batch is open, with `args` as its example inputs."""
     open_batch = tuple({0: torch.export.Dim("batch")} for _ in args)
@@ -190,14 +197,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.batch < 2 or options.samples < 1:
         parser.error("--batch must be at least 2 (a batch of 1 would be fixed) and --samples at least 1")
-    calibration: tuple[Tensor, ...]
     try:
-        if options.model == "minilm":
-            model, args = minilm(options.seq, options.batch)
-            calibration = tokenise(movie_sentences()[0][: options.samples], options.seq)
-        else:
-            model, args = efficientnet_lite0(options.batch)
-            calibration = (calibration_images(options.samples),)
+        (model, args), calibration = trained(options.model, options.batch, options.seq, options.samples)
     except DataMissing as problem:
         print(f"models: {problem}", file=sys.stderr)
         return 1

@@ -15,7 +15,7 @@ import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,15 +31,10 @@ from lrcompile.devices.measure import cpu_name, usable_cores
 from lrcompile.emit.onnx import quiet
 from lrcompile.frontend.trace import Traced, export
 from tools import models
+from tools.architectures import counts
 
 LIMIT = 1.02
-REAL: dict[str, tuple[Callable[[], tuple[nn.Module, tuple[Any, ...]]], Callable[[], tuple[torch.Tensor, ...]]]] = {
-    "MiniLM-L6": (
-        models.minilm,
-        lambda: models.tokenise(models.movie_sentences()[0][:64]),
-    ),
-    "EfficientNet-Lite0": (models.efficientnet_lite0, lambda: (models.calibration_images(64),)),
-}
+TRAINED = {"MiniLM-L6": "minilm", "EfficientNet-Lite0": "efficientnet-lite0"}
 
 
 @dataclass(frozen=True)
@@ -64,10 +59,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from panel import PANEL
 
     rows = []
-    for name in options.names or [*REAL, *PANEL]:
-        if name in REAL:
-            model, args = REAL[name][0]()
-            rows.append(examine(name, model, args, {}, options.seconds, REAL[name][1]()))
+    for name in options.names or [*TRAINED, *PANEL]:
+        if name in TRAINED:
+            (model, args), data = models.trained(TRAINED[name])
+            rows.append(examine(name, model, args, {}, options.seconds, data))
         else:
             model, args, kwargs = PANEL[name]()
             rows.append(examine(name, model, args, kwargs, options.seconds))
@@ -125,7 +120,7 @@ def _line(row: Row) -> str:
     busy = " (noisy)" if r.noisy else ""
     return (
         f"{row.name:22} {r.ratio:.3f}× the time [{r.ratio_low:.3f}, {r.ratio_high:.3f}]{busy}  error {row.error:.4f}  "
-        f"{_counts(row.rewrites)}  compiled in {row.compile_s:.0f} s  {row.remark}"
+        f"{counts(row.rewrites)}  compiled in {row.compile_s:.0f} s  {row.remark}"
     )
 
 
@@ -146,14 +141,10 @@ def _page(rows: Iterable[Row], seconds: float) -> str:
     ]
     lines += [
         f"| {r.name} | {r.result.ratio:.3f} | {r.result.ratio_low:.3f}–{r.result.ratio_high:.3f} "
-        f"| {r.result.median_a_s * 1e3:.3g} | {r.error:.4f} | {_counts(r.rewrites)} |"
+        f"| {r.result.median_a_s * 1e3:.3g} | {r.error:.4f} | {counts(r.rewrites)} |"
         for r in rows
     ]
     return "\n".join(lines) + "\n"
-
-
-def _counts(counter: Counter[str]) -> str:
-    return ", ".join(f"{name} ×{count}" for name, count in sorted(counter.items())) or "none"
 
 
 if __name__ == "__main__":

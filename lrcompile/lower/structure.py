@@ -140,7 +140,7 @@ def last_two(lower: Lowering, node: fx.Node) -> Value:
 def movedim(lower: Lowering, node: fx.Node) -> Value:
     """movedim: some axes go to given places, the others keep their order."""
     value = lower.value(node.args[0])
-    sources, targets = (_listed(argument(node, name)) for name in ("source", "destination"))
+    sources, targets = (listed(argument(node, name)) for name in ("source", "destination"))
     places = dict(zip([t % value.rank for t in targets], [s % value.rank for s in sources], strict=True))
     rest = iter(axis for axis in range(value.rank) if axis not in places.values())
     return _permuted(lower, node, value, [places[i] if i in places else next(rest) for i in range(value.rank)])
@@ -150,7 +150,8 @@ def _permuted(lower: Lowering, node: fx.Node, value: Folded, dims: Sequence[int]
     return lower.settled(value).renamed(lower.sizes(node), {old: new for new, old in enumerate(dims)})
 
 
-def _listed(value: Any) -> list[int]:
+def listed(value: Any) -> list[Any]:
+    """An argument that may be one value or several, as several."""
     return list(value) if isinstance(value, list | tuple) else [value]
 
 

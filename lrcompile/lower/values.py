@@ -22,7 +22,7 @@ from lrcompile.lower.folded import (
     identity,
     merged,
 )
-from lrcompile.lower.structure import Rule, argument, expanded, padded_rank, regrouped
+from lrcompile.lower.structure import Rule, argument, expanded, listed, padded_rank, regrouped
 
 
 def pointwise(lower: Lowering, node: fx.Node) -> Value:
@@ -91,7 +91,7 @@ def reduction(lower: Lowering, node: fx.Node) -> Value:
     dims = argument(node, "dim") if "dim" in names else None
     if dims is None and node.target in (aten.argmax.default, aten.argmin.default):
         raise CannotLowerError("it counts positions of the flattened value")
-    axes = list(range(value.rank)) if dims is None or dims == [] else [d % value.rank for d in _listed(dims)]
+    axes = list(range(value.rank)) if dims is None or dims == [] else [d % value.rank for d in listed(dims)]
     value, at = reducible(lower, value, axes)
     given = [name for i, name in enumerate(names) if i < len(node.args) or name in node.kwargs]
     options = {name: argument(node, name) for name in given[1:] if name not in ("dim", "keepdim")}
@@ -122,10 +122,6 @@ def shortened(lower: Lowering, value: Folded, node: fx.Node, axes: Sequence[int]
     held = tuple(ONE if axis in axes else size for axis, size in enumerate(value.sizes))
     result = Folded(node, held, value.groups)
     return result if len(sizes) == len(held) else regrouped(lower, result, sizes)
-
-
-def _listed(value: Any) -> list[int]:
-    return list(value) if isinstance(value, list | tuple) else [value]
 
 
 def channels_second(lower: Lowering, value: Folded) -> Folded:

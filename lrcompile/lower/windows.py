@@ -9,7 +9,7 @@ from torch import fx
 
 from lrcompile.graph.graph import aten
 from lrcompile.lower.folded import FRAMES, ONE, CannotLowerError, Folded, Lowering, Size, Sizes, Value
-from lrcompile.lower.structure import Rule, argument, concatenated
+from lrcompile.lower.structure import Rule, argument, concatenated, listed
 from lrcompile.lower.values import reducible
 from lrcompile.lower.volumes import finished, unbatched
 
@@ -19,7 +19,7 @@ ROUNDED = 1e-6  # of a position: what is left of a scale factor that was compute
 def _triple(value: Any, default: Any = None) -> list[Any]:
     if value is None or (isinstance(value, list | tuple) and not value):
         value = default
-    values = list(value) if isinstance(value, list | tuple) else [value]
+    values = listed(value)
     return values * 3 if len(values) == 1 else values
 
 

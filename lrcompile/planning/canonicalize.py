@@ -46,6 +46,11 @@ def canonicalize(
     return result, tuple(applied), tuple(refusals)
 
 
+def rounding(dtype: str) -> float:
+    """The relative output error that exact rewrites may show in a precision."""
+    return ROUNDING.get(dtype, ROUNDING["fp32"])
+
+
 def check_exact(
     graph: Graph,
     rewrites: Sequence[Rewrite],
@@ -59,7 +64,7 @@ def check_exact(
     Raises:
         VerificationError: a rewrite that promised equality changed the output.
     """
-    limit = ROUNDING.get(context.dtype, 1e-5)
+    limit = rounding(context.dtype)
     if error <= limit:
         return
     culprit = _first_beyond(limit, graph, rewrites, passes, context, evaluator)

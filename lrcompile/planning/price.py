@@ -57,7 +57,7 @@ class Candidate:
         """Probability that the rewrite is truly faster on the device."""
         return self.gain.p_positive
 
-    @property
+    @cached_property
     def family(self) -> Family:
         """What is lossy in it, apart from numbers such as ranks; within a family errors can be compared."""
         return tuple(
@@ -199,19 +199,18 @@ class _Trials:
             return
         whole, fastest = chain, max(0.0, _gain_s(alone))
         while True:
-            best: tuple[Rewrite, ...] | None = None
+            best: tuple[tuple[Rewrite, ...], Graph, list[fx.Node], Priced] | None = None
             for follow in self.follows(region, whole, after, created, fuse):
-                fused, fused_touched, _ = self.applied(region, (*whole, follow))
+                further = (*whole, follow)
+                fused, fused_touched, fused_created = self.applied(region, further)
                 costs = self.compared(region, fused)
                 if _gain_s(costs) > _gain_s(alone) and _gain_s(costs) > 0:
-                    yield tuple(map(region.unspoken, (*whole[len(chain) :], follow))), costs, fused_touched
+                    yield tuple(map(region.unspoken, further[len(chain) :])), costs, fused_touched
                 if _gain_s(costs) > fastest:
-                    best, fastest = (*whole, follow), _gain_s(costs)
+                    best, fastest = (further, fused, fused_created, costs), _gain_s(costs)
             if best is None:
                 return
-            whole = best
-            after, _, created = self.applied(region, whole)
-            alone = self.compared(region, after)
+            whole, after, created, alone = best
 
     def follows(
         self, region: _Region, chain: tuple[Rewrite, ...], after: Graph, created: list[fx.Node], fuse: Sequence[Pass]

@@ -134,7 +134,7 @@ def model_errors(
     own error is nearest to `PROBE_ERROR`. The others follow from it in proportion to their own error. Exact
     candidates have none.
     """
-    wanted = list(dict.fromkeys(c.family for c in candidates if c.error > 0))
+    wanted = dict.fromkeys(c.family for c in candidates if c.error > 0)  # a set in order
     probes: dict[Family, Candidate] = {}
     for rival in rivals:
         if rival.family not in wanted or not rival.error > 0:

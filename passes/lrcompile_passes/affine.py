@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 
 from lrcompile.graph.graph import Graph, Site
 from lrcompile.passes import Context
-from lrcompile_passes.layers import CONVS, TRANSPOSED_CONVS, cannot_rebuild, geometry, is_pointwise, with_weight
+from lrcompile_passes.layers import CONVS, TRANSPOSED_CONVS, cannot_rebuild, is_pointwise, pads, with_weight
 
 LAYERS = (nn.Linear, *CONVS, *TRANSPOSED_CONVS)
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -141,12 +141,12 @@ def _cannot_shift(module: Any) -> str | None:
     """Why a shift of the input is not a shift of the output."""
     if isinstance(module, nn.Linear):
         return None
-    padding = geometry(module)["padding"]
-    pads = isinstance(padding, str) or any(padding if isinstance(padding, tuple) else (padding,))
     if isinstance(module, TRANSPOSED_CONVS):
-        plain = is_pointwise(module) and not pads and set(module.stride) == {1} and not any(module.output_padding)
+        plain = (
+            is_pointwise(module) and not pads(module) and set(module.stride) == {1} and not any(module.output_padding)
+        )
         return None if plain else "a transposed convolution spreads the shift unevenly"
-    if pads and module.padding_mode == "zeros":
+    if pads(module) and module.padding_mode == "zeros":
         return "the shift does not reach the zeros that it pads"
     return None
 

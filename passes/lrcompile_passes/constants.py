@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from lrcompile.graph.graph import Graph, aten, attribute, dtype, shape
 from lrcompile.passes import Context
 from lrcompile_passes.affine import Affine
+from lrcompile_passes.fold_layout import COPIES, RESHAPES
 
 Number = int | float
 
@@ -93,14 +94,11 @@ _STEPS: dict[Any, Any] = {
     aten.neg.default: lambda a: Step(a, scale=-1),
 }
 
-RESHAPES = {
-    aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints, aten.unsqueeze.default,
-    aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default, aten.unflatten.int, aten.transpose.int,
-    aten.permute.default, aten.t.default, aten.mT.default, aten.contiguous.default, aten.clone.default,
-    aten.expand.default,
+MOVES = {
+    *RESHAPES, *COPIES, aten.transpose.int, aten.permute.default, aten.t.default, aten.mT.default, aten.expand.default,
 }  # fmt: skip
 _OF_CONSTANTS = {
-    *RESHAPES, *_STEPS, aten.exp.default, aten.sigmoid.default, aten.tanh.default, aten.softplus.default,
+    *MOVES, *_STEPS, aten.exp.default, aten.sigmoid.default, aten.tanh.default, aten.softplus.default,
     aten.abs.default, aten.sqrt.default, aten.rsqrt.default, aten.reciprocal.default, aten.to.dtype,
 }  # fmt: skip
 

@@ -29,7 +29,7 @@ from lrcompile_passes.affine import (
     rebuilt,
     rounds_again,
 )
-from lrcompile_passes.constants import RESHAPES, Step, is_constant, needed, read, step_of
+from lrcompile_passes.constants import MOVES, Step, is_constant, needed, read, step_of
 from lrcompile_passes.layers import cannot_rebuild
 
 
@@ -42,15 +42,15 @@ class FoldAffine(Pass):
     def propose(self, graph: Graph, context: Context) -> Iterator[Rewrite | Refusal]:
         """One rewrite a step, into the layer before it if that may be; chains of steps in order."""
         owner_map = owners(graph)
-        taken: set[fx.Node] = set()
+        taken: set[str] = set()
         for site in graph.modules_of(*LAYERS):
             for found in _after(graph, site, owner_map, context):
                 yield found
                 if isinstance(found, Rewrite):
-                    taken.update(node for node in graph.nodes if node.name in found.site[1:])
+                    taken.update(found.site[1:])
         sites = graph.sites()
         for node in list(graph.nodes):
-            if node not in taken and readers(graph, node, sites):
+            if node.name not in taken and readers(graph, node, sites):
                 yield from _before(graph, node, sites, owner_map, taken, context)
 
     def apply(self, rewriter: Rewriter, rewrite: Rewrite) -> None:
@@ -90,7 +90,7 @@ def _after(
     while True:
         users = [list(end.users) for end in ends]
         if not any(step_of(user) for several in users for user in several):
-            if any(len(several) != 1 or several[0].target not in RESHAPES for several in users):
+            if any(len(several) != 1 or several[0].target not in MOVES for several in users):
                 return
             ends, reshaped = [several[0] for several in users], True
             if len(set(ends)) < len(users) or any(is_constant(end) for end in ends):
@@ -173,14 +173,14 @@ def _before(
     node: fx.Node,
     sites: Mapping[str, Site],
     owner_map: Mapping[int, frozenset[str]],
-    taken: set[fx.Node],
+    taken: set[str],
     context: Context,
 ) -> Iterator[Rewrite | Refusal]:
     """The steps right before the layers that read a value, the last first."""
     found = readers(graph, node, sites)
     modules: list[Any] = [site.module for site in found]
     end, gain = node, torch.ones(1, dtype=torch.float64)  # of all steps up to the layers: what a shift grows to
-    while end not in taken:
+    while end.name not in taken:
         step = step_of(end)
         if step is None:
             return

@@ -63,6 +63,12 @@ def geometry(module: Any) -> dict[str, Any]:
     return {**options, "output_padding": module.output_padding} if isinstance(module, TRANSPOSED_CONVS) else options
 
 
+def pads(module: Any) -> bool:
+    """Whether a convolution sees more than its input: whether anything is put around it."""
+    padding = geometry(module)["padding"]
+    return isinstance(padding, str) or any(padding if isinstance(padding, tuple) else (padding,))
+
+
 def is_pointwise(module: Any) -> bool:
     """Whether a convolution looks at one position at a time."""
     return all(size == 1 for size in module.kernel_size)

@@ -13,7 +13,6 @@ from functools import partial
 from math import ceil, prod
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lrcompile.graph.graph import Graph, Site, owners, shape
@@ -178,10 +177,7 @@ def _spatial(site: Site, context: Context) -> Spectrum:
         out, into, high, wide = kernel.shape
         return kernel.permute(0, 3, 1, 2).reshape(out * wide, into * high)
 
-    gram = context.input_gram(site, 1)
-    high = site.module.kernel_size[0]  # type: ignore[index]
-    window = None if gram is None else torch.kron(gram, torch.eye(high, dtype=gram.dtype))  # type: ignore[arg-type]
-    return context.svd(site, "spatial", matrix, window)
+    return context.svd(site, "spatial", matrix, context.input_gram(site, 1))
 
 
 def _pointwise_chain(site: Site, context: Context, params: Any) -> list[nn.Module]:

@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 from lrcompile.graph.graph import Graph, Site, aten, owners
 from lrcompile.graph.rewrite import Refusal, Rewrite, Rewriter
 from lrcompile.passes import Context, Pass, Stage
-from lrcompile_passes.layers import CONVS, cannot_rebuild, conv, geometry, is_pointwise, joint_path
+from lrcompile_passes.layers import CONVS, cannot_rebuild, conv, geometry, is_pointwise, joint_path, pads
 from lrcompile_passes.low_rank_conv import Sizes, cannot_split, tucker_ranks
 
 ACTIVATIONS = {
@@ -149,9 +149,7 @@ def _pointwise(graph: Graph, node: Any, sites: Mapping[str, Site], like: Site) -
     module: Any = graph.module(node) if isinstance(node, fx.Node) else None
     if not isinstance(module, CONVS) or not is_pointwise(module) or not isinstance(module, type(like.module)):
         return None
-    padding = geometry(module)["padding"]
-    pads = isinstance(padding, str) or any(padding if isinstance(padding, tuple) else (padding,))
-    return None if pads else sites[str(node.target)]
+    return None if pads(module) else sites[str(node.target)]
 
 
 def _chain(place: _Place, context: Context, rank_out: int, rank_in: int, moves: bool) -> list[nn.Module]:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from hypothesis import strategies as st
+from lrcompile_passes.layers import CONVS, TRANSPOSED_CONVS
 from torch import Tensor, fx, nn
 
 from lrcompile.devices.device import load_device
@@ -17,6 +19,34 @@ from lrcompile.passes import Context, Pass, apply, proposals
 from lrcompile.planning.calibration import collect
 
 V100 = load_device("v100")
+
+
+class Tied(nn.Module):
+    """Two layers with an activation between them, that share one weight."""
+
+    def __init__(self, down: nn.Module, up: nn.Module) -> None:
+        super().__init__()
+        self.down, self.up = down, up
+        self.up.weight = self.down.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(torch.relu(self.down(x)))
+
+
+def drawn_conv(draw: Any, axes: int, into: int, out: int, groups: int) -> Any:
+    """A convolution, transposed or not, with any options that hypothesis draws."""
+    options: dict[str, Any] = {
+        "stride": draw(st.integers(1, 2)), "padding": draw(st.integers(0, 1)), "dilation": draw(st.integers(1, 2)),
+        "groups": groups, "bias": draw(st.booleans()),
+    }  # fmt: skip
+    kernel = draw(st.integers(1, 3))
+    if draw(st.booleans()):
+        options["output_padding"] = draw(st.integers(0, options["stride"] - 1))
+        return TRANSPOSED_CONVS[axes - 1](into, out, kernel, **options)
+    mode = draw(st.sampled_from(["zeros", "reflect", "replicate", "circular"]))
+    if draw(st.booleans()):
+        options |= {"padding": "same", "stride": 1}
+    return CONVS[axes - 1](into, out, kernel, padding_mode=mode, **options)
 
 
 class _Leaves(fx.Tracer):

@@ -188,14 +188,7 @@ def test_refusals() -> None:
 
 
 def test_tied_weight() -> None:
-    class Tied(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.down, self.up = nn.Conv1d(32, 32, 3, padding=1), nn.ConvTranspose1d(32, 32, 3, padding=1)
-            self.up.weight = self.down.weight
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.up(torch.relu(self.down(x)))
-
-    graph = common.drawn(Tied(), torch.randn(1, 32, 8))
+    graph = common.drawn(
+        common.Tied(nn.Conv1d(32, 32, 3, padding=1), nn.ConvTranspose1d(32, 32, 3, padding=1)), torch.randn(1, 32, 8)
+    )
     assert common.refusals(graph, PASS) == {"down": "weight tied with up", "up": "weight tied with down"}

@@ -8,7 +8,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lrcompile_passes import FoldAffine
-from lrcompile_passes.layers import CONVS, TRANSPOSED_CONVS
 from torch import Tensor, nn
 
 from lrcompile.graph.graph import Graph, fingerprint
@@ -131,20 +130,7 @@ def layers(draw: Any) -> tuple[Any, int, int, list[int]]:
         return nn.Linear(into, out, draw(st.booleans())), into, out, size
     axes, groups = draw(st.integers(1, 3)), draw(st.integers(1, 3))
     into, out = groups * draw(st.integers(1, 2)), groups * draw(st.integers(1, 2))
-    options: dict[str, Any] = {
-        "stride": draw(st.integers(1, 2)), "padding": draw(st.integers(0, 1)), "dilation": draw(st.integers(1, 2)),
-        "groups": groups, "bias": draw(st.booleans()),
-    }  # fmt: skip
-    kernel = draw(st.integers(1, 3))
-    if draw(st.booleans()):
-        options["output_padding"] = draw(st.integers(0, options["stride"] - 1))
-        layer: Any = TRANSPOSED_CONVS[axes - 1](into, out, kernel, **options)
-    else:
-        mode = draw(st.sampled_from(["zeros", "reflect", "replicate", "circular"]))
-        if draw(st.booleans()):
-            options |= {"padding": "same", "stride": 1}
-        layer = CONVS[axes - 1](into, out, kernel, padding_mode=mode, **options)
-    return layer, into, out, [2, into, *[7] * axes]
+    return common.drawn_conv(draw, axes, into, out, groups), into, out, [2, into, *[7] * axes]
 
 
 @settings(max_examples=250, derandomize=True, deadline=None)

@@ -91,19 +91,7 @@ def folds(draw: Any) -> tuple[nn.Module, int]:
     axes = draw(st.integers(1, 3))
     groups = draw(st.integers(1, 3))
     into, out = groups * draw(st.integers(1, 3)), groups * draw(st.integers(1, 3))
-    options: dict[str, Any] = {
-        "stride": draw(st.integers(1, 2)), "padding": draw(st.integers(0, 1)), "dilation": draw(st.integers(1, 2)),
-        "groups": groups, "bias": draw(st.booleans()),
-    }  # fmt: skip
-    kernel = draw(st.integers(1, 3))
-    if draw(st.booleans()):
-        options["output_padding"] = draw(st.integers(0, options["stride"] - 1))
-        conv: Any = TRANSPOSED_CONVS[axes - 1](into, out, kernel, **options)
-    else:
-        mode = draw(st.sampled_from(["zeros", "reflect", "replicate", "circular"]))
-        if draw(st.booleans()):
-            options |= {"padding": "same", "stride": 1}
-        conv = CONVS[axes - 1](into, out, kernel, padding_mode=mode, **options)
+    conv = common.drawn_conv(draw, axes, into, out, groups)
     return nn.Sequential(
         conv, NORMS[axes - 1](out, affine=draw(st.booleans()), eps=draw(st.sampled_from([1e-5, 0.1])))
     ), axes
