@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from lrcompile.graph.graph import submodule
 from lrcompile.graph.op import AttentionShape, ConvShape, Kind, OpDesc, RecurrentShape, conv_op, gemm_op
 
 aten = torch.ops.aten
@@ -35,7 +36,7 @@ def describe(gm: fx.GraphModule, node: fx.Node) -> OpDesc:
     An operator that is not known is described as elementwise over what it reads and writes.
     """
     if node.op == "call_module":
-        return _describe_module(gm.get_submodule(node.target), node)  # type: ignore[arg-type]
+        return _describe_module(submodule(gm, node.target), node)
     if node.op != "call_function":
         return _plain("view", node, 0.0)
     if node.target is operator.getitem or not isinstance(node.target, torch._ops.OpOverload):
@@ -59,7 +60,7 @@ def _is_repeated(source: Any) -> bool:
 
 def _describe_module(module: nn.Module, node: fx.Node) -> OpDesc:
     x, y, label = _value(node.args[0]), _value(node), type(module).__name__
-    weight_bytes = float(sum(p.numel() * p.element_size() for p in module.parameters()))
+    weight_bytes = float(sum(map(_bytes, module.parameters() if module._modules else module._parameters.values())))
     match module:
         case nn.Linear():
             rows = x.numel() // max(1, x.shape[-1])

@@ -130,7 +130,7 @@ class Rewriter:
     def call_module(self, path: str, *args: Any, before: fx.Node) -> fx.Node:
         """Inserts a call of the module at `path` before a node; returns the new node with its shape."""
         with self.graph.gm.graph.inserting_before(before):
-            node = self.graph.gm.graph.call_module(path, args)
+            node = self.graph.gm.graph.create_node("call_module", path, args)
         return self._finish(node)
 
     def call_function(self, target: Any, *args: Any, before: fx.Node, **kwargs: Any) -> fx.Node:

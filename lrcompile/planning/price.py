@@ -21,7 +21,7 @@ from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.utils import _pytree as pytree
 
 from lrcompile.devices.cost import Cost, CostModel
-from lrcompile.graph.graph import Graph, attribute, owners, share, tied_with, unique_tensors
+from lrcompile.graph.graph import Graph, attribute, owners, share, submodule, tied_with
 from lrcompile.graph.rewrite import Refusal, Rewrite, set_module
 from lrcompile.passes import Context, Pass, ShapesOnly, Stage, apply, proposals
 
@@ -84,6 +84,15 @@ class Pricing:
 Progress = Callable[[str, int, int], None]
 Priced = tuple[Cost, Cost, float]
 _Outcome = tuple[tuple[Rewrite, ...], Priced, tuple[int, ...]]  # what follows, price, positions of nodes taken up
+
+
+@dataclass(frozen=True, eq=False)
+class _Trial:
+    """A rewritten copy of a region: the names of all nodes that went or changed, and of the new ones still there."""
+
+    graph: Graph
+    touched: frozenset[str] = frozenset()
+    created: frozenset[str] = frozenset()
 
 
 def price(
@@ -192,34 +201,35 @@ class _Trials:
 
         The fastest of these is followed in the same way: a split in three can be merged on both sides.
         """
-        after, touched, created = self.applied(region, chain)
-        alone = self.compared(region, after)
-        yield (), alone, touched
+        trial = self.applied(_Trial(region.graph), chain)
+        alone = self.compared(region, trial.graph)
+        yield (), alone, region.positions(trial.touched)
         if len(chain) == 1 and self.passes[chain[0].pass_name].stage is Stage.FUSE:
             return
         whole, fastest = chain, max(0.0, _gain_s(alone))
         while True:
-            best: tuple[tuple[Rewrite, ...], Graph, list[fx.Node], Priced] | None = None
-            for follow in self.follows(region, whole, after, created, fuse):
+            best: tuple[tuple[Rewrite, ...], _Trial, Priced] | None = None
+            for follow in self.follows(region, whole, trial, fuse):
                 further = (*whole, follow)
-                fused, fused_touched, fused_created = self.applied(region, further)
-                costs = self.compared(region, fused)
+                fused = self.applied(trial, [follow])
+                costs = self.compared(region, fused.graph)
                 if _gain_s(costs) > _gain_s(alone) and _gain_s(costs) > 0:
-                    yield tuple(map(region.unspoken, further[len(chain) :])), costs, fused_touched
+                    touched = region.positions(fused.touched)
+                    yield tuple(map(region.unspoken, further[len(chain) :])), costs, touched
                 if _gain_s(costs) > fastest:
-                    best, fastest = (further, fused, fused_created, costs), _gain_s(costs)
+                    best, fastest = (further, fused, costs), _gain_s(costs)
             if best is None:
                 return
-            whole, after, created, alone = best
+            whole, trial, alone = best
 
     def follows(
-        self, region: _Region, chain: tuple[Rewrite, ...], after: Graph, created: list[fx.Node], fuse: Sequence[Pass]
+        self, region: _Region, chain: tuple[Rewrite, ...], trial: _Trial, fuse: Sequence[Pass]
     ) -> Iterator[Rewrite]:
         """The FUSE rewrites of what a chain made, together with sites around it."""
-        made = {node.target for node in created if node.op == "call_module"}
+        made = _modules_made(trial)
         split = [rewrite for rewrite in chain if self.passes[rewrite.pass_name].stage is not Stage.FUSE]
         for transform in fuse:
-            for follow in list(proposals(after, transform, self.trial_context)):
+            for follow in list(proposals(trial.graph, transform, self.trial_context)):
                 if isinstance(follow, Refusal) or not made & set(follow.site):
                     continue
                 if not all(site in made or site in region.open for site in follow.site):
@@ -242,19 +252,17 @@ class _Trials:
                 if isinstance(follow, Rewrite) and made & set(follow.site):
                     yield (*chain, follow)
 
-    def applied(self, region: _Region, chain: Iterable[Rewrite]) -> tuple[Graph, tuple[int, ...], list[fx.Node]]:
-        """(rewritten copy, positions of the nodes that went or changed, new nodes)."""
-        after = region.copy()
-        created: list[fx.Node] = []
-        touched: set[str] = set()
-        for rewrite in chain:
+    def applied(self, start: _Trial, rewrites: Iterable[Rewrite]) -> _Trial:
+        """A copy of a trial with more rewrites applied."""
+        graph = _copied(start.graph)
+        touched, created = set(start.touched), set(start.created)
+        for rewrite in rewrites:
             with torch.device("meta"):
-                rewriter = apply(after, self.passes[rewrite.pass_name], rewrite, self.trial_context)
-            created += rewriter.created
-            touched |= {node.name for node in rewriter.created} | set(rewriter.erased)
-        alive = set(after.nodes)
-        positions = tuple(i for i, name in enumerate(region.names) if name in touched)
-        return after, positions, [node for node in created if node in alive]
+                rewriter = apply(graph, self.passes[rewrite.pass_name], rewrite, self.trial_context)
+            new = {node.name for node in rewriter.created}
+            touched |= new | set(rewriter.erased)
+            created |= new
+        return _Trial(graph, frozenset(touched), frozenset(created & {node.name for node in graph.nodes}))
 
     def compared(self, region: _Region, after: Graph) -> Priced:
         """(cost before, cost after, bytes saved); pairs of the same structure are priced once."""
@@ -341,13 +349,9 @@ class _Region:
         self.structure = _structure(graph)
         self.key = f"{self.structure}\n{[i for i, path in enumerate(self.paths) if path in open_sites]}"
 
-    def copy(self) -> Graph:
-        """A graph that can be edited on its own; its code is not generated, since it is never run."""
-        new, env = fx.Graph(), dict[fx.Node, fx.Node]()
-        new.output(new.graph_copy(self.graph.gm.graph, env))
-        for old, copied in env.items():
-            copied.meta = dict(old.meta)
-        return _unrun(share(self.graph.gm), new, self.graph.fake_mode)
+    def positions(self, names: Iterable[str]) -> tuple[int, ...]:
+        """The region's nodes of these names, as positions."""
+        return tuple(i for i, name in enumerate(self.names) if name in names)
 
     def unspoken(self, rewrite: Rewrite) -> Rewrite:
         """The rewrite with the region's paths replaced by their positions, also at the start of a longer path."""
@@ -406,7 +410,7 @@ def extract(
     for node in ordered:
         copied(node, new.node_copy(node, lambda n: env[n]))
         if node.op == "call_module":
-            set_module(root, node.target, convert(graph.gm.get_submodule(node.target)))  # type: ignore[arg-type]
+            set_module(root, node.target, convert(submodule(graph.gm, node.target)))  # type: ignore[arg-type]
     inside = set(ordered)
     new.output(tuple(env[node] for node in ordered if any(user not in inside for user in node.users)))
     return _unrun(root, new, mode or graph.fake_mode)
@@ -416,9 +420,28 @@ def _gain_s(priced: Priced) -> float:
     return priced[0].latency_s - priced[1].latency_s
 
 
+def _copied(graph: Graph) -> Graph:
+    """A graph that can be edited on its own, nodes under the same names; its code is not generated: it is never run."""
+    new, env = fx.Graph(), dict[fx.Node, fx.Node]()
+    new.output(new.graph_copy(graph.gm.graph, env))
+    for old, copied in env.items():
+        copied.meta = dict(old.meta)
+    return _unrun(share(graph.gm), new, graph.fake_mode)
+
+
+def _modules_made(trial: _Trial) -> set[Any]:
+    """The paths of the layers that a trial's rewrites made."""
+    return {n.target for n in trial.graph.nodes if n.op == "call_module" and n.name in trial.created}
+
+
 def _unrun(root: nn.Module, graph: fx.Graph, mode: FakeTensorMode) -> Graph:
+    """A graph over a root's own containers, which fx would copy one by one; its code is not generated."""
     with _use_lazy_graph_module(True):
-        return Graph(fx._lazy_graph_module._make_graph_module(root, graph), mode)
+        gm = fx._lazy_graph_module._make_graph_module(nn.Module(), fx.Graph())
+    for table in ("_parameters", "_buffers", "_modules"):
+        gm.__dict__[table] = root.__dict__[table]
+    gm.graph = graph
+    return Graph(gm, mode)
 
 
 def _set_attribute(root: nn.Module, path: str, value: object) -> None:
@@ -444,7 +467,7 @@ def _structure(graph: Graph) -> str:
         arguments = fx.node.map_arg((node.args, node.kwargs), lambda n: f"%{index[n]}")
         value = node.meta.get("val")
         sizes = (tuple(value.shape), value.dtype) if isinstance(value, torch.Tensor) else ""
-        target = repr(graph.gm.get_submodule(node.target)) if node.op == "call_module" else node.target  # type: ignore[arg-type]
+        target = repr(submodule(graph.gm, node.target)) if node.op == "call_module" else node.target  # type: ignore[arg-type]
         if node.op in ("placeholder", "get_attr", "output"):
             target = ""
         lines.append(f"{node.op} {target} {arguments} {sizes}")
@@ -452,5 +475,5 @@ def _structure(graph: Graph) -> str:
 
 
 def _parameter_bytes(graph: Graph) -> float:
-    modules = nn.ModuleList(site.module for site in graph.sites().values())
-    return float(sum(t.numel() * t.element_size() for t in unique_tensors(modules)))
+    held = {id(t): t for site in graph.sites().values() for t in site.module.parameters()}
+    return float(sum(t.numel() * t.element_size() for t in held.values()))
