@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -86,6 +87,9 @@ def compile_command(
     max_latency: Annotated[str | None, typer.Option(help="Largest latency, such as 12ms.")] = None,
     confidence: Annotated[float | None, typer.Option(help="Least P(faster) of a rewrite.")] = None,
     passes: Annotated[str | None, typer.Option(help="Comma-separated passes to use; -name leaves one out.")] = None,
+    options: Annotated[
+        list[str] | None, typer.Option("--option", help="An option of a pass: PASS.OPTION=VALUE; repeat.")
+    ] = None,
     skip: Annotated[list[str] | None, typer.Option(help="Glob of sites to leave alone; repeat.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of made-up inputs.")] = 0,
     plan: Annotated[Path | None, typer.Option(help="Replay this plan.")] = None,
@@ -99,8 +103,9 @@ def compile_command(
     request = Request(
         model=model, target=target, out=out, arch=arch, trust_pickle=trust_pickle, inputs=tuple(inputs or ()),
         calib=calib, batch=batch, dtype=dtype, max_rank=max_rank, io_rank=io_rank, max_error=max_error, size=size,
-        speedup=speedup, max_latency=max_latency, confidence=confidence, passes=passes, skip=tuple(skip or ()),
-        seed=seed, plan=plan, plan_out=plan_out, report_json=report_json,
+        speedup=speedup, max_latency=max_latency, confidence=confidence, passes=passes,
+        options=tuple(options or ()), skip=tuple(skip or ()), seed=seed, plan=plan, plan_out=plan_out,
+        report_json=report_json,
     )  # fmt: skip
     from lrcompile.report.progress import ProgressDisplay
     from lrcompile.report.terminal import print_report
@@ -140,15 +145,22 @@ def passes(as_json: Json = False) -> None:
 
     found = discover()
     rows = [
-        (p.name, p.stage.value, (p.__doc__ or "").strip().split("\n")[0], found.origins[p.name]) for p in found.passes
+        (
+            p.name,
+            p.stage.value,
+            (p.__doc__ or "").strip().split("\n")[0],
+            " ".join(f"{f.name}={_option(getattr(p, f.name))}" for f in fields(p)),
+            found.origins[p.name],
+        )
+        for p in found.passes
     ]
     if as_json:
-        keys = ("name", "stage", "equation", "origin")
+        keys = ("name", "stage", "equation", "options", "origin")
         listed = [dict(zip(keys, row, strict=True)) for row in rows]
         _print_json({"passes": listed, "problems": list(found.problems)})
         return
     console = _console()
-    console.print(simple_table(("name", "stage", "equation", "from"), rows))
+    console.print(simple_table(("name", "stage", "equation", "options", "from"), rows))
     for problem in found.problems:
         console.print(f"note      {problem}")
 
@@ -221,6 +233,13 @@ def explain(
         return
     console.print(f"plan for {loaded.target}, {loaded.dtype}, batch {loaded.batch}: {len(loaded.rewrites)} rewrites")
     console.print(decision_table([Decision.from_json(item) for item in loaded.sites]))
+
+
+def _option(value: Any) -> str:
+    """An option's value as `--option` takes it."""
+    if isinstance(value, tuple):
+        return ",".join(map(_option, value))
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _console() -> Console:

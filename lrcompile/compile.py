@@ -215,15 +215,17 @@ def solve(prepared: Prepared, budget: Budget) -> Result:
         if exact and len(exact) == len(choice.rewrites):
             check_exact(p.graph, exact, p.passes, p.context, p.evaluator, choice.error)
     measured: Measured | None = None
+    wanted = choice.candidates
     if p.reference:
         with clock("confirm"):
-            choice, measured = confirm(p.reference, problem, choice)
-    decisions = decide(
-        p.graph, p.pricing, choice.candidates, budget, p.skipped, p.canonical,
-        overruled=measured.overruled if measured else None,
-    )  # fmt: skip
+            choice, measured = confirm(p.reference, problem, choice, budget)
+    canonical = () if measured and measured.returned_original else p.canonical
+    left = {id(candidate) for candidate in choice.candidates}
+    dropped = [site for candidate in wanted if id(candidate) not in left for site in candidate.sites]
+    overruled = dict.fromkeys(dropped, measured.overruled or "") if measured else {}
+    decisions = decide(p.graph, p.pricing, choice.candidates, budget, p.skipped, canonical, overruled)
     check_rank(choice.graph, p.traced)
-    rewrites = (*p.canonical, *choice.rewrites) if not (measured and measured.returned_original) else ()
+    rewrites = (*canonical, *choice.rewrites)
     plan = Plan(
         target=p.target.name,
         dtype=p.context.dtype,

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import math
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 
-from lrcompile.devices.bench import BenchResult, paired
+from lrcompile.devices.bench import OPENINGS, BenchResult, paired
 from lrcompile.devices.cost import Cost
 from lrcompile.emit.onnx import to_onnx
-from lrcompile.errors import InputError
+from lrcompile.errors import BudgetError, InputError
 from lrcompile.frontend.trace import Traced
 from lrcompile.graph.graph import Graph
-from lrcompile.planning.search import Choice, Problem, applied
+from lrcompile.planning.budget import Budget
+from lrcompile.planning.search import Choice, Problem, applied, search
+from lrcompile.planning.sensitivity import rewritten
 
 SECONDS = 4.0
+TRIAL_SECONDS, TRIAL_OPENINGS = 2.0, 2
+TRIALS = 9  # groups of rewrites that are measured to find out which of them help
 WORTH = 0.99  # a lossy model must run in at most this share of the original's time
+LEAST_OF_GAIN = 0.5  # the share of the predicted gain below which some of the rewrites are suspected
+ATTEMPTS = 3  # to meet a latency as measured
+SAFETY = 0.98
 CONTENDED = 0.2  # share of the time spent waiting for a core from which a measurement says so
 
 
@@ -62,12 +72,13 @@ class Reference:
 
     def latency(self) -> Cost:
         """The original's latency on its own."""
-        result = self._paired(self.onnx, SECONDS / 2)
+        result = self._paired(self.onnx, SECONDS / 2, TRIAL_OPENINGS)
         return Cost(latency_s=result.median_a_s, sigma_s=result.median_a_s * (result.ratio_high - result.ratio_low) / 4)
 
     def measure(self, graph: Graph, seconds: float = SECONDS) -> Measured:
         """A rewritten graph against the original, paired and interleaved."""
-        result = self._paired(_onnx(self.traced, graph), seconds)
+        openings = OPENINGS if seconds >= SECONDS else TRIAL_OPENINGS
+        result = self._paired(_onnx(self.traced, graph), seconds, openings)
         spread = (result.ratio_high - result.ratio_low) / 4
         before = Cost(latency_s=result.median_a_s)
         after = Cost(latency_s=result.median_a_s * result.ratio, sigma_s=result.median_a_s * spread)
@@ -79,27 +90,119 @@ class Reference:
             )
         return Measured(before, after, remark=remark)
 
-    def _paired(self, other: bytes, seconds: float) -> BenchResult:
+    def _paired(self, other: bytes, seconds: float, openings: int) -> BenchResult:
         named = zip(self.traced.input_names, self.traced.flat, strict=True)
         inputs = {name: value.numpy() for name, value in named if isinstance(value, torch.Tensor)}
-        return paired(self.onnx, other, inputs=inputs, seconds=seconds)
+        return paired(self.onnx, other, inputs=inputs, seconds=seconds, openings=openings)
 
 
-def confirm(reference: Reference, problem: Problem, choice: Choice) -> tuple[Choice, Measured]:
-    """The first of these that is not slower than the original: the choice, its exact rewrites alone, the original."""
+def confirm(reference: Reference, problem: Problem, choice: Choice, budget: Budget) -> tuple[Choice, Measured]:
+    """The choice as measured on the whole model, or what of it is worth its while; in the end the original.
+
+    A choice made for a size is kept. One made for a latency is made again with tighter limits until the latency holds
+    as measured.
+
+    Raises:
+        BudgetError: the latency asked for is not reached as measured.
+    """
     measured = reference.measure(choice.graph)
-    lossy = not all(candidate.exact for candidate in choice.candidates)
-    if measured.ratio <= (WORTH if lossy else 1.0) or choice.relaxed:
+    limit_s = budget.latency_limit_s(measured.before.latency_s)
+    if math.isfinite(limit_s):
+        return _within(reference, problem, choice, measured, budget, limit_s)
+    if budget.size is not None:
+        slower = f"measured on the whole model it takes {measured.ratio:.3f}× the original's time"
+        return choice, measured if measured.ratio <= 1 else replace(measured, remark=f"{slower}; kept for its size")
+    promised = choice.gain_s / problem.base.latency_s
+    if measured.ratio <= min(_limit(choice), 1 - LEAST_OF_GAIN * promised):
         return choice, measured
-    overruled = f"measured on the whole model, the rewrites took {measured.ratio:.3f}× the original's time: not emitted"
-    if lossy:
-        exact = [i for i, c in enumerate(problem.candidates) if c.exact and c in choice.candidates]
-        choice = applied(problem, problem.candidates, exact)
+    overruled = f"measured on the whole model, all of the rewrites took {measured.ratio:.3f}× the original's time"
+    better, better_measured = _pruned(reference, problem, choice, measured, budget)
+    if better_measured.ratio <= _limit(better):
+        if len(better.candidates) < len(choice.candidates):
+            better_measured = replace(better_measured, overruled=f"{overruled}: some were dropped")
+        return better, better_measured
+    same_time = replace(measured, after=measured.before, returned_original=True)
+    return Choice((), reference.traced.graph.copy(), 0.0), replace(same_time, overruled=f"{overruled}: not emitted")
+
+
+def _limit(choice: Choice) -> float:
+    """The share of the original's time within which a choice must be."""
+    return 1.0 if all(candidate.exact for candidate in choice.candidates) else WORTH
+
+
+def _within(
+    reference: Reference, problem: Problem, choice: Choice, measured: Measured, budget: Budget, limit_s: float
+) -> tuple[Choice, Measured]:
+    """A choice within a latency as measured, found by asking for less as predicted."""
+    best, asked_s = measured, budget.latency_limit_s(problem.original_s)
+    for _ in range(ATTEMPTS):
+        if measured.after.latency_s <= limit_s:
+            return choice, measured
+        asked_s *= SAFETY * limit_s / measured.after.latency_s
+        try:
+            choice = search(problem, replace(budget, speedup=None, max_latency_s=asked_s))
+        except BudgetError:
+            break
         measured = reference.measure(choice.graph)
-        if measured.ratio <= 1.0:
-            return choice, replace(measured, overruled=overruled)
-    same = replace(measured, after=measured.before, overruled=overruled, returned_original=True)
-    return Choice((), reference.traced.graph.copy(), 0.0), same
+        best = min(best, measured, key=lambda m: m.ratio)
+    if measured.after.latency_s <= limit_s:
+        return choice, measured
+    raise BudgetError(
+        f"latency of {limit_s * 1e3:.4g} ms (speed-up {measured.before.latency_s / limit_s:.3g}) is not reached as "
+        f"measured on the whole model: the best that was tried took {best.after.latency_s * 1e3:.4g} ms "
+        f"(speed-up {1 / best.ratio:.3g}); ask for less, or allow more error"
+    )
+
+
+def _pruned(
+    reference: Reference, problem: Problem, choice: Choice, measured: Measured, budget: Budget
+) -> tuple[Choice, Measured]:
+    """The fastest of what is found by leaving candidates out: all, none, and groups that help, by halving.
+
+    What makes a region faster can make the model slower, where the runtime no longer fuses across its border.
+    """
+    known: dict[tuple[int, ...], float] = {}
+
+    def ratio(picked: tuple[int, ...]) -> float:
+        if picked not in known:
+            rewrites = [r for i in picked for r in choice.candidates[i].rewrites]
+            graph = rewritten(problem.graph, rewrites, problem.passes, problem.context)
+            known[picked] = reference.measure(graph, TRIAL_SECONDS).ratio
+        return known[picked]
+
+    everything = tuple(range(len(choice.candidates)))
+    known[everything] = measured.ratio
+    exact = tuple(i for i in everything if choice.candidates[i].exact)
+    least = min(ratio(()), ratio(exact))
+    ratio(worthwhile(everything, ratio, least * WORTH, TRIALS))
+    for picked in sorted(known, key=lambda picked: known[picked]):
+        if known[picked] > least * WORTH and not set(picked) <= set(exact):
+            continue  # an error for nothing
+        better = applied(problem, choice.candidates, picked)
+        if budget.error_limit is None or better.error <= max(budget.error_limit, choice.error):
+            return better, reference.measure(better.graph)
+    return applied(problem, choice.candidates, ()), reference.measure(problem.graph)
+
+
+def worthwhile(
+    picked: tuple[int, ...], ratio: Callable[[tuple[int, ...]], float], limit: float, trials: int
+) -> tuple[int, ...]:
+    """Those in groups within the limit: halves of all, and halves of halves beyond it, at most `trials` groups."""
+    kept: list[int] = []
+    groups = deque(_halves(picked))
+    while groups and trials > 0:
+        group = groups.popleft()
+        trials -= 1
+        if ratio(group) <= limit:
+            kept += group
+        else:
+            groups += _halves(group)
+    return tuple(sorted(kept))
+
+
+def _halves(group: tuple[int, ...]) -> list[tuple[int, ...]]:
+    middle = len(group) // 2
+    return [group[:middle], group[middle:]] if middle else []
 
 
 def _onnx(traced: Traced, graph: Graph) -> bytes:

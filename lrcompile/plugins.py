@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from lrcompile.errors import InputError, PluginError
 from lrcompile.passes import Pass, Stage
@@ -65,12 +65,61 @@ def select(passes: Sequence[Pass], names: Sequence[str]) -> tuple[Pass, ...]:
     for name in names:
         plain = name.removeprefix("-")
         if plain not in known:
-            near = difflib.get_close_matches(plain, known, 1, 0.4)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise InputError(f"unknown pass {plain!r}; {hint}available: {', '.join(sorted(known))}")
+            raise InputError(_unknown("pass", plain, known))
     wanted = {name for name in names if not name.startswith("-")} or known
     unwanted = {name.removeprefix("-") for name in names if name.startswith("-")}
     return tuple(transform for transform in passes if transform.name in wanted - unwanted)
+
+
+def configure(passes: Sequence[Pass], settings: Sequence[str]) -> tuple[Pass, ...]:
+    """The passes with options set by words such as "merge-pointwise.through=drop"; lists are comma-separated.
+
+    Raises:
+        InputError: the pass or the option is unknown, or the value is none that the option takes.
+    """
+    by_name = {transform.name: transform for transform in passes}
+    for setting in settings:
+        place, equals, text = setting.partition("=")
+        name, _, option = place.strip().partition(".")
+        if not equals or not option:
+            raise InputError(f"--option got {setting!r}; expected PASS.OPTION=VALUE, such as branch-tucker.pairs=4")
+        if name not in by_name:
+            raise InputError(f"--option {setting}: {_unknown('pass', name, by_name)}")
+        transform = by_name[name]
+        hints = get_type_hints(type(transform))
+        known = [f.name for f in fields(transform)]
+        if option not in known:
+            raise InputError(f"--option {setting}: {_unknown(f'option of {name}', option, known)}")
+        try:
+            by_name[name] = replace(transform, **{option: _parsed(text.strip(), hints[option])})
+        except ValueError as error:
+            raise InputError(f"--option {setting}: {error}") from error
+    return tuple(by_name.values())
+
+
+def _parsed(text: str, kind: Any) -> Any:
+    """A word as a value of an option's type; raises ValueError with what was expected."""
+    if get_origin(kind) is tuple:
+        return tuple(_parsed(part.strip(), get_args(kind)[0]) for part in text.split(",") if part.strip())
+    if get_origin(kind) is Literal:
+        choices = {str(value): value for value in get_args(kind)}
+        if text not in choices:
+            raise ValueError(f"expected one of {', '.join(map(repr, choices))}, got {text!r}")
+        return choices[text]
+    if kind is bool:
+        return _parsed(text.lower(), Literal["true", "false"]) == "true"
+    if kind not in (int, float, str):
+        raise ValueError("an option of this type can be set from Python only")
+    try:
+        return kind(text)
+    except ValueError:
+        raise ValueError(f"expected {'a whole number' if kind is int else 'a number'}, got {text!r}") from None
+
+
+def _unknown(what: str, name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(known), 1, 0.4)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return f"unknown {what} {name!r}; {hint}available: {', '.join(sorted(known)) or 'none'}"
 
 
 def _instances(loaded: Any) -> list[Pass]:

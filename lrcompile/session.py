@@ -19,7 +19,7 @@ from lrcompile.frontend.load import Source, load
 from lrcompile.frontend.trace import batch_size
 from lrcompile.planning.budget import Budget, parse_latency, parse_size
 from lrcompile.planning.plan import Plan
-from lrcompile.plugins import discover, select
+from lrcompile.plugins import configure, discover, select
 from lrcompile.report.report import Report
 
 
@@ -44,6 +44,7 @@ class Request:
     max_latency: str | None
     confidence: float | None
     passes: str | None
+    options: tuple[str, ...]
     skip: tuple[str, ...]
     seed: int
     plan: Path | None
@@ -65,7 +66,8 @@ def compile_files(request: Request, progress: Callable[[str, int, int], None]) -
     plan = Plan.load(request.plan) if request.plan else None
     budget = _budget(request)
     found = discover()
-    passes = select(found.passes, request.passes.split(",")) if request.passes else found.passes
+    passes = configure(found.passes, request.options)
+    passes = select(passes, request.passes.split(",")) if request.passes else passes
     source = load(request.model, arch=request.arch, trust_pickle=request.trust_pickle)
     calibration = _calibration(request, source)
     args, kwargs = _inputs(request, source, calibration)

@@ -13,7 +13,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from lrcompile.devices.bench import MIN_BLOCKS, compare_outputs, interleave, median_interval, paired, waited_s
+from lrcompile.devices import bench
+from lrcompile.devices.bench import MIN_BLOCKS, OPENINGS, compare_outputs, interleave, median_interval, paired, waited_s
 from lrcompile.errors import InputError
 
 Shape = Sequence[int | str | None]
@@ -58,7 +59,7 @@ def silent(stage: str, done: int, total: int) -> None:
 
 def test_blocks_run_a_b_b_a_after_a_warm_up() -> None:
     machine = Machine()
-    blocks = interleave(machine.run("a", lambda: 0.02), machine.run("b", lambda: 0.01), 0.2, machine.clock, silent)
+    blocks = interleave(machine.run("a", lambda: 0.02), machine.run("b", lambda: 0.01), 0.0, machine.clock, silent)
     groups = "".join(machine.order).removeprefix("aabb")
     assert groups == "abba" * MIN_BLOCKS
     assert blocks.ratios == pytest.approx([0.5] * MIN_BLOCKS)
@@ -113,10 +114,29 @@ def test_a_model_against_itself() -> None:
     assert result.ratio == pytest.approx(1.0)
     assert not result.noisy
     assert result.verdict == "no difference"
-    assert (result.output_difference, result.outputs, result.blocks) == (0.0, "1 compared", MIN_BLOCKS)
+    assert (result.output_difference, result.outputs, result.blocks) == (0.0, "1 compared", OPENINGS * MIN_BLOCKS)
     document = json.loads(json.dumps(result.to_json()))
     assert document["kind"] == "measured"
     assert document["ratio_low"] <= document["ratio"] <= document["ratio_high"]
+
+
+def test_models_are_opened_anew_in_turn_first_and_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+    original = bench._open
+
+    def recorded(source: Any, threads: int | None, called: str) -> Any:
+        opened.append("a" if source == first else "b")
+        return original(source, threads, called)
+
+    monkeypatch.setattr(bench, "_open", recorded)
+    first, second, seen = model(1.0), model(2.0), []
+    result = paired(
+        first, second, seconds=0.0, openings=3, clock=_ticking(Machine()), progress=lambda *step: seen.append(step)
+    )
+    assert "".join(opened) == "abbaab"
+    assert (result.openings, result.output_difference) == (3, 1.0)
+    assert [done for _, done, _ in seen] == sorted(done for _, done, _ in seen)
+    assert seen[-1] == ("bench", 100, 100)
 
 
 def test_a_wide_interval_is_called_noisy() -> None:

@@ -211,6 +211,7 @@ BAD: list[tuple[tuple[str, ...], int, str]] = [
     (("model.pt", "--calib", "shape.npz", "--batch", "8"), 2, "7"),
     (("model.pt", "--target", "v10"), 2, "v100"),
     (("model.pt", "--passes", "low-rank-liner"), 2, "low-rank-linear"),
+    (("model.pt", "--option", "low-rank-conv.pears=3"), 2, "did you mean 'pairs'"),
     (("model.pt", "--skip", "nope.*"), 2, "up"),
     (("model.pt", "--tagret", "v100"), 2, "--target"),
     (("model.pt", "--size", "huge"), 2, "--size"),

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from torch import fx, nn
 
 from lrcompile.emit import verify, write
+from lrcompile.emit.onnx import save
 from lrcompile.emit.verify import VerifiedOnnx
 from lrcompile.emit.write import MARK, Emitted, check_writable, emit, write_text
 from lrcompile.errors import InputError, VerificationError
@@ -55,6 +57,21 @@ def put(path: Path) -> None:
     path.mkdir()
     (path / "model.py").write_text(MARK + ', old."""')
     (path / "weights.safetensors").write_text("old")
+
+
+def test_weights_of_a_file_of_their_own_go_with_the_model_that_used_them(
+    tmp_path: Path, traced: Traced, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, data = tmp_path / "m.onnx", tmp_path / "m.onnx.data"
+    with monkeypatch.context() as small:
+        small.setattr("lrcompile.emit.onnx.save", partial(save, external_data_bytes=100))
+        emit(path, traced.graph.gm, traced)
+    assert data.is_file()
+    emit(path, traced.graph.gm, traced)
+    assert set(listing(tmp_path)) == {"m.onnx"}
+    data.write_text("somebody else's")
+    emit(path, traced.graph.gm, traced)
+    assert data.read_text() == "somebody else's"
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)

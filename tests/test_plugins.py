@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import tomllib
@@ -17,7 +18,7 @@ from torch import nn
 
 import lrcompile
 from lrcompile.errors import InputError, PluginError
-from lrcompile.plugins import GROUP, discover, select
+from lrcompile.plugins import GROUP, configure, discover, select
 
 FIXTURE = Path(__file__).parent / "plugin"
 BUILTIN = EntryPoint("builtin", "lrcompile_passes:PASSES", GROUP)
@@ -158,6 +159,38 @@ def test_select() -> None:
 def test_select_suggests_the_nearest(name: str) -> None:
     with pytest.raises(InputError, match=r"unknown pass 'merge-sibling'; did you mean 'merge-siblings'\? available: "):
         select(PASSES, [name])
+
+
+def test_options_are_set_by_words() -> None:
+    words = ["merge-pointwise.through=drop", "branch-tucker.groups = 2, 8", "factorize-conv3d.parallel=TRUE"]
+    words += ["low-rank-embedding.smoothing=0.5", "low-rank-conv.pairs=3", "group-heads.inits=first"]
+    passes = {p.name: p for p in configure(PASSES, words)}
+    assert list(passes) == [p.name for p in PASSES]
+    assert passes["merge-pointwise"].through == "drop"
+    assert passes["branch-tucker"].groups == (2, 8)
+    assert passes["factorize-conv3d"].parallel is True
+    assert passes["low-rank-embedding"].smoothing == 0.5
+    assert passes["low-rank-conv"].pairs == 3
+    assert passes["group-heads"].inits == ("first",)
+    assert configure(PASSES, []) == tuple(PASSES)
+
+
+@pytest.mark.parametrize(
+    ("setting", "problem"),
+    [
+        ("merge-pointwise", "expected PASS.OPTION=VALUE"),
+        ("merge-pointwise=drop", "expected PASS.OPTION=VALUE"),
+        ("merge-pointwize.through=drop", "did you mean 'merge-pointwise'"),
+        ("merge-pointwise.trough=drop", "did you mean 'through'"),
+        ("remove-identity.pairs=1", "available: none"),
+        ("merge-pointwise.through=dorp", "expected one of '', 'drop', 'move', got 'dorp'"),
+        ("low-rank-conv.pairs=many", "expected a whole number, got 'many'"),
+        ("factorize-conv3d.parallel=maybe", "expected one of 'true', 'false', got 'maybe'"),
+    ],
+)
+def test_options_that_cannot_be_set(setting: str, problem: str) -> None:
+    with pytest.raises(InputError, match=re.escape(problem)):
+        configure(PASSES, [setting])
 
 
 def test_order_of_discovery_does_not_matter() -> None:

@@ -1,7 +1,9 @@
 """The paired benchmark: two ONNX models on the same inputs, in alternating blocks, compared block by block.
 
 Latencies on a shared machine drift by tens of percent within seconds; the ratio of neighbouring blocks does not.
-Blocks run A B B A, so that a steady drift cancels within a group, and the verdict is on the groups' ratios.
+Blocks run A B B A, so that a steady drift cancels within a group. Both models are opened anew several times, in turn
+the one and the other first: where a session's memory lies makes it up to 2 % faster or slower for as long as it lives
+(a model against itself, measured), so the verdict is on the ratios of the openings.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +34,8 @@ ORT_ERRORS: tuple[type[Exception], ...] = (
     *(value for value in vars(ort_state).values() if isinstance(value, type) and issubclass(value, Exception)),
 )  # those of ONNX Runtime share no base class
 BLOCK_S = 0.005
-MIN_BLOCKS = 6  # fewer give no 95 % interval of a median
+MIN_BLOCKS = 2  # in an opening
+OPENINGS = 6  # fewer give no 95 % interval of a median
 NOISY = 0.05
 _DTYPES: dict[str, Any] = {
     "float": np.float32,
@@ -48,11 +52,11 @@ _DTYPES: dict[str, Any] = {
 class BenchResult:
     """Model B against model A: latencies in seconds a run, and `ratio` = B/A with its 95 % interval.
 
-    `blocks` counts the A B B A groups that the ratio is the median of. `noisy` says that the interval is wider than
-    ±5 %. `contention` is the part of the time that threads of this process waited for a core that another program
-    held (0 where the system does not tell); much of it slows models most that run on several cores.
-    `output_difference` is the largest relative difference ‖b − a‖/‖a‖ of an output, None where the outputs cannot be
-    compared; `outputs` says why.
+    `openings` counts the pairs of sessions that the ratio is the median of, each itself the median of A B B A groups,
+    of which there are `blocks` in all. `noisy` says that the interval is wider than ±5 %. `contention` is the part of
+    the time that threads of this process waited for a core that another program held (0 where the system does not
+    tell); much of it slows models most that run on several cores. `output_difference` is the largest relative
+    difference ‖b − a‖/‖a‖ of an output, None where the outputs cannot be compared; `outputs` says why.
     """
 
     median_a_s: float
@@ -62,6 +66,7 @@ class BenchResult:
     ratio: float
     ratio_low: float
     ratio_high: float
+    openings: int
     blocks: int
     noisy: bool
     contention: float
@@ -102,13 +107,15 @@ def paired(
     seconds: float = 10.0,
     seed: int = 0,
     threads: int | None = None,
+    openings: int = OPENINGS,
     progress: Progress | None = None,
     clock: Clock = time.perf_counter,
 ) -> BenchResult:
     """Measures two ONNX models against each other in ONNX Runtime on this machine's CPU, for about `seconds`.
 
     Inputs that `inputs` (name → array) does not hold are random; open leading axes get size `batch`. `threads` is
-    ONNX Runtime's intra-op count, its own default when None. `progress` gets ("bench", done, total).
+    ONNX Runtime's intra-op count, its own default when None. `openings` is how often both models are opened; with
+    fewer than six the interval is that of the extremes. `progress` gets ("bench", done, total).
 
     Raises:
         InputError: a file is missing or not ONNX, the models' inputs differ, or an input is wrong or cannot be made.
@@ -121,20 +128,35 @@ def paired(
     outputs_a, outputs_b = _run(session_a, feeds, name_a), _run(session_b, feeds, name_b)
     difference, outputs = compare_outputs(outputs_a, outputs_b)
     waited, start = waited_s(), clock()
-    blocks = interleave(
-        lambda: session_a.run(None, feeds), lambda: session_b.run(None, feeds), seconds, clock, progress or _silent
-    )
+    done: list[Blocks] = []
+    for i in range(openings):
+        if i:
+            del session_a, session_b  # before others are opened: models may be large
+            if i % 2:
+                session_b, _ = _open(model_b, threads, name_b)
+                session_a, _ = _open(model_a, threads, name_a)
+            else:
+                session_a, _ = _open(model_a, threads, name_a)
+                session_b, _ = _open(model_b, threads, name_b)
+        run_a, run_b = partial(session_a.run, None, feeds), partial(session_b.run, None, feeds)
+        done.append(interleave(run_a, run_b, seconds / openings, clock, _part(progress or _silent, i, openings)))
+        del run_a, run_b
     contention = min(1.0, (waited_s() - waited) / max(clock() - start, 1e-9))
-    ratio, low, high = median_interval(blocks.ratios)
+    ratio, low, high = median_interval([statistics.median(blocks.ratios) for blocks in done])
+    runs_a_s, runs_b_s = (
+        [t for blocks in done for t in blocks.runs_a_s],
+        [t for blocks in done for t in blocks.runs_b_s],
+    )
     return BenchResult(
-        median_a_s=statistics.median(blocks.runs_a_s),
-        min_a_s=min(blocks.runs_a_s),
-        median_b_s=statistics.median(blocks.runs_b_s),
-        min_b_s=min(blocks.runs_b_s),
+        median_a_s=statistics.median(runs_a_s),
+        min_a_s=min(runs_a_s),
+        median_b_s=statistics.median(runs_b_s),
+        min_b_s=min(runs_b_s),
         ratio=ratio,
         ratio_low=low,
         ratio_high=high,
-        blocks=len(blocks.ratios),
+        openings=openings,
+        blocks=sum(len(blocks.ratios) for blocks in done),
         noisy=(high - low) / 2 > NOISY * ratio,
         contention=contention,
         output_difference=difference,
@@ -169,7 +191,7 @@ def waited_s() -> float:
 
 
 def interleave(run_a: Run, run_b: Run, seconds: float, clock: Clock, progress: Progress) -> Blocks:
-    """Runs A B B A groups of blocks of at least 5 ms until `seconds` have passed, and six groups at least."""
+    """Runs A B B A groups of blocks of at least 5 ms until `seconds` have passed, and two groups at least."""
     runs = (run_a, run_b)
     counts = [_warm_up(run, seconds, clock) for run in runs]
     times: tuple[list[float], list[float]] = ([], [])
@@ -365,6 +387,11 @@ def _timed(run: Run, clock: Clock) -> float:
     start = clock()
     run()
     return clock() - start
+
+
+def _part(progress: Progress, i: int, parts: int) -> Progress:
+    """The progress of part i of several as that of the whole."""
+    return lambda stage, done, total: progress(stage, (100 * i + 100 * done // total) // parts, 100)
 
 
 def _silent(stage: str, done: int, total: int) -> None:

@@ -51,9 +51,12 @@ def emit(path: str | Path, gm: fx.GraphModule, traced: Traced) -> Emitted:
     """
     check_writable(path)
     kind, path = _kind(path), _real(Path(path))
+    stale = _data_file(path) if kind == ".onnx" else None
     with _staging(path, weight_bytes(gm)) as folder:
         emitted, written = _EMITTERS[kind](folder / path.name, gm, traced)
         _install([(file, path.with_name(file.name)) for file in written], folder)
+    if stale is not None and stale.name not in {file.name for file in written}:
+        stale.unlink(missing_ok=True)
     return emitted
 
 
@@ -142,6 +145,23 @@ def _is_ours(file: Path) -> bool:
 def _real(path: Path) -> Path:
     """The path with links followed, so that what a link points to is replaced and not the link."""
     return Path(os.path.realpath(path))
+
+
+def _data_file(path: Path) -> Path | None:
+    """The weights beside an ONNX file that lrcompile wrote: nothing reads them once that file is replaced."""
+    data = path.with_name(path.name + ".data")
+    if not (path.is_file() and data.is_file()):
+        return None
+    import onnx
+
+    try:
+        old = onnx.load(path, load_external_data=False)
+    except Exception:  # not ONNX: whatever it is, its neighbour is none of ours
+        return None
+    used = {
+        entry.value for tensor in old.graph.initializer for entry in tensor.external_data if entry.key == "location"
+    }
+    return data if old.producer_name == "lrcompile" and data.name in used else None
 
 
 @contextmanager

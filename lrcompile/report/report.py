@@ -95,12 +95,12 @@ def decide(
     budget: Budget,
     skipped: Sequence[str] = (),
     canonical: Sequence[Rewrite] = (),
-    overruled: str | None = None,
+    overruled: Mapping[str, str] | None = None,
 ) -> list[Decision]:
     """The decision for every linear, convolution and embedding layer, in graph order.
 
-    `canonical` are the exact rewrites made before anything was priced; `overruled` is the reason for which a
-    measurement of the whole model set the choice aside.
+    `canonical` are the exact rewrites made before anything was priced; `overruled` are the sites whose rewrite was
+    set aside by a measurement of the whole model, with the reason.
     """
     by_site: dict[str, list[Candidate]] = defaultdict(list)
     for candidate in pricing.candidates:
@@ -126,7 +126,7 @@ def decide(
         elif path in skipped:
             decisions.append(_kept(path, label, "kept", cost, "skipped by --skip", ()))
         elif candidates:
-            reason = overruled or _why_kept(candidates, budget)
+            reason = (overruled or {}).get(path) or _why_kept(candidates, budget)
             decisions.append(_kept(path, label, "kept", cost, reason, _alternatives(candidates, budget)))
         else:
             reason = "; ".join(refusals[path]) or "no pass proposes anything here"

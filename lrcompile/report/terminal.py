@@ -102,7 +102,8 @@ def print_bench(console: Console, first: object, second: object, result: BenchRe
     console.print(simple_table(("model", "median ms", "least ms"), rows))
     console.print(
         f"the second takes {result.ratio:.3f}× the time of the first "
-        f"(95 % interval {result.ratio_low:.3f}–{result.ratio_high:.3f}, {result.blocks} paired blocks; measured)"
+        f"(95 % interval {result.ratio_low:.3f}–{result.ratio_high:.3f}, {result.blocks} paired blocks "
+        f"in {result.openings} openings; measured)"
     )
     if result.noisy:
         console.print("note      the machine was too noisy for a verdict: repeat with a larger --seconds")

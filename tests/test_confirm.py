@@ -1,0 +1,144 @@
+"""What is left of a choice when the whole model is measured, with measurements made up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from torch import nn
+
+import lrcompile
+from lrcompile.confirm import TRIALS, Measured, confirm, worthwhile
+from lrcompile.devices.cost import Cost
+from lrcompile.errors import BudgetError
+from lrcompile.graph.graph import Graph
+from lrcompile.planning.search import Problem, search
+
+LAYERS = 4
+
+
+class Net(nn.Module):
+    """Layers of low rank, each of which a split makes faster on a V100."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Linear(512, 512) for _ in range(LAYERS))
+        for layer in self.layers:
+            layer.weight.data = torch.randn(512, 8) @ torch.randn(8, 512) / 512**0.5
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x).relu()
+        return x
+
+
+@dataclass
+class Machine:
+    """Stands for a `Reference`: its ratio follows from which layers are split."""
+
+    prepared: lrcompile.Prepared
+    ratio: Callable[[set[int]], float]
+    original_s: float = 1.0
+    asked: list[set[int]] = field(default_factory=list)
+
+    @property
+    def traced(self) -> object:
+        return self.prepared.traced
+
+    def measure(self, graph: Graph, seconds: float = 0.0) -> Measured:
+        split = {i for i in range(LAYERS) if not isinstance(graph.gm.get_submodule(f"layers.{i}"), nn.Linear)}
+        self.asked.append(split)
+        return Measured(Cost(self.original_s), Cost(self.original_s * self.ratio(split)))
+
+
+@pytest.fixture(scope="module")
+def prepared() -> lrcompile.Prepared:
+    return lrcompile.prepare_model(Net().eval(), (torch.randn(2048, 512),), target="v100")
+
+
+def confirmed(
+    prepared: lrcompile.Prepared, budget: lrcompile.Budget, ratio: Callable[[set[int]], float]
+) -> tuple[set[int], Measured, Machine]:
+    p = prepared
+    problem = Problem(p.graph, p.pricing.candidates, p.passes, p.context, p.evaluator, p.base, p.original.latency_s)
+    machine = Machine(prepared, ratio, original_s=p.original.latency_s)
+    choice, measured = confirm(machine, problem, search(problem, budget), budget)  # type: ignore[arg-type]
+    left = {i for i in range(LAYERS) if not isinstance(choice.graph.gm.get_submodule(f"layers.{i}"), nn.Linear)}
+    return left, measured, machine
+
+
+def test_a_gain_that_holds_is_measured_once(prepared: lrcompile.Prepared) -> None:
+    left, measured, machine = confirmed(prepared, lrcompile.Budget(), lambda split: 1 - 0.2 * len(split))
+    assert left == {0, 1, 2, 3}
+    assert len(machine.asked) == 1
+    assert measured.overruled is None
+
+
+@pytest.mark.parametrize("bad", [{0}, {2}, {1, 3}])
+def test_what_makes_the_whole_model_slower_is_left_out(prepared: lrcompile.Prepared, bad: set[int]) -> None:
+    left, measured, _ = confirmed(
+        prepared, lrcompile.Budget(), lambda split: 1 + 0.3 * len(split & bad) - 0.1 * len(split - bad)
+    )
+    assert left == {0, 1, 2, 3} - bad
+    assert "some were dropped" in (measured.overruled or "")
+    assert not measured.returned_original
+
+
+def test_a_gain_far_below_the_promised_one_is_looked_into(prepared: lrcompile.Prepared) -> None:
+    left, measured, machine = confirmed(
+        prepared, lrcompile.Budget(), lambda split: 1 - 0.1 * len(split) + 0.37 * (0 in split)
+    )
+    assert machine.asked[0] == {0, 1, 2, 3}  # faster than the original, and yet
+    assert left == {1, 2, 3}
+    assert measured.ratio == pytest.approx(0.7)
+
+
+def test_if_nothing_helps_the_original_is_returned(prepared: lrcompile.Prepared) -> None:
+    left, measured, machine = confirmed(prepared, lrcompile.Budget(), lambda split: 1.05 + 0.1 * len(split))
+    assert left == set()
+    assert measured.returned_original
+    assert "not emitted" in (measured.overruled or "")
+    assert len(machine.asked) <= TRIALS + 4
+
+
+def test_an_error_must_buy_time(prepared: lrcompile.Prepared) -> None:
+    left, measured, _ = confirmed(prepared, lrcompile.Budget(), lambda split: 0.9 - 0.001 * len(split))
+    assert left == set()
+    assert not measured.returned_original
+
+
+def test_a_size_that_was_asked_for_is_kept_though_slower(prepared: lrcompile.Prepared) -> None:
+    left, measured, _ = confirmed(prepared, lrcompile.Budget(size=0.5), lambda split: 1 + 0.1 * len(split))
+    assert len(left) >= 2
+    assert "kept for its size" in (measured.remark or "")
+
+
+def test_a_latency_is_met_as_measured_by_asking_for_less(prepared: lrcompile.Prepared) -> None:
+    def ratio(split: set[int]) -> float:
+        return 1 - 0.1 * len(split)
+
+    left, measured, machine = confirmed(prepared, lrcompile.Budget(speedup=1.5), ratio)
+    assert len(machine.asked) > 1
+    assert len(left) == 4
+    assert 1 / measured.ratio >= 1.5
+
+
+def test_a_latency_that_is_not_reached_as_measured_is_an_error(prepared: lrcompile.Prepared) -> None:
+    with pytest.raises(BudgetError, match=r"not reached as measured on the whole model: .* \(speed-up 1\.0[0-9]*\)"):
+        confirmed(prepared, lrcompile.Budget(speedup=1.5), lambda split: 1 - 0.01 * len(split))
+
+
+def test_groups_are_halved_no_more_often_than_allowed() -> None:
+    asked: list[tuple[int, ...]] = []
+
+    def ratio(group: tuple[int, ...]) -> float:
+        asked.append(group)
+        return 1.0
+
+    assert worthwhile(tuple(range(64)), ratio, 0.9, trials=9) == ()
+    assert len(asked) == 9
+    assert worthwhile((), ratio, 0.9, trials=9) == ()
+    assert worthwhile(tuple(range(8)), lambda group: 1.2 if 5 in group else 0.5, 0.9, trials=9) == (0, 1, 2, 3, 4, 6, 7)
