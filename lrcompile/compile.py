@@ -19,14 +19,14 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from lrcompile.confirm import Measured, Reference, confirm
-from lrcompile.devices.cost import Cost, CostModel, total
+from lrcompile.devices.cost import Cost, total
+from lrcompile.devices.fusion import describe_all
 from lrcompile.devices.target import Target, resolve_target
 from lrcompile.emit.write import emit
 from lrcompile.errors import InputError, PlanError
 from lrcompile.frontend.calibration_data import CalibrationData
 from lrcompile.frontend.prepare import prepare
 from lrcompile.frontend.trace import Traced, batch_size, trace
-from lrcompile.graph.describe import describe
 from lrcompile.graph.graph import Graph, fingerprint
 from lrcompile.graph.rewrite import Rewrite
 from lrcompile.lower.rank4 import check_rank, folded_io, to_rank
@@ -174,10 +174,10 @@ def prepare_model(
             context = Context(target.device, dtype, statistics.grams, statistics.token_counts)
     with clock("price"):
         pricing = price(graph, transforms, context, target.model, keep, clock.progress)
-        costs = {} if target.is_local else _node_costs(graph, target.model)
+        costs = {} if target.is_local else _node_costs(graph, target)
         pricing = replace(pricing, refusals=(*refusals, *pricing.refusals), node_costs=costs)
         base = reference.latency() if reference else total(list(costs.values()))
-        original = base if reference else total(list(_node_costs(traced.graph, target.model).values()))
+        original = base if reference else total(list(_node_costs(traced.graph, target).values()))
     return Prepared(
         traced=traced,
         graph=graph,
@@ -326,7 +326,7 @@ def replay(
         measured = Reference.of(traced).measure(graph_after)
         latency = latency_figures("measured", measured.before, measured.after)
     else:
-        before, after = (total(list(_node_costs(g, target.model).values())) for g in (traced.graph, graph_after))
+        before, after = (total(list(_node_costs(g, target).values())) for g in (traced.graph, graph_after))
         latency = latency_figures(target.model.kind, before, after)
     report = Report(
         target=plan.target,
@@ -398,8 +398,8 @@ def _keeper(graph: Graph, skip: Sequence[str]) -> tuple[Callable[[str], bool], t
     return lambda site: not any(site == s or site.startswith(s + ".") for s in skipped), skipped
 
 
-def _node_costs(graph: Graph, model: CostModel) -> dict[str, Cost]:
-    return {node.name: model.cost(describe(graph.gm, node)) for node in graph.nodes}
+def _node_costs(graph: Graph, target: Target) -> dict[str, Cost]:
+    return {name: target.model.cost(op) for name, op in describe_all(graph.gm, target.device.fuses).items()}
 
 
 def _silent(stage: str, done: int, total: int) -> None:

@@ -24,7 +24,7 @@ TRIAL_SECONDS, TRIAL_OPENINGS = 2.0, 2
 TRIALS = 9  # groups of rewrites that are measured to find out which of them help
 WORTH = 0.99  # a lossy model must run in at most this share of the original's time
 LEAST_OF_GAIN = 0.5  # the share of the predicted gain below which some of the rewrites are suspected
-ATTEMPTS = 3  # to meet a latency as measured
+ATTEMPTS = 5  # to meet a latency as measured
 SAFETY = 0.98
 CONTENDED = 0.2  # share of the time spent waiting for a core from which a measurement says so
 

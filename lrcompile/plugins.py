@@ -72,7 +72,7 @@ def select(passes: Sequence[Pass], names: Sequence[str]) -> tuple[Pass, ...]:
 
 
 def configure(passes: Sequence[Pass], settings: Sequence[str]) -> tuple[Pass, ...]:
-    """The passes with options set by words such as "merge-pointwise.through=drop"; lists are comma-separated.
+    """The passes with options set by words of the form PASS.OPTION=VALUE; lists are comma-separated.
 
     Raises:
         InputError: the pass or the option is unknown, or the value is none that the option takes.
@@ -82,7 +82,7 @@ def configure(passes: Sequence[Pass], settings: Sequence[str]) -> tuple[Pass, ..
         place, equals, text = setting.partition("=")
         name, _, option = place.strip().partition(".")
         if not equals or not option:
-            raise InputError(f"--option got {setting!r}; expected PASS.OPTION=VALUE, such as branch-tucker.pairs=4")
+            raise InputError(f"--option got {setting!r}; expected PASS.OPTION=VALUE; `lrcompile passes` lists them")
         if name not in by_name:
             raise InputError(f"--option {setting}: {_unknown('pass', name, by_name)}")
         transform = by_name[name]

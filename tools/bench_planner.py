@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from lrcompile.devices.cost import Cost, total
+from lrcompile.devices.fusion import describe_all
 from lrcompile.devices.target import Target, resolve_target
 from lrcompile.frontend.trace import Traced, trace
 from lrcompile.graph.describe import describe
@@ -107,7 +108,7 @@ def prepared(
 
 def latency(graph: Graph, target: Target) -> Cost:
     """The predicted cost of a whole graph."""
-    return total([target.model.cost(describe(graph.gm, node)) for node in graph.nodes])
+    return total([target.model.cost(op) for op in describe_all(graph.gm, target.device.fuses).values()])
 
 
 # ------------------------------------------------------------------------------------------------------------- speed

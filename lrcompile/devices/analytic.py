@@ -20,6 +20,7 @@ from torch import fx
 
 from lrcompile.devices.cost import Cost, total
 from lrcompile.devices.device import Device, Tile
+from lrcompile.devices.fusion import describe_all
 from lrcompile.graph.op import DTYPE_BYTES, AttentionShape, ConvShape, GemmShape, OpDesc, RecurrentShape
 
 Direction = Literal["forward", "data", "weight"]
@@ -48,7 +49,8 @@ class AnalyticCostModel:
 
         Nodes are the same when name and description are equal, so that the error bars come from what differs.
         """
-        ops_before, ops_after = _describe_all(before), _describe_all(after)
+        fuses = frozenset() if self.training else self.device.fuses
+        ops_before, ops_after = describe_all(before, fuses), describe_all(after, fuses)
         same = {name for name, op in ops_before.items() if ops_after.get(name) == op}
         return (
             total([self.cost(op) for name, op in ops_before.items() if name not in same]),
@@ -59,6 +61,10 @@ class AnalyticCostModel:
         self.device.compute_dtype(op.dtype)
         if op.kind == "view":
             return Cost()
+        if op.kind == "fused":
+            latency_s = op.activation_bytes / self.device.bandwidth_bytes_s
+            sigma_s = self.device.sigma_relative["other"] * latency_s
+            return Cost(latency_s, sigma_s, op.flops, 0.0, op.activation_bytes)
         directions: tuple[Direction, ...] = ("forward", "data", "weight") if self.training else ("forward",)
         if op.gemm is not None:
             latency_s = sum(gemm_latency_s(self.device, turned(op.gemm, way), op.dtype) for way in directions)
@@ -280,9 +286,3 @@ def _op_class(op: OpDesc) -> str:
     if op.recurrent is not None:
         return "recurrent"
     return "gemm" if op.gemm or op.attention else "other"
-
-
-def _describe_all(gm: fx.GraphModule) -> dict[str, OpDesc]:
-    from lrcompile.graph.describe import describe
-
-    return {node.name: describe(gm, node) for node in gm.graph.nodes}

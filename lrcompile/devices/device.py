@@ -17,6 +17,9 @@ from lrcompile.graph.op import DTYPE_BYTES
 
 LAUNCH_CLASSES = ("gemm", "conv", "other")
 SIGMA_CLASSES = ("gemm", "conv", "recurrent", "other")
+FUSIONS = (
+    "conv_normalization", "conv_activation", "conv_addition", "image_addition", "gemm_activation", "gemm_addition",
+)  # fmt: skip
 FEATURES = ("flash_attention", "grouped_conv", "rank5")
 PROVENANCE = ("datasheet", "published measurement", "fitted", "assumed", "measured here")
 
@@ -71,7 +74,9 @@ class Device:
     """A device profile; rates in operations a second, a multiply-add counting as two.
 
     Mappings over data types hold only types that the hardware computes with; `computed_as` names the substitute
-    for the others. `provenance` holds the source of each figure under its dotted key in the profile.
+    for the others. `fuses` names what its runtime runs as the last step of the operation before, of `FUSIONS`;
+    "image_addition" is that of two maps of 2-D convolutions, where "conv_addition" takes any value.
+    `provenance` holds the source of each figure under its dotted key in the profile.
     """
 
     name: str
@@ -97,6 +102,7 @@ class Device:
     recurrent_step_s: float
     sigma_relative: Mapping[str, float]
     lacks: frozenset[str] = frozenset()
+    fuses: frozenset[str] = frozenset()
     provenance: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     def __hash__(self) -> int:
@@ -190,7 +196,7 @@ class _Reader:
     def device(self) -> Device:
         doc = self.document
         tables = ("hardware", "dtype", "engine", "launch", "sigma")
-        self.keys("", doc, ("description", "kind", "default_dtype", *tables), optional=("lacks",))
+        self.keys("", doc, ("description", "kind", "default_dtype", *tables), optional=("lacks", "fuses"))
         hardware = self.table(doc, "", "hardware")
         keys = ("units", "clock", "bandwidth_peak", "bandwidth_sustained", "l2", "l2_bandwidth", "norm_exponent")
         self.keys("hardware", hardware, keys)
@@ -249,7 +255,8 @@ class _Reader:
             launch_s={name: self.figure(launch, "launch", name, "time", zero=True) for name in LAUNCH_CLASSES},
             recurrent_step_s=self.figure(launch, "launch", "recurrent_step", "time", zero=True),
             sigma_relative={name: self.figure(sigma, "sigma", name, "fraction") for name in SIGMA_CLASSES},
-            lacks=self.lacks(),
+            lacks=self.named("lacks", FEATURES),
+            fuses=self.named("fuses", FUSIONS),
             provenance=self.provenance,
         )
 
@@ -293,11 +300,12 @@ class _Reader:
             raise self.error(f"{where}.computed_as", f"a type with a peak ({', '.join(native)})", repr(value))
         return str(value)
 
-    def lacks(self) -> frozenset[str]:
-        table = self.table(self.document, "", "lacks") if "lacks" in self.document else {}
-        self.keys("lacks", table, (), optional=FEATURES)
+    def named(self, where: str, known: Sequence[str]) -> frozenset[str]:
+        """The entries of a table that may be absent, each with its source."""
+        table = self.table(self.document, "", where) if where in self.document else {}
+        self.keys(where, table, (), optional=known)
         for name in table:
-            self.sourced(table, "lacks", name, ("source",))
+            self.sourced(table, where, name, ("source",))
         return frozenset(table)
 
     def figure(

@@ -12,6 +12,7 @@ Kind = Literal[
     "recurrent",  # LSTM, GRU or RNN over a sequence
     "normalization",  # batch, layer, group, instance norm and softmax
     "reduction",  # sums, means and pooling over a window or an axis
+    "fused",  # the last step of the operation before it: no kernel of its own
     "elementwise",  # maps each element: activations, additions, casts
     "gather",  # embedding and index look-ups
     "movement",  # copies with another layout: concatenate, pad, transpose that is materialised

@@ -1,0 +1,187 @@
+"""What is priced as fused, and that ONNX Runtime fuses what the profile says."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lrcompile.devices.analytic import AnalyticCostModel
+from lrcompile.devices.cost import Cost, total
+from lrcompile.devices.device import FUSIONS, load_device
+from lrcompile.devices.fusion import describe_all
+from lrcompile.emit.onnx import to_onnx
+from lrcompile.frontend.trace import Traced, trace
+
+ALL = frozenset(FUSIONS)
+X86 = load_device("x86-ort").fuses
+
+
+class Block(nn.Module):
+    """A residual block; what follows the second convolution is said by name."""
+
+    def __init__(self, end: str, axes: int = 2) -> None:
+        super().__init__()
+        conv, norm = (nn.Conv2d, nn.BatchNorm2d) if axes == 2 else (nn.Conv3d, nn.BatchNorm3d)
+        self.first, self.second, self.norm = conv(8, 8, 3, padding=1), conv(8, 8, 3, padding=1), norm(8)
+        self.end = end
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        y = self.second(self.first(x).relu())
+        match self.end:
+            case "norm, add, relu":
+                return functional.relu(self.norm(y) + x)
+            case "relu":
+                return y.relu()
+            case "add":
+                return y + x
+            case "relu, add":
+                return y.relu() + x
+            case "relu, relu":
+                return torch.sigmoid(y.relu())
+            case "read twice":
+                return y.relu(), y
+            case "broadcast":
+                return y + x.mean((2, 3), keepdim=True)
+            case "gelu":
+                return functional.gelu(y)
+        raise ValueError(self.end)
+
+
+class Mlp(nn.Module):
+    def __init__(self, act: Any = functional.gelu) -> None:
+        super().__init__()
+        self.up, self.down, self.act = nn.Linear(8, 32), nn.Linear(32, 8), act
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(self.act(self.up(x)))
+
+
+IMAGE = torch.randn(2, 8, 6, 6)
+
+
+def fused(traced: Traced, fuses: frozenset[str] = ALL) -> list[str]:
+    """The operations that are priced as fused, in order."""
+    return [op.label for op in describe_all(traced.graph.gm, fuses).values() if op.kind == "fused"]
+
+
+@pytest.mark.parametrize(
+    ("end", "expected"),
+    [
+        ("norm, add, relu", ["BatchNorm2d", "add", "relu"]),
+        ("relu", ["relu"]),
+        ("add", ["add"]),
+        ("relu, add", ["relu"]),
+        ("relu, relu", ["relu"]),
+        ("read twice", []),
+        ("broadcast", []),
+        ("gelu", []),
+    ],
+)
+def test_what_follows_a_convolution(end: str, expected: list[str]) -> None:
+    assert fused(trace(Block(end).eval(), (IMAGE,))) == ["relu", *expected]
+
+
+def test_what_follows_a_product() -> None:
+    x = torch.randn(2, 5, 8)
+    assert fused(trace(Mlp().eval(), (x,))) == ["gelu", "add"]
+    assert fused(trace(Mlp().eval(), (x,)), frozenset({"gemm_activation"})) == ["gelu"]
+    assert fused(trace(Mlp(torch.sigmoid).eval(), (x,)), frozenset({"gemm_activation"})) == []
+    assert fused(trace(Mlp().eval(), (x,)), frozenset()) == []
+
+
+def test_a_fused_addition_reads_its_other_operand() -> None:
+    ops = describe_all(trace(Block("norm, add, relu").eval(), (IMAGE,)).graph.gm, ALL)
+    kept = {op.label: op.activation_bytes for op in ops.values() if op.kind == "fused"}
+    assert kept == {"relu": 0.0, "BatchNorm2d": 0.0, "add": IMAGE.numel() * 4}
+    device = load_device("v100")
+    price = AnalyticCostModel(device).cost
+    (add,) = (op for op in ops.values() if op.label == "add")
+    assert price(add).latency_s == pytest.approx(IMAGE.numel() * 4 / device.bandwidth_bytes_s)
+
+
+def test_of_two_convolutions_that_are_added_the_later_takes_the_addition() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.main, self.short = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (self.main(x) + self.short(x)).relu()
+
+    assert fused(trace(Two().eval(), (IMAGE,))) == ["add", "relu"]
+
+
+def test_folding_what_is_fused_anyway_is_no_gain() -> None:
+    """Profiles whose runtime folds batch norms see none in doing so before; others do."""
+    traced = trace(Block("norm, add, relu").eval(), (IMAGE,))
+    device = load_device("v100")
+
+    def latency(fuses: frozenset[str]) -> Cost:
+        return total([AnalyticCostModel(device).cost(op) for op in describe_all(traced.graph.gm, fuses).values()])
+
+    assert "conv_normalization" in device.fuses
+    norm_s = device.launch_s["other"]
+    assert latency(device.fuses - {"conv_normalization"}).latency_s > latency(device.fuses).latency_s + norm_s
+
+
+def test_training_fuses_nothing() -> None:
+    gm = trace(Block("relu").eval(), (IMAGE,)).graph.gm
+    other = trace(Block("add").eval(), (IMAGE,)).graph.gm
+    device = load_device("v100")
+    launch_s = 3 * device.launch_s["other"]  # forward, and twice the traffic backward
+    before, after = AnalyticCostModel(device, training=True).compare(gm, other)
+    assert min(before.latency_s, after.latency_s) > launch_s / 2
+    before, after = AnalyticCostModel(device).compare(gm, other)
+    assert max(before.latency_s, after.latency_s) < device.launch_s["other"]
+
+
+class Residual(nn.Module):
+    """Residual blocks over some axes, and two branches that are added."""
+
+    def __init__(self, axes: int) -> None:
+        super().__init__()
+        conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[axes - 1]
+        self.norm = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[axes - 1](16)
+        self.stem, self.a = conv(8, 16, 3, padding=1), conv(16, 16, 3, padding=1)
+        self.b, self.c = conv(16, 16, 3, padding=1), conv(16, 16, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        x = (self.norm(self.a(x)) + x).relu()
+        return torch.sigmoid(self.b(x) + self.c(x)) + x.mean()
+
+
+@pytest.mark.parametrize(
+    "traced",
+    [
+        *(trace(Residual(axes).eval(), (torch.randn(2, 8, *[6] * axes),)) for axes in (1, 2, 3)),
+        *(trace(Block(end).eval(), (IMAGE,)) for end in ("norm, add, relu", "relu", "add", "gelu", "relu, relu")),
+    ],
+    ids=["1-D", "2-D", "3-D", "norm, add, relu", "relu", "add", "gelu", "relu, relu"],
+)
+def test_onnx_runtime_fuses_what_the_profile_of_x86_says(traced: Traced, tmp_path: Path) -> None:
+    ops = describe_all(traced.graph.gm, X86).values()
+    left = sum(op.kind not in ("fused", "view") for op in ops)
+    kinds = optimised(traced, tmp_path)
+    copies = sum(kinds[kind] for kind in ("ReorderInput", "ReorderOutput", "Squeeze"))
+    assert sum(kinds.values()) - copies == left, kinds
+
+
+def optimised(traced: Traced, folder: Path) -> Counter[str]:
+    """The operators that ONNX Runtime makes of a model."""
+    model = to_onnx(
+        traced.graph.gm, traced.args, traced.kwargs,
+        input_names=traced.input_names, output_names=traced.output_names, dynamic_batch=traced.dynamic_batch,
+    )  # fmt: skip
+    options = ort.SessionOptions()
+    options.optimized_model_filepath, options.log_severity_level = str(folder / "optimised.onnx"), 4
+    ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return Counter(node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node)
