@@ -81,6 +81,7 @@ def compile_command(
     dtype: Annotated[str | None, typer.Option(help="Precision: fp32, fp16 or bf16.")] = None,
     max_rank: Annotated[int | None, typer.Option(help="Highest rank of tensors inside the graph, 4.")] = None,
     io_rank: Annotated[int | None, typer.Option(help="The same for its inputs and outputs.")] = None,
+    opset: Annotated[int | None, typer.Option(help="ONNX opset, 18 to 23; 20 if not given.")] = None,
     max_error: Annotated[float | None, typer.Option(help="Largest relative output error.")] = None,
     size: Annotated[str | None, typer.Option(help="Weight size: 0.5, 50% or 12MB.")] = None,
     speedup: Annotated[float | None, typer.Option(help="Least speed-up, such as 1.5.")] = None,
@@ -102,7 +103,8 @@ def compile_command(
 
     request = Request(
         model=model, target=target, out=out, arch=arch, trust_pickle=trust_pickle, inputs=tuple(inputs or ()),
-        calib=calib, batch=batch, dtype=dtype, max_rank=max_rank, io_rank=io_rank, max_error=max_error, size=size,
+        calib=calib, batch=batch, dtype=dtype, max_rank=max_rank, io_rank=io_rank, opset=opset,
+        max_error=max_error, size=size,
         speedup=speedup, max_latency=max_latency, confidence=confidence, passes=passes,
         options=tuple(options or ()), skip=tuple(skip or ()), seed=seed, plan=plan, plan_out=plan_out,
         report_json=report_json,

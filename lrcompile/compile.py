@@ -22,7 +22,7 @@ from lrcompile.confirm import Measured, Reference, confirm
 from lrcompile.devices.cost import Cost, total
 from lrcompile.devices.fusion import describe_all
 from lrcompile.devices.target import Target, resolve_target
-from lrcompile.emit.write import emit
+from lrcompile.emit.write import check_opset, emit
 from lrcompile.errors import InputError, PlanError
 from lrcompile.frontend.calibration_data import CalibrationData
 from lrcompile.frontend.prepare import prepare
@@ -107,6 +107,7 @@ def compile(  # the name that users look for
     batch: int | None = None,
     max_rank: int | None = None,
     io_rank: int | None = None,
+    opset: int | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Result:
@@ -115,8 +116,9 @@ def compile(  # the name that users look for
     `args` and `kwargs` are example inputs; what is priced is the model at their shapes. `target` is the name or path
     of a profile, or "local". `skip` holds glob patterns of sites to leave alone. With `max_rank=4` no value inside the
     graph has more than four axes, with `io_rank=4` its inputs and outputs have not either: [B, C, T, H, W] is taken as
-    [B, C·T, H, W]. With `plan`, its rewrites are applied and nothing is searched. Without `calibration`,
-    decompositions see the weights alone and the output error is measured on the example inputs.
+    [B, C·T, H, W]. `opset` is the version of ONNX operators, 18 to 23. With `plan`, its rewrites are applied and
+    nothing is searched. Without `calibration`, decompositions see the weights alone and the output error is measured
+    on the example inputs.
 
     Raises:
         InputError: the model, inputs or options cannot be used.
@@ -125,7 +127,7 @@ def compile(  # the name that users look for
         VerificationError: a rewrite changed what the model computes.
     """
     options: dict[str, Any] = {"calibration": calibration, "passes": passes, "dtype": dtype, "batch": batch}
-    options |= {"max_rank": max_rank, "io_rank": io_rank}
+    options |= {"max_rank": max_rank, "io_rank": io_rank, "opset": opset}
     if plan is not None:
         return replay(model, args, kwargs, plan=plan, progress=progress, **options)
     prepared = prepare_model(model, args, kwargs, target=target, skip=skip, seed=seed, progress=progress, **options)
@@ -145,6 +147,7 @@ def prepare_model(
     batch: int | None = None,
     max_rank: int | None = None,
     io_rank: int | None = None,
+    opset: int | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Prepared:
@@ -158,7 +161,8 @@ def prepare_model(
         traced = trace(model, args, kwargs)
     with clock("lower"):
         traced = to_rank(traced, target.max_rank if max_rank is None else max_rank, io_rank, rounding(dtype))
-    target = target.for_batch(traced.dynamic_batch)
+    traced = replace(traced, opset=check_opset(opset))
+    target = target.for_model(traced.dynamic_batch, opset)
     reference = Reference.of(traced) if target.is_local else None
     keep, skipped = _keeper(traced.graph, skip)
     batches = _batches(traced, calibration)
@@ -232,6 +236,7 @@ def solve(prepared: Prepared, budget: Budget) -> Result:
         batch=batch_size(p.traced.flat),
         max_rank=p.traced.max_rank,
         io_rank=p.traced.io_rank,
+        opset=p.traced.opset,
         fingerprint=fingerprint(p.traced.graph.gm),
         calibration=p.calibration.digest if p.calibration else None,
         seed=p.seed,
@@ -288,6 +293,7 @@ def replay(
     batch: int | None = None,
     max_rank: int | None = None,
     io_rank: int | None = None,
+    opset: int | None = None,
     progress: Progress | None = None,
 ) -> Result:
     """Applies a plan's rewrites to the model that it was made for; nothing is priced or searched.
@@ -306,6 +312,7 @@ def replay(
         traced = trace(model, args, kwargs)
     with clock("lower"):
         traced = to_rank(traced, plan.max_rank, plan.io_rank, rounding(dtype))
+    traced = replace(traced, opset=check_opset(plan.opset if opset is None else opset))
     plan.check_fits(fingerprint(traced.graph.gm), calibration.digest if calibration else None)
     batches = _batches(traced, calibration)
     context = Context(target.device, dtype)

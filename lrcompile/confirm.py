@@ -209,4 +209,5 @@ def _onnx(traced: Traced, graph: Graph) -> bytes:
     return to_onnx(
         graph.gm, traced.args, traced.kwargs,
         input_names=traced.input_names, output_names=traced.output_names, dynamic_batch=traced.dynamic_batch,
+        opset=traced.opset,
     ).SerializeToString()  # fmt: skip

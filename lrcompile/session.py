@@ -38,6 +38,7 @@ class Request:
     dtype: str | None
     max_rank: int | None
     io_rank: int | None
+    opset: int | None
     max_error: float | None
     size: str | None
     speedup: float | None
@@ -74,7 +75,8 @@ def compile_files(request: Request, progress: Callable[[str, int, int], None]) -
     result = compile_model(
         source.program, args, kwargs, target=request.target, budget=budget, calibration=calibration, passes=passes,
         plan=plan, skip=request.skip, dtype=request.dtype, batch=request.batch,
-        max_rank=request.max_rank, io_rank=request.io_rank, seed=request.seed, progress=progress,
+        max_rank=request.max_rank, io_rank=request.io_rank, opset=request.opset, seed=request.seed,
+        progress=progress,
     )  # fmt: skip
     report = replace(result.report, notes=[*found.problems, *result.report.notes])
     if request.out is not None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
@@ -120,6 +121,14 @@ def test_main_form_writes_a_verified_model(cwd: Path, capsys: pytest.CaptureFixt
     assert session.run(None, {"x": np.ones((3, 256), np.float32)})[0].shape == (3, 256)
 
 
+def test_the_opset_is_written_and_kept_by_a_plan(cwd: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("model.pt", "--target", "v100", "--opset", "23", "--out", "a.onnx", "--plan-out", "plan.json")
+    assert call(capsys, *words)[0] == 0
+    assert onnx.load("a.onnx").opset_import[0].version == 23
+    assert call(capsys, "model.pt", "--plan", "plan.json", "--out", "b.onnx")[0] == 0
+    assert Path("a.onnx").read_bytes() == Path("b.onnx").read_bytes()
+
+
 def test_plan_replays_byte_identically(cwd: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ("model.pt", "--target", "v100", "--calib", "calib.npz", "--batch", "1024")
     assert call(capsys, *words, "--out", "a.onnx", "--plan-out", "plan.json")[0] == 0
@@ -211,6 +220,7 @@ BAD: list[tuple[tuple[str, ...], int, str]] = [
     (("model.pt", "--calib", "shape.npz", "--batch", "8"), 2, "7"),
     (("model.pt", "--target", "v10"), 2, "v100"),
     (("model.pt", "--passes", "low-rank-liner"), 2, "low-rank-linear"),
+    (("model.pt", "--opset", "17"), 2, "expected 18 to 23"),
     (("model.pt", "--option", "low-rank-conv.pears=3"), 2, "did you mean 'pairs'"),
     (("model.pt", "--skip", "nope.*"), 2, "up"),
     (("model.pt", "--tagret", "v100"), 2, "--target"),

@@ -203,6 +203,17 @@ def test_region_computes_what_torch_does(name: str, dynamic_batch: bool) -> None
     torch.testing.assert_close(torch.from_numpy(got), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", [name for name in CASES if "attention" in name])
+def test_attention_is_one_operator_from_opset_23_on(name: str) -> None:
+    function, inputs = CASES[name]
+    gm = region(function, *inputs)
+    model = region_to_onnx(gm, opset=23)
+    heads = inputs[0].dim() == 4
+    assert [node.op_type for node in model.graph.node].count("Attention") == heads
+    [got] = run_onnx(model, inputs)
+    torch.testing.assert_close(torch.from_numpy(got), gm(*inputs), rtol=1e-5, atol=1e-5)
+
+
 def test_split_outputs_and_shared_values() -> None:
     def split(tape: Any, x: fx.Node) -> Any:
         parts = tape(aten.split_with_sizes.default, x, [3, 5], -1)
@@ -298,14 +309,32 @@ class _ConvBlock(nn.Module):
         return nn.functional.relu(self.conv(x))
 
 
-@pytest.mark.parametrize(("module", "x"), [(_Perceptron(), X3), (_ConvBlock(), IMAGE)], ids=["mlp", "conv"])
-def test_onnx_runtime_makes_the_same_of_it_as_of_an_export(module: nn.Module, x: Tensor, tmp_path: Path) -> None:
+class _GroupedHeads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.kv = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.q(x).unflatten(-1, (4, 2)).transpose(1, 2)
+        k, v = self.kv(x).unflatten(-1, (4, 2)).transpose(1, 2).split(2, 1)
+        return nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True).transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize(
+    ("module", "x", "opset"),
+    [(_Perceptron(), X3, 20), (_ConvBlock(), IMAGE, 20), (_GroupedHeads(), X3, 23)],
+    ids=["mlp", "conv", "grouped heads"],
+)
+def test_onnx_runtime_makes_the_same_of_it_as_of_an_export(
+    module: nn.Module, x: Tensor, opset: int, tmp_path: Path
+) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         exported = torch.onnx.export(
-            module, (x,), dynamo=True, verbose=False, dynamic_shapes=({0: torch.export.Dim("batch")},)
-        ).model_proto
-    ours = region_to_onnx(trace(module, (x,)).graph.gm)
+            module, (x,), dynamo=True, verbose=False, dynamic_shapes=({0: torch.export.Dim("batch")},),
+            opset_version=opset,
+        ).model_proto  # fmt: skip
+    ours = region_to_onnx(trace(module, (x,)).graph.gm, opset=opset)
     assert _optimized(ours, tmp_path) == _optimized(exported, tmp_path)
 
 

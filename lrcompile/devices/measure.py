@@ -30,6 +30,7 @@ from lrcompile.devices.analytic import AnalyticCostModel
 from lrcompile.devices.bench import ORT_ERRORS, Clock, Run, random_array, session_options, waited_s
 from lrcompile.devices.cost import Cost
 from lrcompile.devices.device import Device, load_device
+from lrcompile.devices.onnx_graph import OPSET
 from lrcompile.devices.onnx_region import LoweredRegion, UnsupportedRegion, lower_op, lower_region
 from lrcompile.graph.describe import describe
 from lrcompile.graph.op import OpDesc
@@ -70,14 +71,15 @@ def default_cache_dir() -> Path:
 class LocalCostModel:
     """Measures operations and regions on this machine's CPU with ONNX Runtime.
 
-    `dynamic_batch` says how the model will be emitted; ONNX Runtime fuses accordingly. `threads` is its intra-op
-    count, its own default when None. Results are kept in `cache_dir`, or only in memory when that is None; very noisy
-    ones for an hour. `clock` and `waited` are those of `measure`. What ONNX Runtime cannot run is predicted with the
-    x86-ort profile and its wide error bars, and counted in `counters.fallbacks` by reason.
+    `dynamic_batch` and `opset` say how the model will be emitted; ONNX Runtime fuses accordingly. `threads` is its
+    intra-op count, its own default when None. Results are kept in `cache_dir`, or only in memory when that is None;
+    very noisy ones for an hour. `clock` and `waited` are those of `measure`. What ONNX Runtime cannot run is predicted
+    with the x86-ort profile and its wide error bars, and counted in `counters.fallbacks` by reason.
     """
 
     cache_dir: Path | None = field(default_factory=default_cache_dir)
     dynamic_batch: bool = True
+    opset: int = OPSET
     threads: int | None = None
     clock: Clock = time.perf_counter
     waited: Clock = waited_s
@@ -121,7 +123,9 @@ class LocalCostModel:
         or that ONNX Runtime cannot run gets the analytic prediction.
         """
         try:
-            regions = tuple(lower_region(gm, dynamic_batch=self.dynamic_batch) for gm in (before, after))
+            regions = tuple(
+                lower_region(gm, dynamic_batch=self.dynamic_batch, opset=self.opset) for gm in (before, after)
+            )
         except UnsupportedRegion as error:
             return self._predicted(error.reason, _prior().compare(before, after))
         timings = self._timings(regions, worth=lambda: self.worth_measuring(before, after))

@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
 OPSET = 20
+ATTENTION_OPSET = 23  # the first in which attention is one operator
 _IR_VERSION = 10
 _SCALE = 0.02
 
@@ -92,10 +93,11 @@ class LoweredRegion:
     constants: list[TensorProto] = field(default_factory=list)
     weights: list[Weight] = field(default_factory=list)
     dynamic_batch: bool = True
+    opset: int = OPSET
 
     def signature(self) -> str:
         """SHA-256 of operators, attributes, shapes and dtypes: neither weight values nor names of nodes count."""
-        digest = hashlib.sha256(f"{OPSET} {self.dynamic_batch} {self.inputs} {self.outputs}".encode())
+        digest = hashlib.sha256(f"{self.opset} {self.dynamic_batch} {self.inputs} {self.outputs}".encode())
         for constant in self.constants:
             digest.update(constant.SerializeToString(deterministic=True))
         for node in self.nodes:
@@ -117,7 +119,8 @@ class LoweredRegion:
             [self._info(port, f"{port.name}_n") for port in self.outputs],
             [*self.constants, *(weight.proto() for weight in self.weights)],
         )
-        return helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=_IR_VERSION)
+        imports = [helper.make_opsetid("", self.opset)]
+        return helper.make_model(graph, opset_imports=imports, ir_version=max(_IR_VERSION, self.opset - 12))
 
     def _info(self, port: Port, symbol: str) -> onnx.ValueInfoProto:
         shape: list[int | str] = list(port.shape)
@@ -129,9 +132,9 @@ class LoweredRegion:
 class Builder:
     """Collects the nodes of one region; `env` holds the ONNX name of every value, or names where there are several."""
 
-    def __init__(self, gm: fx.GraphModule, dynamic_batch: bool) -> None:
+    def __init__(self, gm: fx.GraphModule, dynamic_batch: bool, opset: int = OPSET) -> None:
         self.gm = gm
-        self.region = LoweredRegion(dynamic_batch=dynamic_batch)
+        self.region = LoweredRegion(dynamic_batch=dynamic_batch, opset=opset)
         self.env: dict[fx.Node, Value] = {}
         self._known: dict[Any, str] = {}
         self._count = 0

@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
+from lrcompile.devices.onnx_attention import lower_attention
 from lrcompile.devices.onnx_graph import Arguments, Builder, UnsupportedRegion, Value, tensor_of
 
 ModuleHandler = Callable[[Builder, fx.Node, Any, str], str]
@@ -410,44 +411,6 @@ def _embedding(b: Builder, node: fx.Node, a: Arguments) -> str:
     return b.emit("Gather", b.name(a["weight"], node), b.name(a["indices"], node), axis=0)
 
 
-def _attention(b: Builder, node: fx.Node, a: Arguments) -> str:
-    query, key = tensor_of(a["query"]), tensor_of(a["key"])
-    dtype, axes = query.dtype, key.dim()
-    factor = math.sqrt(a["scale"] if a["scale"] is not None else 1 / math.sqrt(query.shape[-1]))
-    q, k, v = (b.name(a[name], node) for name in ("query", "key", "value"))
-    leading = tuple(key.shape[:-2])
-    if a["enable_gqa"] and query.shape[-3] != key.shape[-3]:
-        k, v = (b.repeat_heads(x, tensor_of(a[role]), query.shape[-3], node) for x, role in ((k, "key"), (v, "value")))
-        leading = (*key.shape[:-3], query.shape[-3])
-    turned = [*leading, key.shape[-1], key.shape[-2]]
-    if axes > 3:
-        k = b.reshape(k, [math.prod(leading), *key.shape[-2:]], node)
-    k = b.emit("Transpose", k, perm=[0, 2, 1] if axes > 2 else [1, 0])
-    if axes > 3:
-        k = b.reshape(k, turned, node)
-    scale = b.constant(factor, dtype, node)
-    scores = b.emit("MatMul", b.emit("Mul", q, scale), b.emit("Mul", k, scale))
-    mask, boolean = _mask(b, node, a, query, key)
-    weights = b.emit("Softmax", b.emit("Add", scores, mask) if mask else scores, axis=-1)
-    if boolean:
-        weights = b.emit("Where", b.emit("IsNaN", weights), b.constant(0.0, dtype, node), weights)
-    return b.emit("MatMul", weights, v)
-
-
-def _mask(b: Builder, node: fx.Node, a: Arguments, query: Tensor, key: Tensor) -> tuple[str | None, bool]:
-    """The additive mask's name, and whether it came from a boolean one, which can mask a whole row."""
-    if a["is_causal"]:
-        shape = (query.shape[-2], key.shape[-2])
-        return b.constant(torch.full(shape, -torch.inf).triu(1).numpy(), query.dtype, node), False
-    if a["attn_mask"] is None:
-        return None, False
-    mask = b.name(a["attn_mask"], node)
-    if tensor_of(a["attn_mask"]).dtype != torch.bool:
-        return mask, False
-    zero, never = b.constant(0.0, query.dtype, node), b.constant(-math.inf, query.dtype, node)
-    return b.emit("Where", mask, zero, never), True
-
-
 _SHARED: Sequence[tuple[str, FunctionHandler]] = (
     ("alias clone contiguous detach lift_fresh lift_fresh_copy dropout feature_dropout", _same),
     ("clamp clamp_min clamp_max hardtanh relu6", _clip),
@@ -487,7 +450,7 @@ FUNCTIONS: Mapping[str, FunctionHandler] = {
     "rms_norm": _rms_norm,
     "rsqrt": _rsqrt,
     "rsub": _rsub,
-    "scaled_dot_product_attention": _attention,
+    "scaled_dot_product_attention": lower_attention,
     "select": _select,
     "silu": _silu,
     "slice": _slice,

@@ -18,7 +18,17 @@ from onnx import TensorProto, helper
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from lrcompile.devices.onnx_graph import DTYPES, Builder, LoweredRegion, Port, UnsupportedRegion, Value, Weight, bind
+from lrcompile.devices.onnx_graph import (
+    DTYPES,
+    OPSET,
+    Builder,
+    LoweredRegion,
+    Port,
+    UnsupportedRegion,
+    Value,
+    Weight,
+    bind,
+)
 from lrcompile.devices.onnx_ops import FUNCTIONS, MODULES, UNARY
 from lrcompile.graph.graph import attribute
 from lrcompile.graph.op import ConvShape, GemmShape, OpDesc
@@ -29,7 +39,7 @@ _PROTOBUF_BYTES = 2**31 - 2**20  # a serialised model must stay below 2 GiB
 _FLOATS = {"fp64": torch.float64, "fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16}
 
 
-def region_to_onnx(region: fx.GraphModule, *, dynamic_batch: bool = True) -> onnx.ModelProto:
+def region_to_onnx(region: fx.GraphModule, *, dynamic_batch: bool = True, opset: int = OPSET) -> onnx.ModelProto:
     """The ONNX model of a lifted region whose placeholders carry concrete shapes in `meta["val"]`.
 
     Parameters without values (fake or meta tensors) become small random ones. With `dynamic_batch` the leading axis
@@ -38,12 +48,12 @@ def region_to_onnx(region: fx.GraphModule, *, dynamic_batch: bool = True) -> onn
     Raises:
         UnsupportedRegion: a node has no ONNX form here.
     """
-    return lower_region(region, dynamic_batch=dynamic_batch).model()
+    return lower_region(region, dynamic_batch=dynamic_batch, opset=opset).model()
 
 
-def lower_region(region: fx.GraphModule, *, dynamic_batch: bool = True) -> LoweredRegion:
+def lower_region(region: fx.GraphModule, *, dynamic_batch: bool = True, opset: int = OPSET) -> LoweredRegion:
     """The nodes of `region_to_onnx` before weights are read; raises UnsupportedRegion as that does."""
-    builder = Builder(region, dynamic_batch)
+    builder = Builder(region, dynamic_batch, opset)
     for node in region.graph.nodes:
         if node.op == "placeholder":
             _placeholder(builder, node)

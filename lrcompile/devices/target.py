@@ -8,6 +8,7 @@ from lrcompile.devices.analytic import AnalyticCostModel
 from lrcompile.devices.cost import CostModel
 from lrcompile.devices.device import Device, load_device
 from lrcompile.devices.measure import LocalCostModel, local_device
+from lrcompile.devices.onnx_graph import OPSET
 
 
 @dataclass(frozen=True)
@@ -24,11 +25,11 @@ class Target:
         """The highest rank of tensors that the device holds, or None where there is no limit."""
         return 4 if "rank5" in self.device.lacks else None
 
-    def for_batch(self, dynamic: bool) -> Target:
-        """The target for a model whose batch is open or fixed: the runtime fuses differently."""
+    def for_model(self, dynamic_batch: bool, opset: int | None) -> Target:
+        """The target for a model with an open or fixed batch and an ONNX opset: the runtime fuses differently."""
         if not isinstance(self.model, LocalCostModel):
             return self
-        return replace(self, model=replace(self.model, dynamic_batch=dynamic))
+        return replace(self, model=replace(self.model, dynamic_batch=dynamic_batch, opset=opset or OPSET))
 
     def remarks(self) -> list[str]:
         """What of a measured price list was predicted after all, and why."""

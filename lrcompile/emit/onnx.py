@@ -97,7 +97,7 @@ def to_onnx(
     input_names: Sequence[str],
     output_names: Sequence[str],
     dynamic_batch: bool,
-    opset: int = OPSET,
+    opset: int | None = None,
 ) -> onnx.ModelProto:
     """The ONNX model of a lifted graph; see `lower`.
 
@@ -119,18 +119,19 @@ def lower(
     input_names: Sequence[str],
     output_names: Sequence[str],
     dynamic_batch: bool,
-    opset: int = OPSET,
+    opset: int | None = None,
 ) -> OnnxModel:
     """Exports a lifted graph to ONNX; equal graphs give equal bytes, on any machine with the same libraries.
 
     `input_names` and `output_names` are those of the flat inputs and outputs; a name that is taken gets a number.
-    With `dynamic_batch` the first axis of the inputs is called "batch", where the graph leaves it open.
+    With `dynamic_batch` the first axis of the inputs is called "batch", where the graph leaves it open. `opset` is 20
+    unless given, or 22 where a weight is bfloat16; from 23 on attention is one operator.
 
     Raises:
         InputError: torch cannot express the graph in ONNX.
     """
-    if any(tensor.dtype == torch.bfloat16 for tensor in gm.state_dict().values()):
-        opset = max(opset, BFLOAT16_OPSET)
+    bfloat16 = any(tensor.dtype == torch.bfloat16 for tensor in gm.state_dict().values())
+    opset = opset or (BFLOAT16_OPSET if bfloat16 else OPSET)
     notes: list[str] = []
     outputs = _tensors(output_names, pytree.tree_leaves(list(gm.graph.output_node().args)), "output", notes)
     inputs = _tensors(input_names, pytree.tree_leaves((args, dict(kwargs))), "input", notes)

@@ -24,6 +24,7 @@ from lrcompile.graph.graph import weight_bytes
 MARK = '"""Written by lrcompile'
 """The first words of every `model.py` that lrcompile writes: a folder with one may be replaced."""
 
+OPSETS = range(18, 24)
 _FOLDER_FILES = frozenset(("model.py", "weights.safetensors", "__pycache__"))
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _LIMITS = {torch.float16: 5e-2, torch.bfloat16: 2e-1}
@@ -58,6 +59,17 @@ def emit(path: str | Path, gm: fx.GraphModule, traced: Traced) -> Emitted:
     if stale is not None and stale.name not in {file.name for file in written}:
         stale.unlink(missing_ok=True)
     return emitted
+
+
+def check_opset(opset: int | None) -> int | None:
+    """The version of ONNX operators asked for.
+
+    Raises:
+        InputError: torch does not write it.
+    """
+    if opset is not None and opset not in OPSETS:
+        raise InputError(f"--opset {opset} cannot be written; expected {OPSETS[0]} to {OPSETS[-1]}, or nothing for 20")
+    return opset
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -212,6 +224,7 @@ def _emit_onnx(path: Path, gm: fx.GraphModule, traced: Traced) -> tuple[Emitted,
     lowered = lower(
         gm, traced.args, traced.kwargs,
         input_names=traced.input_names, output_names=traced.output_names, dynamic_batch=traced.dynamic_batch,
+        opset=traced.opset,
     )  # fmt: skip
     check_ranks(lowered.model, traced)
     written = save(lowered.model, path)

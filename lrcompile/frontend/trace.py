@@ -26,7 +26,8 @@ class Traced:
 
     `args` and `kwargs` are what the model's `forward` takes; `flat` are the same tensors in the order of
     `input_names`, the graph's placeholders. `output_names` name the flat outputs. `max_rank` is the highest rank that
-    values inside the graph may have, and `io_rank` that of its inputs and outputs, where there is a limit.
+    values inside the graph may have, and `io_rank` that of its inputs and outputs, where there is a limit. `opset` is
+    the version of ONNX operators that it is to be written in, where one was asked for.
     """
 
     graph: Graph
@@ -39,6 +40,7 @@ class Traced:
     notes: tuple[str, ...] = field(default=())
     max_rank: int | None = None
     io_rank: int | None = None
+    opset: int | None = None
 
 
 def trace(

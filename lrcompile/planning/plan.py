@@ -22,7 +22,7 @@ class Plan:
     `fingerprint` is that of the traced graph with its weights; `calibration` is the digest of the calibration data,
     None where there were none; `options` holds the fields of every pass in use; `sites` is the decision table.
     `max_rank` and `io_rank` limit the rank of values inside the graph and at its ends: the graph that is meant, and
-    that the fingerprint is of, is the lowered one.
+    that the fingerprint is of, is the lowered one. `opset` is that of ONNX output, None for the usual one.
     """
 
     target: str
@@ -37,6 +37,7 @@ class Plan:
     sites: Sequence[Mapping[str, Any]] = ()
     max_rank: int | None = None
     io_rank: int | None = None
+    opset: int | None = None
 
     def dumps(self) -> str:
         """The plan as JSON text; the same plan gives the same text."""
@@ -47,6 +48,7 @@ class Plan:
             "batch": self.batch,
             "max_rank": self.max_rank,
             "io_rank": self.io_rank,
+            "opset": self.opset,
             "fingerprint": self.fingerprint,
             "calibration": self.calibration,
             "seed": self.seed,
@@ -85,6 +87,7 @@ class Plan:
                 sites=[dict(site) for site in data["sites"]],
                 max_rank=data.get("max_rank"),
                 io_rank=data.get("io_rank"),
+                opset=data.get("opset"),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise PlanError(

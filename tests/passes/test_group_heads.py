@@ -305,7 +305,8 @@ def test_golden(variant: tuple[str, int, int]) -> None:
 
 @pytest.mark.parametrize("variant", variants(4), ids=str)
 @pytest.mark.parametrize("causal", [False, True])
-def test_onnx_at_two_batch_sizes(variant: tuple[str, int, int], causal: bool) -> None:
+@pytest.mark.parametrize("opset", [20, 23])
+def test_onnx_at_two_batch_sizes(variant: tuple[str, int, int], causal: bool, opset: int) -> None:
     class Model(Plain):
         def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
@@ -314,7 +315,11 @@ def test_onnx_at_two_batch_sizes(variant: tuple[str, int, int], causal: bool) ->
     x = torch.randn(2, 5, 16)
     traced = trace(Model(), (x,))
     result = common.applied(traced.graph, PASS, chosen(traced.graph, *variant))
-    model = to_onnx(result.gm, (x,), {}, input_names=["x"], output_names=["y"], dynamic_batch=True)
+    model = to_onnx(result.gm, (x,), {}, input_names=["x"], output_names=["y"], dynamic_batch=True, opset=opset)
+    kinds = [node.op_type for node in model.graph.node]
+    assert kinds.count("Attention") == (opset == 23)
+    if opset == 23 and variant[0] == "GQA":
+        assert "Expand" not in kinds  # grouped heads are the operator's own
     session = ort.InferenceSession(model.SerializeToString())
     for batch in (x, torch.randn(3, 5, 16)):
         (got,) = session.run(None, {"x": batch.numpy()})
