@@ -227,7 +227,10 @@ def solve(prepared: Prepared, budget: Budget) -> Result:
     left = {id(candidate) for candidate in choice.candidates}
     dropped = [site for candidate in wanted if id(candidate) not in left for site in candidate.sites]
     overruled = dict.fromkeys(dropped, measured.overruled or "") if measured else {}
-    decisions = decide(p.graph, p.pricing, choice.candidates, budget, p.skipped, canonical, overruled)
+    decisions = decide(
+        p.graph, p.pricing, choice.candidates, budget, p.skipped, canonical, overruled,
+        remark=lambda rewrite: p.passes[rewrite.pass_name].remark(rewrite),
+    )  # fmt: skip
     check_rank(choice.graph, p.traced)
     rewrites = (*canonical, *choice.rewrites)
     plan = Plan(

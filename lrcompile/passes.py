@@ -64,6 +64,10 @@ class Pass(ABC):
             KeyError: a site that the rewrite names is not in the graph.
         """
 
+    def remark(self, rewrite: Rewrite) -> str:
+        """What a user should know of one of its rewrites besides the figures, such as that it needs training."""
+        return ""
+
 
 @dataclass(frozen=True, eq=False)
 class Context:

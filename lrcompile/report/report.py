@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -96,11 +96,12 @@ def decide(
     skipped: Sequence[str] = (),
     canonical: Sequence[Rewrite] = (),
     overruled: Mapping[str, str] | None = None,
+    remark: Callable[[Rewrite], str] = lambda rewrite: "",
 ) -> list[Decision]:
     """The decision for every linear, convolution and embedding layer, in graph order.
 
     `canonical` are the exact rewrites made before anything was priced; `overruled` are the sites whose rewrite was
-    set aside by a measurement of the whole model, with the reason.
+    set aside by a measurement of the whole model, with the reason. `remark` says what a pass has to say of a rewrite.
     """
     by_site: dict[str, list[Candidate]] = defaultdict(list)
     for candidate in pricing.candidates:
@@ -122,7 +123,7 @@ def decide(
         label = operation_label(site.module)
         cost = pricing.node_costs.get(site.nodes[0].name)
         if path in taken:
-            decisions.append(_rewritten(path, label, taken[path], _alternatives(candidates, budget)))
+            decisions.append(_rewritten(path, label, taken[path], _alternatives(candidates, budget), remark))
         elif path in skipped:
             decisions.append(_kept(path, label, "kept", cost, "skipped by --skip", ()))
         elif candidates:
@@ -188,12 +189,19 @@ def error_figures(budget: Budget, calibration: CalibrationData | None, measured:
     }
 
 
-def _rewritten(path: str, label: str, candidate: Candidate, alternatives: Sequence[Mapping[str, Any]]) -> Decision:
+def _rewritten(
+    path: str,
+    label: str,
+    candidate: Candidate,
+    alternatives: Sequence[Mapping[str, Any]],
+    remark: Callable[[Rewrite], str],
+) -> Decision:
     names = "+".join(dict.fromkeys(rewrite.pass_name for rewrite in candidate.rewrites))
     params = dict(candidate.rewrites[0].params) if len(candidate.rewrites) == 1 else _joined_params(candidate)
     first = candidate.sites[0] == path
     ratio = candidate.before.latency_s / max(candidate.after.latency_s, 1e-12)
     reason = f"{ratio:.2f}× faster here" if ratio >= 1 else f"{1 / ratio:.2f}× slower here, for the size asked for"
+    reason = "; ".join([reason, *filter(None, map(remark, candidate.rewrites))])
     return Decision(
         site=path,
         op=label,

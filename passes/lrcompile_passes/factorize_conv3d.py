@@ -62,6 +62,10 @@ class FactorizeConv3d(Pass):
             if self.parallel and _is_centered(site.module):
                 yield from (site.rewrite(form=form, error=partial(_outside_cross, site)) for form in ("add", "cat"))
 
+    def remark(self, rewrite: Rewrite) -> str:
+        """That the parallel branches leave out most of a kernel."""
+        return "needs training: most of the kernel is left out" if rewrite.params["form"] in ("add", "cat") else ""
+
     def apply(self, rewriter: Rewriter, rewrite: Rewrite) -> None:
         """Puts the 2-D layers under the site's path, and the nodes of the form in the place of each call."""
         site = rewriter.site()

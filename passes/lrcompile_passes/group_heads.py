@@ -42,6 +42,8 @@ from lrcompile_passes.head_groups import INITS, Grouping, error, groupings, shar
 from lrcompile_passes.layers import cannot_rebuild, linear, with_weight
 from lrcompile_passes.positions import packet_of
 
+SAME = 1e-4  # relative error up to which heads that share count as alike
+
 
 @dataclass(frozen=True)
 class GroupHeads(Pass):
@@ -73,6 +75,14 @@ class GroupHeads(Pass):
                 for init in self.inits:
                     if init != "similar" or (can_reorder and grouping.has_choice):
                         yield _rewrite(attention, grouping, init, context)
+
+    def remark(self, rewrite: Rewrite) -> str:
+        """How many heads of keys and values are left to cache, and that heads that differ need training."""
+        params: Any = rewrite.params
+        queries, keys = params["queries"], params["keys"]
+        heads = queries * keys if params["form"] == "GQKVA" else max(queries, keys)
+        cache = f"KV cache of {keys} heads for {heads} of queries" if keys < heads else "KV cache as large as before"
+        return cache if rewrite.error < SAME else f"{cache}; further training recovers accuracy"
 
     def apply(self, rewriter: Rewriter, rewrite: Rewrite) -> None:
         """Narrows the layers, and lets attention read their heads as often as it needs them."""

@@ -58,6 +58,11 @@ class MergePointwise(Pass):
                 error = partial(_error, place, context, rank_out, rank_in)
                 yield Rewrite("", tuple(s.path for s in place.layers), params, error)
 
+    def remark(self, rewrite: Rewrite) -> str:
+        """That the model is another one afterwards."""
+        done = {"drop": "dropped", "move": "moved"}[str(rewrite.params["through"])]
+        return f"needs training: activations were {done}"
+
     def apply(self, rewriter: Rewriter, rewrite: Rewrite) -> None:
         """Puts the three convolutions, and activations that move, in the place of all that was between them."""
         graph, context = rewriter.graph, rewriter.context

@@ -703,6 +703,7 @@ def test_compile_shares_equal_heads_and_replays() -> None:
     rows = {row.site: row for row in result.report.sites}
     assert rows["k"].pass_name == "group-heads"
     assert rows["k"].params["keys"] == 1
+    assert rows["k"].reason.endswith("faster here; KV cache of 1 heads for 8 of queries")
     assert result.model.get_submodule("k").weight.shape == (32, 256)
     again = lrcompile.compile(model, (x,), plan=result.plan, passes=passes)
     assert torch.equal(again.model(x), result.model(x))
@@ -710,6 +711,21 @@ def test_compile_shares_equal_heads_and_replays() -> None:
         Plain(heads=8, width=256), (x,), target="v100", passes=passes, budget=lrcompile.Budget(max_error=1e-4)
     )
     assert other.report.rewrites == ()
+
+
+@pytest.mark.parametrize(
+    ("form", "queries", "keys", "expected"),
+    [
+        ("GQA", 6, 2, "KV cache of 2 heads for 6 of queries"),
+        ("GKVA", 2, 6, "KV cache as large as before"),
+        ("GQKVA", 3, 2, "KV cache of 2 heads for 6 of queries"),
+    ],
+)
+def test_remarks(form: str, queries: int, keys: int, expected: str) -> None:
+    params = {"form": form, "queries": queries, "keys": keys, "init": "mean"}
+    assert PASS.remark(Rewrite(PASS.name, ("k",), params)) == expected
+    lossy = PASS.remark(Rewrite(PASS.name, ("k",), params, 0.3))
+    assert lossy == f"{expected}; further training recovers accuracy"
 
 
 def test_heads_without_divisors_have_one_group() -> None:
