@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from lrcompile_passes import GroupHeads
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -151,6 +152,40 @@ def test_calibration_data_as_the_user_has_them() -> None:
     assert (
         "input x is taken as [2, 12, 32, 32] instead of [2, 3, 4, 32, 32]: x.flatten(1, -3)" in results[1].report.notes
     )
+
+
+@pytest.mark.parametrize("name", ["bert", "llama_grouped"])
+def test_transformers_keep_the_rank(name: str, tmp_path: Path) -> None:
+    """Their masks are read by two tensors of positions, and heads share keys: both have five axes as torch writes them."""
+    model, args, kwargs = PANEL[name]()
+    result = lrcompile.compile(model, args, kwargs, target="x86-ort", budget=EXACT, max_rank=4)
+    assert result.save(tmp_path / "model.onnx").verification["onnx_vs_torch"] <= 1e-4
+    assert ranks(tmp_path / "model.onnx")[0] <= 4
+
+
+@pytest.mark.parametrize("form", ["GQA", "GKVA", "GQKVA"])
+def test_heads_that_share_keep_the_rank(form: str, tmp_path: Path) -> None:
+    class Only(GroupHeads):
+        """The groupings of one form."""
+
+        name = "group-heads"
+
+        def propose(self, graph: lrcompile.Graph, context: lrcompile.Context) -> Iterator[Any]:
+            found = super().propose(graph, context)
+            return (p for p in found if not isinstance(p, lrcompile.Rewrite) or p.params["form"] == form)
+
+    torch.manual_seed(0)
+    model, x = Tubelets(reshaped=False).eval(), clip()[0]
+    with torch.no_grad():
+        for part in (model.qkv.weight, model.qkv.bias):
+            for start in (0, 48, 96):
+                part[start : start + 48] = torch.cat([part[start : start + 12]] * 4)
+    options = {"passes": [Only()], "max_rank": 4, "target": "v100"}
+    result = lrcompile.compile(model, (x,), budget=lrcompile.Budget(size=0.97), **options)
+    assert {rewrite.params["form"] for rewrite in result.report.rewrites} == {form}
+    result.save(tmp_path / "model.onnx")
+    assert ranks(tmp_path / "model.onnx")[0] <= 4
+    assert difference(tmp_path / "model.onnx", model, (x,), folded=False) < 1e-4
 
 
 @pytest.mark.parametrize("suffix", [".pt2", ""])

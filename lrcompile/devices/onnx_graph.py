@@ -201,8 +201,8 @@ class Builder:
     def repeat_heads(self, name: str, value: Tensor, heads: int, node: fx.Node) -> str:
         """Keys or values [batch, groups, length, size] as each of so many heads reads them, in runs."""
         batch, groups, length, size = value.shape
-        name = self.emit("Unsqueeze", name, self.integers([2], node))
-        name = self.emit("Expand", name, self.integers([batch, groups, heads // groups, length, size], node))
+        name = self.reshape(name, [batch, groups, 1, length * size], node)
+        name = self.emit("Expand", name, self.integers([batch, groups, heads // groups, length * size], node))
         return self.reshape(name, [batch, heads, length, size], node)
 
     def port(self, name: str, value: Tensor, node: fx.Node) -> Port:

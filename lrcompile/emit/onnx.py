@@ -18,16 +18,14 @@ import torch
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedNodesPass
 from onnx_ir.tensor_adapters import TorchTensor
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
+from lrcompile.emit.express import expressible, is_tensor
 from lrcompile.emit.shapes import fold_shapes
-from lrcompile.emit.structure import keep_outputs
 from lrcompile.errors import InputError
 from lrcompile.frontend.archives import first_line
 from lrcompile.frontend.trace import Traced, export
-from lrcompile.graph.graph import Graph
 
 OPSET = 20
 BFLOAT16_OPSET = 22
@@ -135,7 +133,7 @@ def lower(
     notes: list[str] = []
     outputs = _tensors(output_names, pytree.tree_leaves(list(gm.graph.output_node().args)), "output", notes)
     inputs = _tensors(input_names, pytree.tree_leaves((args, dict(kwargs))), "input", notes)
-    program, dynamic = export(_expressible(gm), args, dict(kwargs), dynamic_batch)
+    program, dynamic = export(expressible(gm, opset), args, dict(kwargs), dynamic_batch)
     if dynamic_batch and not dynamic:
         notes.append("the rewritten model fixes its batch size")
     with quiet():
@@ -163,7 +161,7 @@ def _tensors(names: Sequence[str], values: Sequence[Any], kind: str, notes: list
     """The names of what ONNX can take or return; notes the rest."""
     chosen = []
     for name, value in zip(names, values, strict=True):
-        if isinstance(value, torch.Tensor) or (isinstance(value, fx.Node) and _is_tensor(value)):
+        if isinstance(value, torch.Tensor) or (isinstance(value, fx.Node) and is_tensor(value)):
             chosen.append(name)
         elif kind == "input" and value is not None:
             notes.append(f"input {name} is no tensor: its value {value!r} is fixed in the ONNX model")
@@ -195,47 +193,6 @@ def _reason(error: BaseException) -> str:
         cause = cause.__cause__
     operator = re.search(r"target=(?:torch\.ops\.)?([\w.]+)", first_line(what))
     return f"{operator[1]}: {first_line(cause)}" if operator else first_line(cause)
-
-
-def _expressible(gm: fx.GraphModule) -> fx.GraphModule:
-    """The graph as torch.onnx can take it: attention with an axis of heads, tensors as outputs; a copy if need be."""
-    outputs = pytree.tree_leaves(list(gm.graph.output_node().args))
-    tensors = [i for i, node in enumerate(outputs) if isinstance(node, fx.Node) and _is_tensor(node)]
-    attention = aten.scaled_dot_product_attention.default
-    if len(tensors) == len(outputs) and not gm.graph.find_nodes(op="call_function", target=attention):
-        return gm
-    result = Graph(gm, FakeTensorMode()).copy().gm
-    if len(tensors) < len(outputs):
-        keep_outputs(result.graph, tensors)
-    for node in result.graph.find_nodes(op="call_function", target=attention):
-        _express_attention(result.graph, node)
-    result.recompile()
-    return result
-
-
-def _express_attention(graph: fx.Graph, node: fx.Node) -> None:
-    """Gives attention heads where it has none, and its output one layout: torch.onnx traces it to two."""
-    has_heads = node.args[0].meta["val"].dim() != 3  # type: ignore[union-attr]
-    if not has_heads:
-        with graph.inserting_before(node):
-            node.args = tuple(
-                graph.call_function(aten.unsqueeze.default, (value, 1))
-                if isinstance(value, fx.Node) and value.meta["val"].dim() == 3
-                else value
-                for value in node.args
-            )
-    users = list(node.users)
-    with graph.inserting_after(node):
-        last = graph.call_function(aten.clone.default, (node,), {"memory_format": torch.contiguous_format})
-    if not has_heads:
-        with graph.inserting_after(last):
-            last = graph.call_function(aten.squeeze.dim, (last, 1))
-    for user in users:
-        user.replace_input_with(node, last)
-
-
-def _is_tensor(node: fx.Node) -> bool:
-    return isinstance(node.meta.get("val"), torch.Tensor)
 
 
 def _transpose_weights(graph: ir.Graph) -> None:

@@ -218,18 +218,23 @@ def _repeated(
 ) -> dict[Role, fx.Node]:
     """Queries, keys and values of every head: of each query group in a run, of key groups in turn."""
 
-    def repeat(value: fx.Node, groups: int, axis: int) -> fx.Node:
+    def call(target: Any, *args: Any) -> fx.Node:
+        return rewriter.call_function(target, *args, before=before)
+
+    def repeat(role: Role, value: fx.Node) -> fx.Node:
+        groups = grouping.groups(role)
         if groups == heads:
             return value
         if groups == 1:
-            return rewriter.call_function(aten.expand.default, value, [-1, heads, -1, -1], before=before)
-        sizes = [-1] * 5
-        sizes[axis] = heads // groups
-        value = rewriter.call_function(aten.unsqueeze.default, value, axis, before=before)
-        value = rewriter.call_function(aten.expand.default, value, sizes, before=before)
-        return rewriter.call_function(aten.flatten.using_ints, value, 1, 2, before=before)
+            return call(aten.expand.default, value, [-1, heads, -1, -1])
+        _, _, length, size = shape(value)
+        head = length * size  # side by side, so that no value has five axes
+        one = [groups, 1, head] if role == "query" else [1, groups * head]
+        many = [groups, heads // groups, head] if role == "query" else [heads // groups, groups * head]
+        repeated = call(aten.expand.default, call(aten.reshape.default, value, [-1, *one]), [-1, *many])
+        return call(aten.reshape.default, repeated, [-1, heads, length, size])
 
-    return {role: repeat(value, grouping.groups(role), 2 if role == "query" else 1) for role, value in inputs.items()}
+    return {role: repeat(role, value) for role, value in inputs.items()}
 
 
 def _reorder_output(rewriter: Rewriter, attention: Attention, order: Sequence[int]) -> None:

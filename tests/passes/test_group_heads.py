@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lrcompile_passes import GroupHeads, LowRankLinear
+from onnx.shape_inference import infer_shapes
 from torch import Tensor, nn
 
 import lrcompile
@@ -320,6 +321,9 @@ def test_onnx_at_two_batch_sizes(variant: tuple[str, int, int], causal: bool, op
     assert kinds.count("Attention") == (opset == 23)
     if opset == 23 and variant[0] == "GQA":
         assert "Expand" not in kinds  # grouped heads are the operator's own
+    assert not {"Shape", "Concat"} & set(kinds)
+    ranks = {len(value.type.tensor_type.shape.dim) for value in infer_shapes(model, strict_mode=True).graph.value_info}
+    assert max(ranks) <= 4
     session = ort.InferenceSession(model.SerializeToString())
     for batch in (x, torch.randn(3, 5, 16)):
         (got,) = session.run(None, {"x": batch.numpy()})
