@@ -156,7 +156,7 @@ def test_calibration_data_as_the_user_has_them() -> None:
 
 @pytest.mark.parametrize("name", ["bert", "llama_grouped"])
 def test_transformers_keep_the_rank(name: str, tmp_path: Path) -> None:
-    """Their masks are read by two tensors of positions, and heads share keys: both have five axes as torch writes them."""
+    """Their masks are read by two tensors of positions, and heads share keys: torch writes both on five axes."""
     model, args, kwargs = PANEL[name]()
     result = lrcompile.compile(model, args, kwargs, target="x86-ort", budget=EXACT, max_rank=4)
     assert result.save(tmp_path / "model.onnx").verification["onnx_vs_torch"] <= 1e-4
