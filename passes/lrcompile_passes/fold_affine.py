@@ -63,6 +63,8 @@ class FoldAffine(Pass):
     def _apply_after(self, rewriter: Rewriter, rewrite: Rewrite) -> None:
         site = rewriter.site()
         nodes = [rewriter.node(name) for name in rewrite.site[1:]]
+        if {_moved(needed(node).source) for node in nodes} != set(site.nodes):
+            raise ValueError(f"{', '.join(rewrite.site[1:])} does not come right after {site.path}")
         affine = read(rewriter.graph, needed(nodes[0]), rewriter.context)
         weight, bias = after(site.module, affine, rewriter.context)
         rewriter.set_module(site.path, rebuilt(site.module, weight, bias))
@@ -71,14 +73,24 @@ class FoldAffine(Pass):
 
     def _apply_before(self, rewriter: Rewriter, rewrite: Rewrite) -> None:
         *paths, name = rewrite.site
-        step = needed(rewriter.node(name))
+        node = rewriter.node(name)
+        step = needed(node)
         affine = read(rewriter.graph, step, rewriter.context)
         for path in paths:
             site = rewriter.site(path)
+            if any(call.args[0] is not node for call in site.nodes):
+                raise ValueError(f"{name} does not come right before {path}")
             weight, bias = before(site.module, affine, rewriter.context)
             rewriter.set_module(path, rebuilt(site.module, weight, bias))
             for call in site.nodes:
                 rewriter.replace(call, rewriter.call_module(path, step.source, before=call))
+
+
+def _moved(node: fx.Node) -> fx.Node:
+    """Where a value comes from that is only moved, or the node itself."""
+    while node.target in MOVES:
+        node = node.args[0]  # type: ignore[assignment]
+    return node
 
 
 def _after(

@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 from lrcompile_passes import FoldAffine
 from torch import Tensor, nn
 
+from lrcompile.errors import PassError
 from lrcompile.graph.graph import Graph, fingerprint
 from lrcompile.graph.rewrite import Refusal
+from lrcompile.passes import apply
 from lrcompile.planning.canonicalize import canonicalize
 from tests.passes import common
 
@@ -288,6 +290,22 @@ def test_refusals(model: nn.Module, reason: str) -> None:
     reasons = [found.reason for found in PASS.propose(graph, common.context()) if isinstance(found, Refusal)]
     assert any(reason in found for found in reasons)
     assert fingerprint(graph.gm) == before
+
+
+@pytest.mark.parametrize(
+    ("use", "where"),
+    [
+        (lambda m, x: m.layer((x - 1) / 2), "sub does not come right before layer"),
+        (lambda m, x: (2 * m.layer(x)).reshape(-1, 4) + 1, "add does not come right after layer"),
+    ],
+)
+def test_a_step_of_a_chain_needs_the_one_before_it(use: Callable[[Any, Any], Any], where: str) -> None:
+    graph = common.exported(Around(nn.Linear(4, 4), use), torch.randn(3, 4))
+    first, second = common.rewrites(graph, PASS)
+    with pytest.raises(PassError, match=where):
+        apply(graph.copy(), PASS, second, common.context())
+    apply(graph, PASS, first, common.context())
+    apply(graph, PASS, second, common.context())
 
 
 def test_what_is_no_constant_step() -> None:
