@@ -1,0 +1,127 @@
+"""Grouped heads after an epoch of training on Fashion-MNIST; the figures of several seeds are in `docs/recovery.md`."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tools import recover_heads
+from tools.fetch_data import DataMissing, ensure
+from tools.recover_heads import CLAIMED, VARIANTS, Recovery, SmallViT, Task, grouped, page, recover, trained_base
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def task() -> Task:
+    """Few images of noise."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(300, 1, 28, 28, generator=generator)
+    labels = torch.randint(10, (300,), generator=generator)
+    return Task((images[:200], labels[:200]), (images[200:], labels[200:]))
+
+
+def test_only_the_grouped_layers_are_drawn_anew(task: Task) -> None:
+    torch.manual_seed(0)
+    base = SmallViT(width=24, blocks=2)
+    images, variant = task.train[0], VARIANTS["GQA-3"]
+    means, _ = grouped(base, variant, "mean", images, 0)
+    drawn, _ = grouped(base, variant, "random", images, 0)
+    changed = {path for path, value in means.state_dict().items() if not torch.equal(value, drawn.state_dict()[path])}
+    assert changed == {f"blocks.{i}.{role}.{kind}" for i in (0, 1) for role in "kv" for kind in ("weight", "bias")}
+    assert means.state_dict()["blocks.0.k.weight"].shape == (12, 24)
+    assert base.state_dict()["blocks.0.k.weight"].shape == (24, 24)
+
+
+def test_bases_are_kept(task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(recover_heads, "EPOCHS", 1)
+    first = trained_base(task, 0)
+    (path,) = (tmp_path / "lrcompile" / "models").iterdir()
+    monkeypatch.setattr(recover_heads, "train", None)
+    again = trained_base(task, 0)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
+    assert path.name.endswith("-0.pt")
+
+
+def test_page_says_which_readings_hold() -> None:
+    def row(name: str, start: str, *accuracies: float, seed: int = 0) -> Recovery:
+        return Recovery(name, start, seed, 1000, 0.5, 90.0, dict(zip((0, 50, 430), accuracies, strict=True)))
+
+    rows = [row("none", "as it is", 90.0, 89.0, 90.2)]
+    for name in CLAIMED:
+        rows += [row(name, "mean", 60.0, 85.0, 89.4), row(name, "similar", 65.0, 86.0, 89.6)]
+        rows += [row(name, "random", 30.0, 74.0, 88.0), row(name, "scratch", 10.0, 50.0, 80.0)]
+    text = page(rows, "this command")
+    assert "| GQA-3 | mean | ≥ −0.5 | -0.60 | -0.60 | no | no | -0.80 |" in text
+    assert "| GQKVA-3.2 | mean | ≥ −1.5 | -0.60 | -0.60 | yes | yes | -0.80 |" in text
+    assert "random grouped layers, after 50 steps: holds for GQA-3 (+11.0), GKVA-3 (+11.0), GQKVA-3.2 (+11.0)." in text
+    assert "random grouped layers, after 430 steps: not for GQA-3 (+1.4), GKVA-3 (+1.4), GQKVA-3.2 (+1.4)." in text
+
+
+# -------------------------------------------------------------------------------------------------------- real data
+
+
+@functools.cache
+def recovered(name: str, start: str) -> Recovery:
+    """A variant after an epoch, from the base of the first seed, which is trained if it is not in the cache."""
+    return recover(_fashion(), name, start, 0)
+
+
+@functools.cache
+def _fashion() -> Task:
+    return Task.fashion()
+
+
+@pytest.fixture
+def fashion(one_thread: None) -> None:
+    """Skips the test unless Fashion-MNIST is in the cache."""
+    try:
+        ensure("fashion-mnist", download=False)
+    except DataMissing as reason:
+        pytest.skip(str(reason))
+
+
+MISSED = "0.8 and 0.6 points below with the first two seeds: see docs/recovery.md"
+CAUGHT_UP = "random catches up within the epoch to 1.5 to 2 points: see docs/recovery.md"
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("fashion")
+@pytest.mark.parametrize(
+    "name", [pytest.param("GQA-3", marks=pytest.mark.xfail(reason=MISSED, strict=False)), "GKVA-3", "GQKVA-3.2"]
+)
+def test_an_epoch_brings_grouped_heads_near_the_base(name: str) -> None:
+    found = recovered(name, "mean")
+    print(f"{name}: base {found.base:.2f} %, untrained {found.before:.2f} %, after an epoch {found.after:.2f} %")
+    assert found.base > 88
+    assert found.after >= found.base - CLAIMED[name]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("fashion")
+def test_a_mean_is_a_better_start_than_random() -> None:
+    means, random = recovered("GQA-3", "mean"), recovered("GQA-3", "random")
+    leads = {step: means.accuracies[step] - random.accuracies[step] for step in means.accuracies}
+    print(f"GQA-3: points by which the mean leads random after so many steps: {leads}")
+    assert leads[0] >= 10
+    assert leads[50] >= 5
+    assert means.after > random.after
+    assert means.after > means.base - 1.5
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("fashion")
+@pytest.mark.xfail(reason=CAUGHT_UP, strict=False)
+def test_a_mean_leads_by_ten_points_after_an_epoch() -> None:
+    assert recovered("GQA-3", "mean").after >= recovered("GQA-3", "random").after + 10
