@@ -25,8 +25,9 @@ from lrcompile.devices.target import Target, resolve_target
 from lrcompile.emit.write import check_opset, emit
 from lrcompile.errors import InputError, PlanError
 from lrcompile.frontend.calibration_data import CalibrationData
+from lrcompile.frontend.export import batch_size
 from lrcompile.frontend.prepare import prepare
-from lrcompile.frontend.trace import Traced, batch_size, trace
+from lrcompile.frontend.trace import Traced, trace
 from lrcompile.graph.graph import Graph, fingerprint
 from lrcompile.graph.rewrite import Rewrite
 from lrcompile.lower.rank4 import check_rank, folded_io, to_rank

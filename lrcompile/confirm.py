@@ -208,6 +208,6 @@ def _halves(group: tuple[int, ...]) -> list[tuple[int, ...]]:
 def _onnx(traced: Traced, graph: Graph) -> bytes:
     return to_onnx(
         graph.gm, traced.args, traced.kwargs,
-        input_names=traced.input_names, output_names=traced.output_names, dynamic_batch=traced.dynamic_batch,
+        input_names=traced.input_names, output_names=traced.output_names, open_axes=traced.open_axes,
         opset=traced.opset,
     ).SerializeToString()  # fmt: skip

@@ -14,9 +14,9 @@ from lrcompile.compile import compile as compile_model
 from lrcompile.emit.write import check_writable, write_text
 from lrcompile.errors import InputError
 from lrcompile.frontend.calibration_data import CalibrationData, load_calibration
+from lrcompile.frontend.export import batch_size
 from lrcompile.frontend.inputs import call_inputs, example_inputs, input_names, parse_inputs
 from lrcompile.frontend.load import Source, load
-from lrcompile.frontend.trace import batch_size
 from lrcompile.planning.budget import Budget, parse_latency, parse_size
 from lrcompile.planning.plan import Plan
 from lrcompile.plugins import configure, discover, select

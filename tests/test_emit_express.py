@@ -39,7 +39,7 @@ READS: dict[str, Callable[[Tensor], Tensor]] = {
 def test_reads_by_several_positions(name: str) -> None:
     model, x = Reads(READS[name]), torch.randn(3, 5, 4)
     traced = trace(model, (x,))
-    written = to_onnx(traced.graph.gm, (x,), {}, input_names=["x"], output_names=["y"], dynamic_batch=True)
+    written = to_onnx(traced.graph.gm, (x,), {}, input_names=["x"], output_names=["y"], open_axes=((0,),))
     assert "GatherND" not in {node.op_type for node in written.graph.node}
     inferred = infer_shapes(written, strict_mode=True).graph.value_info
     assert all(len(value.type.tensor_type.shape.dim) <= 5 for value in inferred)
@@ -53,7 +53,7 @@ def test_reads_by_several_positions(name: str) -> None:
 def test_other_reads_are_left_to_torch(read: Callable[[Tensor], Tensor]) -> None:
     model, x = Reads(read), torch.randn(3, 5, 5)
     traced = trace(model, (x,))
-    written = to_onnx(traced.graph.gm, (x,), {}, input_names=["x"], output_names=["y"], dynamic_batch=True)
+    written = to_onnx(traced.graph.gm, (x,), {}, input_names=["x"], output_names=["y"], open_axes=((0,),))
     session = ort.InferenceSession(written.SerializeToString())
     for batch in (x, torch.randn(4, 5, 5)):
         (got,) = session.run(None, {"x": batch.numpy()})

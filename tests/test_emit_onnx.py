@@ -48,14 +48,14 @@ def mixed(dtype: torch.dtype = torch.float32, batch: int = 2) -> Traced:
 def lowered(traced: Traced) -> OnnxModel:
     return lower(
         traced.graph.gm, traced.args, traced.kwargs,
-        input_names=traced.input_names, output_names=traced.output_names, dynamic_batch=traced.dynamic_batch,
+        input_names=traced.input_names, output_names=traced.output_names, open_axes=traced.open_axes,
     )  # fmt: skip
 
 
 def proto(traced: Traced) -> onnx.ModelProto:
     return to_onnx(
         traced.graph.gm, traced.args, traced.kwargs,
-        input_names=traced.input_names, output_names=traced.output_names, dynamic_batch=traced.dynamic_batch,
+        input_names=traced.input_names, output_names=traced.output_names, open_axes=traced.open_axes,
     )  # fmt: skip
 
 

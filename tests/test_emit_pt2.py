@@ -25,8 +25,9 @@ def bert() -> Traced:
 
 
 def write(traced: Traced, path: Path) -> None:
-    program, dynamic = to_pt2(traced.graph.gm, traced.args, traced.kwargs, traced.dynamic_batch)
-    assert dynamic
+    program, kept = to_pt2(traced.graph.gm, traced.args, traced.kwargs, traced.open_axes)
+    assert kept == traced.open_axes
+    assert traced.dynamic_batch
     save_pt2(program, path)
 
 

@@ -155,7 +155,7 @@ def test_attention_with_an_open_batch_has_no_shape_arithmetic(heads: int) -> Non
     traced = trace(program, (x,))
     model = to_onnx(
         traced.graph.gm, traced.args, traced.kwargs,
-        input_names=traced.input_names, output_names=traced.output_names, dynamic_batch=True,
+        input_names=traced.input_names, output_names=traced.output_names, open_axes=((0,),),
     )  # fmt: skip
     assert not {"Shape", "Slice", "Concat"} & set(kinds(model))
     session = onnxruntime.InferenceSession(model.SerializeToString())

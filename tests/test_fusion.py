@@ -179,7 +179,7 @@ def optimised(traced: Traced, folder: Path) -> Counter[str]:
     """The operators that ONNX Runtime makes of a model."""
     model = to_onnx(
         traced.graph.gm, traced.args, traced.kwargs,
-        input_names=traced.input_names, output_names=traced.output_names, dynamic_batch=traced.dynamic_batch,
+        input_names=traced.input_names, output_names=traced.output_names, open_axes=traced.open_axes,
     )  # fmt: skip
     options = ort.SessionOptions()
     options.optimized_model_filepath, options.log_severity_level = str(folder / "optimised.onnx"), 4

@@ -52,7 +52,7 @@ def single(layer: nn.Module | Any, x: Tensor, *args: Any) -> Traced:
     else:
         graph.output((graph.call_function(layer, (node, *args)),))
     lifted = propagate(fx.GraphModule(root, graph), (x,))
-    return Traced(lifted, (x,), {}, (x,), ("x",), ("y",), dynamic_batch=True)
+    return Traced(lifted, (x,), {}, (x,), ("x",), ("y",), open_axes=((0,),))
 
 
 def volume(channels: int, *sizes: int, batch: int = 2) -> Tensor:

@@ -1,4 +1,4 @@
-"""Models with outputs that are infinite, NaN, random or empty, and data types that a target cannot run."""
+"""Models with outputs that are infinite, NaN or random, and data types that a target cannot run."""
 
 from __future__ import annotations
 
@@ -54,9 +54,8 @@ def test_random_models_are_refused() -> None:
         lrcompile.compile(Net(lambda y: y + torch.rand_like(y)), (X,), target="v100")
 
 
-def test_outputs_that_are_constant_or_empty() -> None:
-    for end in (torch.zeros_like, lambda y: y[:, :0]):
-        assert lrcompile.compile(Net(end), (X,), target="v100").report.error["measured"] == 0.0
+def test_constant_outputs() -> None:
+    assert lrcompile.compile(Net(torch.zeros_like), (X,), target="v100").report.error["measured"] == 0.0
 
 
 def test_bfloat16_cannot_be_measured_here() -> None:

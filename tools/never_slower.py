@@ -30,7 +30,8 @@ from lrcompile.confirm import Reference
 from lrcompile.devices.bench import BenchResult, paired
 from lrcompile.devices.measure import cpu_name, usable_cores
 from lrcompile.emit.onnx import quiet
-from lrcompile.frontend.trace import Traced, export
+from lrcompile.frontend.export import export
+from lrcompile.frontend.trace import Traced
 from tools import models
 from tools.architectures import counts
 
@@ -143,7 +144,7 @@ def examine(
 
 def _export(model: nn.Module, traced: Traced, path: Path) -> None:
     """Writes the original as torch does."""
-    program, _ = export(model, traced.args, dict(traced.kwargs), traced.dynamic_batch)
+    program, *_ = export(model, traced.args, dict(traced.kwargs), traced.open_axes)
     with quiet():
         try:
             torch.onnx.export(program, f=path, dynamo=True, verbose=False, external_data=False)

@@ -33,11 +33,60 @@ def expressible(gm: fx.GraphModule, opset: int) -> fx.GraphModule:
     for node in filter(_is_stacked, result.graph.find_nodes(op="call_function", target=_INDEX)):
         _express_index(result.graph, node)
     for node in result.graph.find_nodes(op="call_function", target=_ATTENTION):
+        _fold_leading(result.graph, node)
         if opset < ATTENTION_OPSET:
             _repeat_heads(result.graph, node)
         _express_attention(result.graph, node)
     result.recompile()
     return result
+
+
+def _fold_leading(graph: fx.Graph, node: fx.Node) -> None:
+    """Gives attention with several axes before its heads one in their place: torch.onnx takes no other."""
+    arguments: Any = node.args
+    values, mask = arguments[:3], (*arguments[3:4], node.kwargs.get("attn_mask"))[0]
+    leading = _sizes(values[0])[:-3]
+    is_one_open = sum(not size.isdigit() for size in leading) < 2
+    if len(leading) < 2 or not is_one_open or any(_sizes(value)[:-3] != leading for value in values):
+        return
+    folds_mask = isinstance(mask, fx.Node) and mask.meta["val"].dim() > 3
+    if folds_mask and not _leads_with(mask, leading):
+        return
+    wanted = [int(size) if size.isdigit() else -1 for size in leading]
+    whole = node.meta["val"]
+    with graph.inserting_before(node):
+        for value in dict.fromkeys(values):
+            node.replace_input_with(value, _folded(graph, value))
+        if folds_mask:
+            wide = mask
+            if set(_sizes(mask)[:-3]) != {"1"}:
+                wide = graph.call_function(aten.expand.default, (mask, [*wanted, -1, -1, -1]))
+                wide.meta["val"] = mask.meta["val"].expand(*whole.shape[:-3], -1, -1, -1)
+            node.replace_input_with(mask, _folded(graph, wide))
+    node.meta = {"val": whole.flatten(0, -4)}
+    users = list(node.users)
+    with graph.inserting_after(node):
+        unfolded = graph.call_function(aten.unflatten.int, (node, 0, wanted))
+    unfolded.meta["val"] = whole
+    for user in users:
+        user.replace_input_with(node, unfolded)
+
+
+def _folded(graph: fx.Graph, value: fx.Node) -> fx.Node:
+    """[…, heads, length, size] with one axis in the place of the first ones."""
+    folded = graph.call_function(aten.flatten.using_ints, (value, 0, -4))
+    folded.meta["val"] = value.meta["val"].flatten(0, -4)
+    folded.meta["sizes"] = ("batch", *_sizes(value)[-3:])
+    return folded
+
+
+def _leads_with(mask: fx.Node, leading: Sequence[str]) -> bool:
+    """Whether a mask can be folded as queries are: it has their open size, or is the same for all of them."""
+    sizes = _sizes(mask)[:-3]
+    if set(sizes) == {"1"}:
+        return True
+    own = ["1"] * (len(leading) - len(sizes)) + list(sizes)
+    return all(a == b or (a == "1" and b.isdigit()) for a, b in zip(own, leading, strict=True))
 
 
 def _repeat_heads(graph: fx.Graph, node: fx.Node) -> None:

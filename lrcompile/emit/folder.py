@@ -185,8 +185,15 @@ def _about(traced: Traced) -> str:
         else f"{name}: {value!r}"
         for name, value in zip(traced.input_names, traced.flat, strict=True)
     ]
-    batch = "the batch size (axis 0) is free" if traced.dynamic_batch else "sizes are fixed"
-    return f"Inputs: {', '.join(shapes)}; {batch}."
+    further = [
+        f"axis {axis} of {name}"
+        for name, axes in zip(traced.input_names, traced.open_axes, strict=True)
+        for axis in axes
+        if axis or not traced.dynamic_batch
+    ]
+    free = ["the batch size (axis 0)"] * traced.dynamic_batch + further
+    sizes = f"{', '.join(free)} {'is' if len(free) == 1 else 'are'} free" if free else "sizes are fixed"
+    return f"Inputs: {', '.join(shapes)}; {sizes}."
 
 
 def _signature(gm: fx.GraphModule, traced: Traced) -> tuple[list[str], list[str], dict[fx.Node, str]]:

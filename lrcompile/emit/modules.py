@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import keyword
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -91,7 +92,8 @@ def _module(source: ModuleSource, module: nn.Module, path: str, place: str, inde
     if is_container(module):
         return _container(source, module, path, place, indent)
     constructor = _constructor(module)
-    with torch.device("meta"):
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, of layers that hold nothing
         made = {name: tensor for name, _, tensor in _own_tensors(eval(constructor, {"nn": nn, "torch": torch}))}
     for name, kind, tensor in _own_tensors(module):
         if name not in made or made[name].shape != tensor.shape:

@@ -25,7 +25,8 @@ from lrcompile.emit.express import expressible, is_tensor
 from lrcompile.emit.shapes import fold_shapes
 from lrcompile.errors import InputError
 from lrcompile.frontend.archives import first_line
-from lrcompile.frontend.trace import Traced, export
+from lrcompile.frontend.export import OpenAxes, batch_size, export, input_values
+from lrcompile.frontend.trace import Traced
 
 OPSET = 20
 BFLOAT16_OPSET = 22
@@ -44,7 +45,7 @@ class OnnxModel:
     model: ir.Model
     input_names: tuple[str, ...]
     output_names: tuple[str, ...]
-    dynamic_batch: bool
+    open_axes: OpenAxes
     notes: tuple[str, ...] = ()
 
 
@@ -94,7 +95,7 @@ def to_onnx(
     *,
     input_names: Sequence[str],
     output_names: Sequence[str],
-    dynamic_batch: bool,
+    open_axes: OpenAxes,
     opset: int | None = None,
 ) -> onnx.ModelProto:
     """The ONNX model of a lifted graph; see `lower`.
@@ -104,7 +105,7 @@ def to_onnx(
     """
     lowered = lower(
         gm, args, kwargs,
-        input_names=input_names, output_names=output_names, dynamic_batch=dynamic_batch, opset=opset,
+        input_names=input_names, output_names=output_names, open_axes=open_axes, opset=opset,
     )  # fmt: skip
     return ir.to_proto(lowered.model)
 
@@ -116,14 +117,14 @@ def lower(
     *,
     input_names: Sequence[str],
     output_names: Sequence[str],
-    dynamic_batch: bool,
+    open_axes: OpenAxes,
     opset: int | None = None,
 ) -> OnnxModel:
     """Exports a lifted graph to ONNX; equal graphs give equal bytes, on any machine with the same libraries.
 
     `input_names` and `output_names` are those of the flat inputs and outputs; a name that is taken gets a number.
-    With `dynamic_batch` the first axis of the inputs is called "batch", where the graph leaves it open. `opset` is 20
-    unless given, or 22 where a weight is bfloat16; from 23 on attention is one operator.
+    Of the `open_axes` of the flat inputs the first is called "batch", and others after an input, such as "image_2".
+    `opset` is 20 unless given, or 22 where a weight is bfloat16; from 23 on attention is one operator.
 
     Raises:
         InputError: torch cannot express the graph in ONNX.
@@ -133,9 +134,8 @@ def lower(
     notes: list[str] = []
     outputs = _tensors(output_names, pytree.tree_leaves(list(gm.graph.output_node().args)), "output", notes)
     inputs = _tensors(input_names, pytree.tree_leaves((args, dict(kwargs))), "input", notes)
-    program, dynamic = export(expressible(gm, opset), args, dict(kwargs), dynamic_batch)
-    if dynamic_batch and not dynamic:
-        notes.append("the rewritten model fixes its batch size")
+    program, kept, _ = export(expressible(gm, opset), args, dict(kwargs), open_axes)
+    notes += fixed_sizes(input_names, open_axes, kept)
     with quiet():
         try:
             converted = torch.onnx.export(program, dynamo=True, verbose=False, opset_version=opset, optimize=False)
@@ -152,9 +152,20 @@ def lower(
             ) from error
     model = converted.model
     _strip(model)
-    _name_batch(model, _batch_symbols(program))
+    is_shared = batch_size(pytree.tree_leaves((args, dict(kwargs)))) is not None
+    _name_open(model, _names_of_symbols(program, input_names, is_shared))
     ins, outs = _rename(model.graph, inputs, outputs)
-    return OnnxModel(model, ins, outs, dynamic, tuple(notes))
+    return OnnxModel(model, ins, outs, kept, tuple(notes))
+
+
+def fixed_sizes(names: Sequence[str], wanted: OpenAxes, kept: OpenAxes) -> list[str]:
+    """What the user should know of sizes that are no longer open."""
+    lost = [(name, axis) for name, a, b in zip(names, wanted, kept, strict=True) for axis in a if axis not in b]
+    if not lost:
+        return []
+    if all(axis == 0 for _, axis in lost):
+        return ["the rewritten model fixes its batch size"]
+    return [f"the rewritten model fixes sizes that were open: {', '.join(f'axis {i} of {name}' for name, i in lost)}"]
 
 
 def _tensors(names: Sequence[str], values: Sequence[Any], kind: str, notes: list[str]) -> list[str]:
@@ -250,24 +261,28 @@ def _values(graph: ir.Graph) -> Iterator[ir.Value]:
         yield from node.outputs
 
 
-def _batch_symbols(program: ExportedProgram) -> frozenset[str]:
-    """The symbols that torch.export gave the first axis of the inputs."""
-    inputs = set(program.graph_signature.user_inputs)
-    values = [n.meta.get("val") for n in program.graph.nodes if n.op == "placeholder" and n.name in inputs]
-    tensors = [value for value in values if isinstance(value, torch.Tensor) and value.dim()]
-    return frozenset(str(t.shape[0]) for t in tensors if isinstance(t.shape[0], torch.SymInt))
+def _names_of_symbols(program: ExportedProgram, input_names: Sequence[str], is_shared: bool) -> dict[str, str]:
+    """What to call the open sizes: "batch" for the first axis, where inputs share it, else after the input and axis."""
+    names: dict[str, str] = {}
+    for name, value in zip(input_names, input_values(program), strict=True):
+        for axis, size in enumerate(value.shape if isinstance(value, torch.Tensor) else ()):
+            if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol:
+                names.setdefault(str(size), BATCH if is_shared and axis == 0 else f"{name}_{axis}")
+    return names
 
 
-def _name_batch(model: ir.Model, symbols: frozenset[str]) -> None:
-    """Gives the batch axis its name wherever it occurs, in expressions such as 12*batch too."""
-    if not symbols:
+def _name_open(model: ir.Model, names: Mapping[str, str]) -> None:
+    """Gives the open sizes their names wherever they occur, in expressions such as 12*batch too."""
+    if not names:
         return
-    pattern = re.compile(r"\b(" + "|".join(sorted(map(re.escape, symbols))) + r")\b")
+    pattern = re.compile(r"\b(" + "|".join(sorted(map(re.escape, names))) + r")\b")
     for value in _values(model.graph):
         if value.shape is None:
             continue
         value.shape = ir.Shape(
-            pattern.sub(BATCH, size.value) if isinstance(size, ir.SymbolicDim) and size.value is not None else size
+            pattern.sub(lambda found: names[found[0]], size.value)
+            if isinstance(size, ir.SymbolicDim) and size.value is not None
+            else size
             for size in value.shape
         )
 

@@ -14,14 +14,14 @@ from torch.export import ExportedProgram
 
 from lrcompile.emit.onnx import quiet
 from lrcompile.emit.structure import set_plain_outputs
-from lrcompile.frontend.trace import export
+from lrcompile.frontend.export import OpenAxes, export
 from lrcompile.graph.graph import Graph
 
 
 def to_pt2(
-    gm: fx.GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any], dynamic_batch: bool
-) -> tuple[ExportedProgram, bool]:
-    """The lifted graph as a torch.export program that holds the example inputs, and whether its batch is dynamic.
+    gm: fx.GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any], open_axes: OpenAxes
+) -> tuple[ExportedProgram, OpenAxes]:
+    """The lifted graph as a torch.export program that holds the example inputs, and which axes of them are open.
 
     Its outputs are plain dictionaries, tuples and lists: a library's own output class would need that library.
 
@@ -31,14 +31,14 @@ def to_pt2(
     plain = Graph(gm, FakeTensorMode()).copy().gm
     set_plain_outputs(plain.graph)
     plain.recompile()
-    program, dynamic = export(plain, args, dict(kwargs), dynamic_batch)
+    program, kept, _ = export(plain, args, dict(kwargs), open_axes)
     program.example_inputs = (args, dict(kwargs))
     for module in program.graph_module.modules():
         if isinstance(module, fx.GraphModule):
             for node in module.graph.nodes:  # where on this machine, and in which process, a node came from
                 node.meta.pop("stack_trace", None)
                 node.meta.pop("from_node", None)
-    return program, dynamic
+    return program, kept
 
 
 def save_pt2(program: ExportedProgram, path: Path) -> None:

@@ -20,7 +20,8 @@ from lrcompile.emit.onnx import save
 from lrcompile.emit.widen import widen_onnx, widen_tensor, widen_torch
 from lrcompile.errors import VerificationError
 from lrcompile.frontend.archives import first_line
-from lrcompile.frontend.trace import batch_size, run
+from lrcompile.frontend.export import batch_size
+from lrcompile.frontend.trace import run
 from lrcompile.graph.verify import relative_error
 
 ORT_ERRORS = tuple(
@@ -48,29 +49,32 @@ def onnx_error(
     input_names: Sequence[str],
     *,
     dynamic_batch: bool = False,
+    others: Sequence[Sequence[Any]] = (),
     limit: float = 1e-3,
 ) -> VerifiedOnnx:
     """Runs an ONNX model (a path or its bytes) on the CPU and compares it with the lifted graph it was made from.
 
     `flat` are the graph's flat inputs, `input_names` what the model calls those of them that are tensors.
-    With `dynamic_batch` a second batch size is run too, so that a size baked into a shape shows. Where ONNX Runtime
-    has no CPU kernel for the model's floating-point type, copies of both in float32 are compared instead, and the
-    note says so.
+    With `dynamic_batch` a second batch size is run too, and `others` are inputs of other sizes, so that a size baked
+    into a shape shows. Where ONNX Runtime has no CPU kernel for the model's floating-point type, copies of both in
+    float32 are compared instead, and the note says so.
 
     Raises:
-        VerificationError: ONNX Runtime cannot load or run the model, or at the second batch size it fails or is
-            further off than `limit` and ten times further off than at the first.
+        VerificationError: ONNX Runtime cannot load or run the model, or at other sizes it fails or is further off than
+            `limit` and ten times further off than at the first.
     """
     session, note = _native(model, gm, flat), None
     if session is None:
         session, gm, flat = _open_widened(model), widen_torch(gm), [widen_tensor(value) for value in flat]
+        others = [[widen_tensor(value) for value in other] for other in others]
         note = "checked in float32: ONNX Runtime's CPU provider lacks kernels for the model's data type"
 
     def emitted(flat: Sequence[Any]) -> list[torch.Tensor]:
         tensors = [value.detach().contiguous().numpy() for value in flat if isinstance(value, torch.Tensor)]
         return [torch.from_numpy(value) for value in session.run(None, dict(zip(input_names, tensors, strict=True)))]
 
-    return VerifiedOnnx(emitted_error(emitted, gm, flat, dynamic_batch=dynamic_batch, limit=limit), note)
+    error = emitted_error(emitted, gm, flat, dynamic_batch=dynamic_batch, others=others, limit=limit)
+    return VerifiedOnnx(error, note)
 
 
 def emitted_error(
@@ -79,29 +83,38 @@ def emitted_error(
     flat: Sequence[Any],
     *,
     dynamic_batch: bool = False,
+    others: Sequence[Sequence[Any]] = (),
     limit: float = 1e-3,
 ) -> float:
     """The `relative_error` of what `emitted` returns for flat inputs, against the lifted graph it was made from.
 
     Raises:
-        VerificationError: it does not run, or, with `dynamic_batch`, at the second batch size it fails or is further
-            off than `limit` and ten times further off than at the first.
+        VerificationError: it does not run, or, with `dynamic_batch` at a second batch size, or on the `others`, it
+            fails or is further off than `limit` and ten times further off than on the first inputs.
     """
     error = _compare(emitted, gm, flat)
     size = batch_size(flat)
-    if not dynamic_batch or size is None:
-        return error
-    other = 3 if size != 3 else 2
-    try:
-        error_there = _compare(emitted, gm, [resized(value, other) for value in flat])
-    except VerificationError as failure:
-        raise VerificationError(f"at batch size {other} (traced at {size}): {failure}") from failure
-    if not error_there <= max(limit, 10 * error):
-        raise VerificationError(
-            f"at batch size {other} the emitted model differs from the compiled one: relative error {error_there:.2e}, "
-            f"while it is {error:.2e} at batch size {size}; this is a fault of lrcompile, and nothing is written"
-        )
-    return max(error, error_there)
+    there = [(f"at sizes {_listed(other)}", f"at {_listed(flat)}", other) for other in others]
+    if dynamic_batch and size is not None:
+        count = 3 if size != 3 else 2
+        more = [resized(value, count) for value in flat]
+        there.append((f"at batch size {count}", f"at batch size {size}", more))
+    errors = [error]
+    for where, here, other in there:
+        try:
+            errors.append(_compare(emitted, gm, other))
+        except VerificationError as failure:
+            raise VerificationError(f"{where} (traced {here}): {failure}") from failure
+        if not errors[-1] <= max(limit, 10 * error):
+            raise VerificationError(
+                f"{where} the emitted model differs from the compiled one: relative error {errors[-1]:.2e}, "
+                f"while it is {error:.2e} {here}; this is a fault of lrcompile, and nothing is written"
+            )
+    return max(errors)
+
+
+def _listed(flat: Sequence[Any]) -> str:
+    return ", ".join(str(list(value.shape)) for value in flat if isinstance(value, torch.Tensor))
 
 
 def resized(value: Any, size: int) -> Any:

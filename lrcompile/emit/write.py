@@ -9,7 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from lrcompile.errors import InputError, VerificationError
+from lrcompile.frontend.export import OpenAxes
 from lrcompile.frontend.trace import Traced
 from lrcompile.graph.graph import weight_bytes
 
@@ -223,33 +224,35 @@ def _emit_onnx(path: Path, gm: fx.GraphModule, traced: Traced) -> tuple[Emitted,
 
     lowered = lower(
         gm, traced.args, traced.kwargs,
-        input_names=traced.input_names, output_names=traced.output_names, dynamic_batch=traced.dynamic_batch,
+        input_names=traced.input_names, output_names=traced.output_names, open_axes=traced.open_axes,
         opset=traced.opset,
     )  # fmt: skip
     check_ranks(lowered.model, traced)
     written = save(lowered.model, path)
     limit = _limit(gm)
-    checked = onnx_error(path, gm, traced.flat, lowered.input_names, dynamic_batch=lowered.dynamic_batch, limit=limit)
+    checked = onnx_error(
+        path, gm, traced.flat, lowered.input_names, **_other_sizes(traced, lowered.open_axes), limit=limit
+    )
     _check_error("ONNX model", checked.error, limit if checked.note is None else _WIDENED_LIMIT)
     notes = lowered.notes if checked.note is None else (*lowered.notes, checked.note)
     return Emitted({"onnx_vs_torch": checked.error}, notes), written
 
 
 def _emit_pt2(path: Path, gm: fx.GraphModule, traced: Traced) -> tuple[Emitted, Sequence[Path]]:
+    from lrcompile.emit.onnx import fixed_sizes
     from lrcompile.emit.pt2 import load_pt2, save_pt2, to_pt2
 
-    program, dynamic = to_pt2(gm, traced.args, traced.kwargs, traced.dynamic_batch)
+    program, kept = to_pt2(gm, traced.args, traced.kwargs, traced.open_axes)
     save_pt2(program, path)
-    error = _module_error("archive", load_pt2(path), gm, traced, dynamic)
-    notes = ("the rewritten model fixes its batch size",) if traced.dynamic_batch and not dynamic else ()
-    return Emitted({"pt2_vs_torch": error}, notes), (path,)
+    error = _module_error("archive", load_pt2(path), gm, traced, kept)
+    return Emitted({"pt2_vs_torch": error}, tuple(fixed_sizes(traced.input_names, traced.open_axes, kept))), (path,)
 
 
 def _emit_folder(path: Path, gm: fx.GraphModule, traced: Traced) -> tuple[Emitted, Sequence[Path]]:
     from lrcompile.emit.folder import load_folder, write_folder
 
     write_folder(path, gm, traced)
-    error = _module_error("folder", load_folder(path), gm, traced, traced.dynamic_batch)
+    error = _module_error("folder", load_folder(path), gm, traced, traced.open_axes)
     return Emitted({"folder_vs_torch": error}), (path,)
 
 
@@ -260,7 +263,7 @@ _EMITTERS: dict[str, Callable[[Path, fx.GraphModule, Traced], tuple[Emitted, Seq
 }
 
 
-def _module_error(what: str, module: nn.Module, gm: fx.GraphModule, traced: Traced, dynamic_batch: bool) -> float:
+def _module_error(what: str, module: nn.Module, gm: fx.GraphModule, traced: Traced, kept: OpenAxes) -> float:
     """The error of a module that takes the model's inputs, against the graph."""
     from lrcompile.emit.verify import emitted_error
 
@@ -271,9 +274,15 @@ def _module_error(what: str, module: nn.Module, gm: fx.GraphModule, traced: Trac
         return pytree.tree_leaves(module(*args, **kwargs))
 
     limit = _limit(gm)
-    error = emitted_error(emitted, gm, traced.flat, dynamic_batch=dynamic_batch, limit=limit)
+    error = emitted_error(emitted, gm, traced.flat, **_other_sizes(traced, kept), limit=limit)
     _check_error(what, error, limit)
     return error
+
+
+def _other_sizes(traced: Traced, kept: OpenAxes) -> dict[str, Any]:
+    """What to check besides the example, by the axes that what was emitted leaves open."""
+    open_batch = replace(traced, open_axes=kept).dynamic_batch
+    return {"dynamic_batch": open_batch, "others": traced.others if kept == traced.open_axes else ()}
 
 
 def _limit(gm: fx.GraphModule) -> float:

@@ -8,6 +8,7 @@ two layers stays one shared Parameter.
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -208,7 +209,9 @@ def _lift_node(
     while lifted[path] != identity if path in lifted else _is_taken(gm, path, tensors):
         path = _next_name(path)
     if path not in lifted:
-        module = maker(config, **tensors)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, of layers that hold nothing
+            module = maker(config, **tensors)
         module.eval()
         _adopt_counters(gm, path, module)
         set_module(gm, path, module)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.export import Dim, ExportedProgram
+from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from lrcompile.errors import InputError, VerificationError
+from lrcompile.frontend.export import OpenAxes, at_other_sizes, batch_axes, batch_size, export, open_axes
 from lrcompile.frontend.functionalize import drop_last_writes, functionalize
 from lrcompile.frontend.lift import lift
 from lrcompile.graph.graph import Graph, propagate
@@ -25,9 +27,11 @@ class Traced:
     """A lifted graph with the inputs it was traced on.
 
     `args` and `kwargs` are what the model's `forward` takes; `flat` are the same tensors in the order of
-    `input_names`, the graph's placeholders. `output_names` name the flat outputs. `max_rank` is the highest rank that
-    values inside the graph may have, and `io_rank` that of its inputs and outputs, where there is a limit. `opset` is
-    the version of ONNX operators that it is to be written in, where one was asked for.
+    `input_names`, the graph's placeholders. `output_names` name the flat outputs. `open_axes` are the axes of the flat
+    inputs that may have other sizes than on the example, and `others` are flat inputs with other sizes of those
+    besides the batch, to check with. `max_rank` is the highest rank that values inside the graph may have, and
+    `io_rank` that of its inputs and outputs, where there is a limit. `opset` is the version of ONNX operators that it
+    is to be written in, where one was asked for.
     """
 
     graph: Graph
@@ -36,11 +40,20 @@ class Traced:
     flat: tuple[Any, ...]
     input_names: tuple[str, ...]
     output_names: tuple[str, ...]
-    dynamic_batch: bool
+    open_axes: OpenAxes
+    others: tuple[tuple[Any, ...], ...] = field(default=())
     notes: tuple[str, ...] = field(default=())
     max_rank: int | None = None
     io_rank: int | None = None
     opset: int | None = None
+
+    @property
+    def dynamic_batch(self) -> bool:
+        """Whether the first axis of every input is open."""
+        return any(self.open_axes) and self.open_axes == tuple(
+            tuple(dict.fromkeys((0, *axes))) if isinstance(value, torch.Tensor) and value.dim() else ()
+            for value, axes in zip(self.flat, self.open_axes, strict=True)
+        )
 
 
 def trace(
@@ -58,13 +71,15 @@ def trace(
     notes: list[str] = []
     if isinstance(program, torch.jit.ScriptModule):
         program = _convert_torchscript(program, args, kwargs)
+    if batch_size(pytree.tree_leaves((args, kwargs))) == 0:
+        raise InputError("the example inputs hold no sample, so no rewrite can be checked; give one or more samples")
     if isinstance(program, ExportedProgram):
-        exported, dynamic = program, _has_dynamic_batch(program)
+        exported, kept = program, open_axes(program)
         reference: Any = program.module()
     else:
         program.eval()
         reference = program
-        exported, dynamic, note = _export(program, args, kwargs)
+        exported, kept, note = _exported(program, args, kwargs)
         if note:
             notes.append(note)
     expected = _run_reference(reference, *pytree.tree_map(_copied, (args, kwargs)))
@@ -83,9 +98,12 @@ def trace(
             f"the model takes {len(placeholders)} inputs ({', '.join(n.name for n in placeholders)}), "
             f"got {len(flat)}; give one --input for each"
         )
+    others = tuple(_accepted(reference, at_other_sizes(exported, flat), (args, kwargs)))
     graph = propagate(gm, flat)
     try:
         _check_same(expected, run(gm, flat), "the lifted graph")
+        for other, result in others:
+            _check_same(result, run(gm, other), "the lifted graph at other sizes")
     except VerificationError as error:
         again = pytree.tree_leaves(_run_reference(reference, *pytree.tree_map(_copied, (args, kwargs))))
         if not relative_error(pytree.tree_leaves(expected), again) <= 1e-3:
@@ -101,7 +119,8 @@ def trace(
         flat=flat,
         input_names=_input_names(program, args, kwargs, placeholders),
         output_names=_output_names(expected),
-        dynamic_batch=dynamic,
+        open_axes=kept,
+        others=tuple(other for other, _ in others),
         notes=tuple(notes),
     )
 
@@ -113,86 +132,34 @@ def run(gm: fx.GraphModule, flat: Sequence[Any]) -> tuple[Any, ...]:
     return tuple(pytree.tree_leaves(result))
 
 
-def export(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_batch: bool
-) -> tuple[ExportedProgram, bool]:
-    """Exports a module; with `dynamic_batch` the first axis of the inputs is left open where the model allows it."""
-    if dynamic_batch:
-        program, dynamic, _ = _export(module, args, kwargs)
-        return program, dynamic
-    return _quiet_export(module, args, kwargs, None), False
-
-
-def batch_size(flat: Sequence[Any]) -> int | None:
-    """The common first dimension of the inputs, or None where there is none."""
-    sizes = {t.shape[0] for t in flat if isinstance(t, torch.Tensor) and t.dim() > 0}
-    return sizes.pop() if len(sizes) == 1 else None
-
-
-def _export(
+def _exported(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[ExportedProgram, bool, str | None]:
-    """(program, whether its batch is dynamic, why not)."""
-    size = batch_size(pytree.tree_leaves((args, kwargs)))
+) -> tuple[ExportedProgram, OpenAxes, str | None]:
+    """(program, its open axes, why its batch is not open)."""
+    flat = pytree.tree_leaves((args, kwargs))
+    size = batch_size(flat)
     if size is None:
-        return _quiet_export(module, args, kwargs, None), False, "inputs share no first dimension: batch stays fixed"
-    if size == 1:  # export specialises sizes 0 and 1, so trace on two samples
-        args, kwargs = pytree.tree_map(_twice, (args, kwargs))
-    shapes = pytree.tree_map(
-        lambda t: {0: Dim.AUTO} if isinstance(t, torch.Tensor) and t.dim() else None, (args, kwargs)
-    )
-    dynamic_shapes = _bind(module, shapes)
-    try:
-        program = _quiet_export(module, args, kwargs, dynamic_shapes)
-        if _has_dynamic_batch(program):
-            return program, True, None
-        reason = "the model fixes its batch size"
-    except InputError as error:
-        reason = str(error)
-    if size == 1:
-        args, kwargs = pytree.tree_map(
-            lambda t: t[:1] if isinstance(t, torch.Tensor) and t.dim() else t, (args, kwargs)
-        )
-    return _quiet_export(module, args, kwargs, None), False, f"batch stays fixed at {size}: {reason}"
+        closed = tuple(() for _ in flat)
+        return *export(module, args, kwargs, closed)[:2], "inputs share no first dimension: batch stays fixed"
+    program, kept, reason = export(module, args, kwargs, batch_axes(flat))
+    return program, kept, f"batch stays fixed at {size}: {reason}" if reason else None
 
 
-def _bind(module: nn.Module, shapes: Any) -> dict[str, Any]:
-    """Dynamic shapes as export wants them: by parameter name, with `*args` as one tuple."""
-    arg_shapes, kwarg_shapes = shapes
-    return inspect.signature(module.forward).bind(*arg_shapes, **kwarg_shapes).arguments
-
-
-def _twice(value: Any) -> Any:
-    return torch.cat([value, value]) if isinstance(value, torch.Tensor) and value.dim() else value
+def _accepted(
+    reference: Any, candidates: Iterable[tuple[Any, ...]], inputs: tuple[tuple[Any, ...], dict[str, Any]]
+) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """The first inputs at other sizes that the model takes, with its outputs; nothing if it takes none."""
+    spec = pytree.tree_structure(inputs)
+    for flat in candidates:
+        args, kwargs = pytree.tree_unflatten(list(map(_copied, flat)), spec)
+        with suppress(InputError):
+            yield flat, _run_reference(reference, args, kwargs)
+            return
 
 
 def _copied(value: Any) -> Any:
     """The model may write to its inputs, which are still needed."""
     return value.clone() if isinstance(value, torch.Tensor) else value
-
-
-def _quiet_export(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any) -> ExportedProgram:
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")
-        try:
-            return torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
-        except Exception as error:  # export raises many types; each means that this model cannot be traced
-            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise InputError(
-                f"torch.export could not trace the model: {type(error).__name__}: {first[:300]}; "
-                "check the inputs (--input), or export it yourself with torch.export.save and give the archive"
-            ) from error
-
-
-def _has_dynamic_batch(program: ExportedProgram) -> bool:
-    values = [
-        node.meta.get("val")
-        for node in program.graph.nodes
-        if node.op == "placeholder" and node.name in program.graph_signature.user_inputs
-    ]
-    tensors = [v for v in values if isinstance(v, torch.Tensor) and v.dim()]
-    sizes = [v.shape[0] for v in tensors]  # a size that export fixed on the way stays a SymInt, of a constant
-    return bool(sizes) and all(isinstance(size, torch.SymInt) and size.node.maybe_as_int() is None for size in sizes)
 
 
 def _convert_torchscript(
@@ -250,7 +217,13 @@ def _input_names(
 
 
 def _check_numbers(outputs: Any) -> None:
-    for i, value in enumerate(pytree.tree_leaves(outputs)):
+    leaves = pytree.tree_leaves(outputs)
+    if leaves and not any(not isinstance(value, torch.Tensor) or value.numel() for value in leaves):
+        raise InputError(
+            "the outputs of the model hold nothing on the example inputs, so no rewrite can be checked; give inputs "
+            "that the model is made for, with --calib or --input"
+        )
+    for i, value in enumerate(leaves):
         if isinstance(value, torch.Tensor) and value.is_floating_point() and bool(value.isnan().any()):
             raise InputError(
                 f"output {i} of the model holds NaN on the example inputs, so no rewrite can be checked; "

@@ -152,6 +152,8 @@ class Lowering:
         shape = node.meta["val"].shape
         count = math.prod(shape)
         known = math.prod(size for size in sizes if size != -1)
+        if known == 0 and -1 in sizes:
+            raise CannotLowerError(f"a value of {list(shape)} holds nothing that would tell its open size")
         if tuple(shape) == tuple(count // known if size == -1 else size for size in sizes):
             return node
         return self.call(aten.reshape.default, node, list(sizes))

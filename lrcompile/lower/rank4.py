@@ -15,7 +15,8 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from lrcompile.errors import InputError, VerificationError
-from lrcompile.frontend.trace import Traced, batch_size, run
+from lrcompile.frontend.export import batch_size
+from lrcompile.frontend.trace import Traced, run
 from lrcompile.graph.graph import Graph, aten, propagate, prune
 from lrcompile.graph.verify import relative_error
 from lrcompile.lower.folded import RANK, CannotLowerError, Folded, Lowering, identity, merged
@@ -85,6 +86,7 @@ def to_rank(traced: Traced, max_rank: int | None, io_rank: int | None, limit: fl
     fold_io = io_rank is not None and rank_of(traced.graph) > io_rank
     if rank_of(traced.graph) <= max_rank and not fold_io and not (max_rank == RANK and _needs_forms(traced.graph)):
         return replace(traced, max_rank=max_rank, io_rank=io_rank)
+    _check_sizes(traced)
     other = _other_batch(traced)
     graph = _lowered(traced, other, fold_io)
     args, kwargs = pytree.tree_map(folded_io, (traced.args, traced.kwargs)) if fold_io else (traced.args, traced.kwargs)
@@ -136,6 +138,19 @@ def _notes(traced: Traced, fold_io: bool, error: float) -> Iterator[str]:
     for name, node in zip(traced.output_names, outputs, strict=False):
         if isinstance(node, fx.Node) and _rank(node.meta.get("val")) > RANK:
             yield f"output {name} comes as [B, C·T, H, W]: {name}.unflatten(1, {list(node.meta['val'].shape[1:-2])})"
+
+
+def _check_sizes(traced: Traced) -> None:
+    """Only the batch may be open: how values are folded depends on their other sizes."""
+    for name, node in zip(traced.input_names, traced.graph.gm.graph.find_nodes(op="placeholder"), strict=True):
+        sizes = node.meta.get("sizes", ())
+        found = [str(size) for size in sizes[1:] if not str(size).isdigit()]
+        if found:
+            raise InputError(
+                f"input {name} has open sizes other than the batch, {', '.join(found)}, and cannot be lowered to rank "
+                f"{RANK}: export the model with these sizes fixed, or compile without --max-rank {RANK} (--max-rank 8 "
+                f"for a device that lacks 5-D tensors)"
+            )
 
 
 def _other_batch(traced: Traced) -> tuple[Any, ...]:

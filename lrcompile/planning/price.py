@@ -21,7 +21,7 @@ from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.utils import _pytree as pytree
 
 from lrcompile.devices.cost import Cost, CostModel
-from lrcompile.graph.graph import Graph, attribute, owners, share, submodule, tied_with
+from lrcompile.graph.graph import Graph, attribute, owners, set_tensor, share, submodule, tied_with
 from lrcompile.graph.rewrite import Refusal, Rewrite, set_module
 from lrcompile.passes import Context, Pass, ShapesOnly, Stage, apply, proposals
 
@@ -403,7 +403,8 @@ def extract(
     for source in sources:
         if source.op == "get_attr":
             copied(source, new.get_attr(str(source.target)))
-            _set_attribute(root, str(source.target), convert(attribute(graph.gm, source.target)))  # type: ignore[arg-type]
+            held = convert(attribute(graph.gm, source.target))  # type: ignore[arg-type]
+            (set_tensor if isinstance(held, Tensor) else set_module)(root, str(source.target), held)
         else:
             copied(source, new.placeholder(source.name))
         env[source].name = source.name
@@ -442,20 +443,6 @@ def _unrun(root: nn.Module, graph: fx.Graph, mode: FakeTensorMode) -> Graph:
         gm.__dict__[table] = root.__dict__[table]
     gm.graph = graph
     return Graph(gm, mode)
-
-
-def _set_attribute(root: nn.Module, path: str, value: object) -> None:
-    parent, _, leaf = path.rpartition(".")
-    if parent:
-        set_module(root, parent, nn.Module()) if not hasattr(root, parent.split(".")[0]) else None
-        holder = root
-        for part in parent.split("."):
-            if part not in holder._modules:
-                holder.add_module(part, nn.Module())
-            holder = holder._modules[part]  # type: ignore[assignment]
-    else:
-        holder = root
-    setattr(holder, leaf, value)
 
 
 def _structure(graph: Graph) -> str:

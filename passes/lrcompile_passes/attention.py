@@ -124,6 +124,8 @@ def recognise(graph: Graph, node: fx.Node) -> Attention:
     if any(len(shape(x)) != 4 for x in (queries, keys, values)):
         raise NotUnderstoodError("attention over tensors that are not [batch, heads, length, size]")
     heads = shape(queries)[1]
+    if any(0 in shape(x) for x in (queries, keys, values)):
+        raise NotUnderstoodError("attention over tensors that hold nothing")
     if heads < 2:
         raise NotUnderstoodError("attention has one head")
     _check_mask(options["attn_mask"])

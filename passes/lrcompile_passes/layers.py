@@ -76,9 +76,11 @@ def is_pointwise(module: Any) -> bool:
 
 def cannot_rebuild(graph: Graph, site: Site, owner_map: Mapping[int, frozenset[str]]) -> str | None:
     """Why the weight of a site cannot be recomputed, or None."""
-    weight = site.module.weight
+    weight: Any = site.module.weight
     if weight.dtype not in _FLOATS:
         return f"weight is of type {str(weight.dtype).removeprefix('torch.')}"
+    if not weight.numel():
+        return f"weight of {'×'.join(map(str, weight.shape))} holds nothing"
     other = tied_with(graph, site, owner_map)
     return f"weight tied with {other}" if other else None
 

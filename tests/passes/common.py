@@ -12,7 +12,8 @@ from lrcompile_passes.layers import CONVS, TRANSPOSED_CONVS
 from torch import Tensor, fx, nn
 
 from lrcompile.devices.device import load_device
-from lrcompile.frontend.trace import export, run, trace
+from lrcompile.frontend.export import batch_axes, export
+from lrcompile.frontend.trace import run, trace
 from lrcompile.graph.graph import Graph, fingerprint, propagate
 from lrcompile.graph.rewrite import Refusal, Rewrite
 from lrcompile.passes import Context, Pass, apply, proposals
@@ -143,7 +144,7 @@ def relative(got: Tensor, expected: Tensor) -> float:
 
 def on_other_batch(graph: Graph, model: nn.Module, args: tuple[Any, ...], other: tuple[Any, ...]) -> float:
     """Exports a rewritten graph again and compares it with the model on inputs of another batch size."""
-    program, dynamic = export(graph.gm, args, {}, dynamic_batch=True)
-    assert dynamic
+    program, kept, _ = export(graph.gm, args, {}, batch_axes(args))
+    assert all(kept)
     with torch.no_grad():
         return relative(program.module()(*other), model(*other))

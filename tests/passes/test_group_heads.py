@@ -315,7 +315,7 @@ def test_onnx_at_two_batch_sizes(variant: tuple[str, int, int], causal: bool, op
     x = torch.randn(2, 5, 16)
     traced = trace(Model(), (x,))
     result = common.applied(traced.graph, PASS, chosen(traced.graph, *variant))
-    model = to_onnx(result.gm, (x,), {}, input_names=["x"], output_names=["y"], dynamic_batch=True, opset=opset)
+    model = to_onnx(result.gm, (x,), {}, input_names=["x"], output_names=["y"], open_axes=((0,),), opset=opset)
     kinds = [node.op_type for node in model.graph.node]
     assert kinds.count("Attention") == (opset == 23)
     if opset == 23 and variant[0] == "GQA":
@@ -523,6 +523,16 @@ class WithoutHeads(Plain):
         return self.out(self.attend(self.q(x), self.k(x), self.v(x)))
 
 
+class Short(Plain):
+    """Attends over no positions."""
+
+    def split(self, x: Tensor) -> Tensor:
+        return super().split(x[:, :0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat((x, super().forward(x)), 1)
+
+
 class Dropping(Plain):
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return nn.functional.scaled_dot_product_attention(q, k, v, dropout_p=1e-9)
@@ -551,6 +561,7 @@ REFUSALS: dict[type[nn.Module], dict[str, str]] = {
     Tiled: {"q": "heads share key projections in an unusual order"},
     OfInput: {"q": "no linear layer computes what attention reads from relu"},
     Single: {"q": "attention has one head"},
+    Short: {"q": "attention over tensors that hold nothing"},
     WithoutHeads: {"q": "attention over tensors that are not [batch, heads, length, size]"},
     Dropping: {"q": "attention drops weights at random"},
     Mixed: {"q": "flip between the layer and attention is not understood"},

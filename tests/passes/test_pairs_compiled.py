@@ -14,7 +14,7 @@ from torch.export import ExportedProgram
 
 import lrcompile
 from lrcompile.emit.folder import load_folder
-from lrcompile.frontend.trace import export
+from lrcompile.frontend.export import batch_axes, export
 from lrcompile.graph.graph import weight_bytes
 from lrcompile.passes import Pass, Stage
 from lrcompile.planning.choose import Limits, choose
@@ -57,8 +57,9 @@ class Case:
 @cache
 def case(name: str) -> Case:
     model, samples = make(name, torch.float32, NOISE), inputs(name, 8, torch.float32)
-    exported, dynamic = export(model, tuple(x[:2] for x in samples), {}, dynamic_batch=True)
-    assert dynamic
+    example = tuple(x[:2] for x in samples)
+    exported, kept, _ = export(model, example, {}, batch_axes(example))
+    assert all(kept)
     with torch.no_grad():
         expected = model(*samples)
     if name not in CALIBRATED:
