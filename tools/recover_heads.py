@@ -1,8 +1,9 @@
 """What an epoch of training gives back to a model whose heads were grouped: `python tools/recover_heads.py --seeds 3`.
 
 A small vision transformer learns Fashion-MNIST and is kept in the user's cache. `GroupHeads` groups the heads of all
-its blocks, the rewritten graph is trained for one epoch, and its accuracy on the test images is compared with the
-base's. Nothing is chosen on the test images: the learning rate comes from `--choose-rate`, on images held out.
+its blocks, the rewritten graph is trained for one epoch, on the labels or on what the base makes of the images, and
+its accuracy on the test images is compared with the base's. Nothing is chosen on the test images: the learning rate
+comes from `--choose-rate`, on images held out.
 """
 
 from __future__ import annotations
@@ -44,6 +45,8 @@ RECOVERY_RATE = 1e-3
 RATES = (2e-4, 5e-4, 1e-3, 2e-3)
 MARKS = (50, 200)
 CALIBRATION = 512
+TEMPERATURE = 2.0
+TEACHERS = ("labels", "base")
 
 
 class SmallViT(nn.Module):
@@ -111,6 +114,7 @@ class Recovery:
 
     variant: str
     start: str
+    teacher: str
     seed: int
     parameters: int
     error: float
@@ -151,8 +155,12 @@ def train(
     rate: float,
     seed: int,
     watch: Callable[[int], None] = lambda step: None,
+    teacher: nn.Module | None = None,
 ) -> None:
-    """AdamW, its rate on a cosine to zero, on images mirrored at random; `watch` gets the number of steps done."""
+    """AdamW, its rate on a cosine to zero, on images mirrored at random; `watch` gets the number of steps done.
+
+    It learns the labels, or, with a `teacher`, the teacher's scores; the labels are not read then.
+    """
     images, labels = data
     generator = torch.Generator().manual_seed(seed)
     steps = epochs * math.ceil(len(labels) / BATCH)
@@ -164,11 +172,21 @@ def train(
             mirrored = torch.rand(len(batch), 1, 1, 1, generator=generator) < 0.5
             x = torch.where(mirrored, images[batch].flip(-1), images[batch])
             optimizer.zero_grad()
-            nn.functional.cross_entropy(model(x), labels[batch]).backward()
+            scores = model(x)
+            loss = distance(scores, teacher, x) if teacher else nn.functional.cross_entropy(scores, labels[batch])
+            loss.backward()
             optimizer.step()
             schedule.step()
             done += 1
             watch(done)
+
+
+def distance(scores: Tensor, teacher: nn.Module, images: Tensor) -> Tensor:
+    """The divergence from what a teacher makes of the images, softened (Hinton et al., arXiv 1503.02531)."""
+    with torch.no_grad():
+        expected = (teacher(images) / TEMPERATURE).log_softmax(1)
+    got = (scores / TEMPERATURE).log_softmax(1)
+    return TEMPERATURE**2 * nn.functional.kl_div(got, expected, log_target=True, reduction="batchmean")
 
 
 @torch.no_grad()
@@ -179,7 +197,7 @@ def accuracy(model: nn.Module, data: Data) -> float:
     return 100 * hits / len(data[1])
 
 
-SOURCES: tuple[Any, ...] = (SmallViT, Block, train)
+SOURCES: tuple[Any, ...] = (SmallViT, Block, train)  # what the kept bases depend on
 
 
 def trained_base(task: Task, seed: int) -> SmallViT:
@@ -233,8 +251,10 @@ def grouped(base: nn.Module, variant: Variant, start: str, images: Tensor, seed:
     return graph.gm, sum(rewrite.error for rewrite in rewrites) / len(rewrites)
 
 
-def recover(task: Task, name: str, start: str, seed: int, rate: float = RECOVERY_RATE) -> Recovery:
-    """Groups the heads of the base of that seed and trains it for one epoch.
+def recover(
+    task: Task, name: str, start: str, seed: int, teacher: str = "labels", rate: float = RECOVERY_RATE
+) -> Recovery:
+    """Groups the heads of the base of that seed and trains it for one epoch, on "labels" or on the "base".
 
     The variant "none" leaves the heads as they are. The start "scratch" is a model of the variant's shape that has
     learned nothing; it trains with the base's own rate.
@@ -257,8 +277,8 @@ def recover(task: Task, name: str, start: str, seed: int, rate: float = RECOVERY
         if step in (*MARKS, last):
             accuracies[step] = accuracy(model, task.test)
 
-    train(model, task.train, 1, rate, 100 + seed, watch)
-    return Recovery(name, start, seed, parameter_count(model), error, original, accuracies)
+    train(model, task.train, 1, rate, 100 + seed, watch, base if teacher == "base" else None)
+    return Recovery(name, start, teacher, seed, parameter_count(model), error, original, accuracies)
 
 
 def starts(name: str) -> tuple[str, ...]:
@@ -271,18 +291,21 @@ def starts(name: str) -> tuple[str, ...]:
 def all_runs(task: Task, seeds: int) -> Iterator[Recovery]:
     """Everything from the first seed; from the others what the claim is about."""
     for seed in range(seeds):
-        yield recover(task, "none", "as it is", seed)
+        yield from (recover(task, "none", "as it is", seed, teacher) for teacher in TEACHERS)
         for name in VARIANTS if seed == 0 else CLAIMED:
-            yield from (recover(task, name, start, seed) for start in starts(name))
+            for teacher in TEACHERS if name in CLAIMED else TEACHERS[:1]:
+                yield from (recover(task, name, start, seed, teacher) for start in starts(name))
             if seed == 0 and name in CLAIMED:
                 yield recover(task, name, "scratch", seed)
 
 
 def choose_rate(task: Task) -> Iterator[str]:
     """Accuracy on the held-out images of two variants at each rate, from the first seed."""
-    for rate in RATES:
-        found = {name: recover(task, name, "mean", 0, rate).after for name in ("GQA-3", "GQKVA-3.2")}
-        yield f"rate {rate:g}: " + ", ".join(f"{name} {value:.2f}" for name, value in found.items())
+    for teacher in TEACHERS:
+        for rate in RATES:
+            found = {name: recover(task, name, "mean", 0, teacher, rate).after for name in ("GQA-3", "GQKVA-3.2")}
+            figures = ", ".join(f"{name} {value:.2f}" for name, value in found.items())
+            yield f"from {teacher}, rate {rate:g}: {figures}"
 
 
 # ------------------------------------------------------------------------------------------------------------- page
@@ -292,7 +315,7 @@ def page(rows: Sequence[Recovery], command: str) -> str:
     """The tables and what they say about the claim, as Markdown."""
     count = len({row.seed for row in rows})
     seeds = f"{count} {'seeds' if count > 1 else 'seed'}"
-    base = mean(row.base for row in rows if row.variant == "none")
+    base = mean(row.base for row in _select(rows, "none", "as it is"))
     steps = " | ".join(str(step) for step in rows[0].accuracies)
     rule = "---|" * len(rows[0].accuracies)
     lines = [
@@ -301,25 +324,27 @@ def page(rows: Sequence[Recovery], command: str) -> str:
         f"Made by `{command}`. A vision transformer of {rows[0].parameters:,} parameters (four blocks, six heads, 16 "
         f"patches) learns Fashion-MNIST in {EPOCHS} epochs to {base:.2f} % of the 10,000 test images. Then "
         "`group-heads` groups the heads of all blocks, and the rewritten graph trains for one epoch more: "
-        f"{max(rows[0].accuracies)} steps of {BATCH} images, AdamW, {RECOVERY_RATE:g} on a cosine to zero. The rate is "
-        f"the best of {', '.join(f'{rate:g}' for rate in RATES)} on 5,000 training images held out (`--choose-rate`), "
-        "the same for all. The standard error of one accuracy is 0.3 points.",
+        f"{max(rows[0].accuracies)} steps of {BATCH} images, AdamW, {RECOVERY_RATE:g} on a cosine to zero. It learns "
+        f"from the *labels*, or from the *base*: its scores at temperature {TEMPERATURE:g}, no labels. The rate is the "
+        f"best of {', '.join(f'{rate:g}' for rate in RATES)} on 5,000 training images held out (`--choose-rate`), the "
+        "same for all. The standard error of one accuracy is 0.3 points.",
         "",
         f"## Against the base, after one epoch ({seeds})",
         "",
         "A seed is a base of its own, another order of the images, and other random numbers. Points are after − base, "
         "the mean and each seed; the last column compares with a base that trained for the same extra epoch.",
         "",
-        "| variant | start | asked | after − base | seeds | holds on average | in each | − the base trained as long |",
-        "|---|---|---|---|---|---|---|---|",
+        "| variant | start | from | asked | after − base | seeds | holds on average | in each "
+        "| − the base trained as long |",
+        "|---|---|---|---|---|---|---|---|---|",
         *_against_base(rows),
         "",
         f"## Mean against random ({seeds})",
         "",
         "*Random* draws the grouped layers anew and keeps the rest. Accuracy after so many steps of the epoch.",
         "",
-        f"| variant | start | {steps} |",
-        f"|---|---|{rule}",
+        f"| variant | start | from | {steps} |",
+        f"|---|---|---|{rule}",
         *_against_random(rows),
         "",
         *_readings(rows),
@@ -330,43 +355,51 @@ def page(rows: Sequence[Recovery], command: str) -> str:
         "group there is nothing to sort, and no *similar*. *Scratch* draws the whole model anew and trains it with "
         f"the base's rate, {RATE:g}.",
         "",
-        f"| variant | start | parameters | error | {steps} | after − base |",
-        f"|---|---|---|---|{rule}---|",
+        f"| variant | start | from | parameters | error | {steps} | after − base |",
+        f"|---|---|---|---|---|{rule}---|",
     ]
     for row in (row for row in rows if row.seed == 0):
         error = f"{row.error:.3f}" if row.start in ("mean", "similar") else ""
         lines.append(
-            f"| {row.variant} | {row.start} | {row.parameters:,} | {error} | {_cells(row.accuracies)} "
+            f"| {row.variant} | {row.start} | {row.teacher} | {row.parameters:,} | {error} | {_cells(row.accuracies)} "
             f"| {row.after - row.base:+.2f} |"
         )
     return "\n".join(lines) + "\n"
 
 
 def _against_base(rows: Sequence[Recovery]) -> Iterator[str]:
-    longer = {row.seed: row.after for row in rows if row.variant == "none"}
-    yield f"| none | | | {_spread([row.after - row.base for row in rows if row.variant == 'none'])} | | | |"
+    for teacher in TEACHERS:
+        gained = [row.after - row.base for row in _select(rows, "none", "as it is", teacher)]
+        yield f"| none | | {teacher} | | {_spread(gained)} | | | |"
     for name, limit in CLAIMED.items():
-        for start in ("mean", "similar"):
-            mine = _select(rows, name, start)
-            gained = [row.after - row.base for row in mine]
-            holds = ("yes" if value >= -limit else "no" for value in (mean(gained), min(gained)))
-            yield (
-                f"| {name} | {start} | ≥ −{limit:g} | {_spread(gained)} | {' | '.join(holds)} "
-                f"| {mean(row.after - longer[row.seed] for row in mine):+.2f} |"
-            )
+        for teacher in TEACHERS:
+            longer = {row.seed: row.after for row in _select(rows, "none", "as it is", teacher)}
+            for start in ("mean", "similar"):
+                mine = _select(rows, name, start, teacher)
+                gained = [row.after - row.base for row in mine]
+                holds = ("yes" if value >= -limit else "no" for value in (mean(gained), min(gained)))
+                yield (
+                    f"| {name} | {start} | {teacher} | ≥ −{limit:g} | {_spread(gained)} | {' | '.join(holds)} "
+                    f"| {mean(row.after - longer[row.seed] for row in mine):+.2f} |"
+                )
 
 
 def _against_random(rows: Sequence[Recovery]) -> Iterator[str]:
     for name in CLAIMED:
-        for start in ("mean", "random"):
-            yield f"| {name} | {start} | {_cells(_curve(_select(rows, name, start)))} |"
-        yield f"| {name} | mean − random | {_cells(_lead(rows, name, 'random'), '+.1f')} |"
+        for teacher in TEACHERS:
+            for start in ("mean", "random"):
+                yield f"| {name} | {start} | {teacher} | {_cells(_curve(_select(rows, name, start, teacher)))} |"
+            yield f"| {name} | mean − random | {teacher} | {_cells(_lead(rows, name, 'random', teacher), '+.1f')} |"
 
 
 def _readings(rows: Sequence[Recovery]) -> Iterator[str]:
     """For which variants the mean leads by ten points, and when."""
-    for other, what in (("random", "random grouped layers"), ("scratch", "a random model, first seed")):
-        leads = {name: _lead(rows, name, other) for name in CLAIMED}
+    for other, teacher, what in (
+        ("random", "labels", "random grouped layers, both from labels"),
+        ("random", "base", "random grouped layers, both from the base"),
+        ("scratch", "labels", "a random model, first seed, both from labels"),
+    ):
+        leads = {name: _lead(rows, name, other, teacher) for name in CLAIMED}
         for step in rows[0].accuracies:
             held = [f"{name} ({lead[step]:+.1f})" for name, lead in leads.items() if lead[step] >= 10]
             missed = [f"{name} ({lead[step]:+.1f})" for name, lead in leads.items() if lead[step] < 10]
@@ -375,11 +408,11 @@ def _readings(rows: Sequence[Recovery]) -> Iterator[str]:
             yield f"- Mean at least 10 points above {what}, {when}: {'; '.join(verdicts)}."
 
 
-def _lead(rows: Sequence[Recovery], name: str, other: str) -> dict[int, float]:
+def _lead(rows: Sequence[Recovery], name: str, other: str, teacher: str) -> dict[int, float]:
     """Points by which the mean is ahead, of the seeds that have both."""
-    theirs = _select(rows, name, other)
+    theirs = _select(rows, name, other, teacher)
     seeds = {row.seed for row in theirs}
-    ours = _curve([row for row in _select(rows, name, "mean") if row.seed in seeds])
+    ours = _curve([row for row in _select(rows, name, "mean", teacher) if row.seed in seeds])
     return {step: ours[step] - value for step, value in _curve(theirs).items()}
 
 
@@ -392,8 +425,8 @@ def mean(values: Iterable[float]) -> float:
     return sum(found) / len(found)
 
 
-def _select(rows: Sequence[Recovery], variant: str, start: str) -> list[Recovery]:
-    return [row for row in rows if (row.variant, row.start) == (variant, start)]
+def _select(rows: Sequence[Recovery], variant: str, start: str, teacher: str = "labels") -> list[Recovery]:
+    return [row for row in rows if (row.variant, row.start, row.teacher) == (variant, start, teacher)]
 
 
 def _curve(rows: Sequence[Recovery]) -> dict[int, float]:
@@ -423,8 +456,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = []
     for row in all_runs(task, options.seeds):
         rows.append(row)
-        name = f"{row.variant} {row.start}"
-        print(f"{name:20} seed {row.seed}  base {row.base:.2f}  {_cells(row.accuracies)}", flush=True)
+        name = f"{row.variant} {row.start} from {row.teacher}"
+        print(f"{name:30} seed {row.seed}  base {row.base:.2f}  {_cells(row.accuracies)}", flush=True)
     out = f" --out {options.out}" if options.out else ""
     text = page(rows, f"python tools/recover_heads.py --seeds {options.seeds}{out}")
     print(text)
