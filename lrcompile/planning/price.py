@@ -133,6 +133,7 @@ def price(
         progress("price", i, len(chains))
         candidates += trial.price(chain, fuse)
     progress("price", len(chains), len(chains))
+    candidates.sort(key=lambda candidate: tuple(map(str, candidate.rewrites)))  # not by the order of the passes
     return Pricing(tuple(candidates), tuple(refusals))
 
 
