@@ -12,7 +12,7 @@ from torch import fx, nn
 
 from lrcompile.devices.analytic import AnalyticCostModel, conv_latency_s, turned
 from lrcompile.devices.cost import CostModel
-from lrcompile.devices.device import Engine, Tile, available_devices, load_device
+from lrcompile.devices.device import Engine, Kernels, available_devices, load_device
 from lrcompile.errors import DeviceError
 from lrcompile.graph.op import (
     DTYPE_BYTES,
@@ -103,7 +103,7 @@ def compute_bound(engine: Engine | None = None) -> AnalyticCostModel:
 
 
 def test_whole_waves_of_whole_tiles() -> None:
-    engine = replace(load_device("v100").engines["cuda_core"], tiles=(Tile(128, 128, 0.5),), split_k=(1,))
+    engine = Engine(((128, 128),), *(Kernels(0.5, 0.0, (1,)),) * 4, depthwise_efficiency=0.25)
     model = compute_bound(engine)
     wave_s = 2 * 128 * 128 * 4096 / (15.7e12 / 80 * 0.5)
     for rows, waves in ((1, 1), (128 * 10, 1), (128 * 10 + 1, 2), (128 * 20, 2)):  # 8 columns of tiles, 80 units
@@ -140,8 +140,8 @@ def test_unknown_dtype_is_a_device_error(dtype: str, kind: Kind) -> None:
 @each_device
 def test_training_runs_all_three_products(model: AnalyticCostModel) -> None:
     shape = GemmShape(512, 256, 1024)
-    assert turned(shape, "data") == GemmShape(512, 1024, 256)
-    assert turned(shape, "weight") == GemmShape(1024, 256, 512)
+    assert turned(shape, "data") == GemmShape(512, 1024, 256, layout="NN")
+    assert turned(shape, "weight") == GemmShape(1024, 256, 512, layout="NT")
     train = AnalyticCostModel(model.device, training=True)
     for op in (gemm_op(512, 256, 1024, "fp32"), conv_op(CONV, "fp32"), OpDesc("elementwise", "fp32", 1, 0, 1e8)):
         assert 2.4 < train.cost(op).latency_s / model.cost(op).latency_s < 5

@@ -1,11 +1,11 @@
 """Predicts the latency of an operation from its shape and a device profile, without running anything.
 
     t = launch + min over (tile, split-K) of ‖compute, DRAM, L2‖ₚ
-    compute = ⌈tiles/units⌉ · flops(tile) / (peak per unit · efficiency(tile))
+    compute = waves(tiles/units) · (K/split + prologue) · flops a step of K / (peak per unit · efficiency(tile))
 
-A roofline with the quantisation that libraries show: they pick a kernel from a menu of tiles, whole tiles run in
-whole waves on the device's units, and extents round up to the alignment. A convolution is the GEMM it implies. The
-form and how well it fits published measurements: ../shared/latency/README.md; the constants are the profile's.
+A roofline with the quantisation that libraries show: they pick a kernel from a menu of tiles, tiles run in waves on
+the device's units, and extents round up to the alignment. A convolution is the GEMM it implies. How well it fits
+published measurements: docs/cost-model.md; the constants are the profile's.
 """
 
 from __future__ import annotations
@@ -19,13 +19,17 @@ import numpy as np
 from torch import fx
 
 from lrcompile.devices.cost import Cost, total
-from lrcompile.devices.device import Device, Tile
+from lrcompile.devices.device import Device, Kernels, Winograd
 from lrcompile.devices.fusion import describe_all
 from lrcompile.graph.op import DTYPE_BYTES, AttentionShape, ConvShape, GemmShape, OpDesc, RecurrentShape
 
 Direction = Literal["forward", "data", "weight"]
 _MIRRORED: dict[Direction, Direction] = {"forward": "data", "data": "forward", "weight": "weight"}
 _ACCUMULATOR_BYTES = 4  # partial sums of a split-K product are exchanged in fp32 or int32
+_SKINNY = 64  # the short side up to which kernels that stream both operands along K are slow
+_FEW_CHANNELS = 8
+_POINTS = {3: 36, 5: 64}  # products of Winograd's F(4×4, k×k)
+_FUSED_POINTS, _FUSED_TILE, _TILE = 16, 2, 4
 
 
 @dataclass(frozen=True)
@@ -89,15 +93,14 @@ def turned(shape: GemmShape, direction: Direction) -> GemmShape:
     if direction == "forward":
         return shape
     if direction == "data":
-        return replace(shape, n=shape.k, k=shape.n)
-    return replace(shape, m=shape.k, k=shape.m)
+        return replace(shape, n=shape.k, k=shape.n, layout="NN")
+    return replace(shape, m=shape.k, k=shape.m, layout="NT")
 
 
 def gemm_latency_s(device: Device, shape: GemmShape, dtype: str) -> float:
     """Latency in s of `batch` products [m×k]·[k×n] with their launch."""
-    element = DTYPE_BYTES[dtype]
-    traffic = element * shape.batch * (shape.m * shape.k + shape.k * shape.n + shape.m * shape.n)
-    return device.launch_s["gemm"] + _product_s(device, shape, dtype, traffic)
+    kernels = device.engines[device.engine[device.compute_dtype(dtype)]].gemm
+    return device.launch_s["gemm"] + kernels.setup_s + _gemm_s(device, shape, dtype)
 
 
 def conv_latency_s(device: Device, shape: ConvShape, dtype: str, direction: Direction = "forward") -> float:
@@ -110,25 +113,23 @@ def conv_latency_s(device: Device, shape: ConvShape, dtype: str, direction: Dire
     engine = device.engines[device.engine[kind]]
     element = DTYPE_BYTES[dtype]
     step = (device.alignment if len(shape.kernel) == 3 else device.alignment_conv)[kind]
+    has_few_channels = shape.channels_in // shape.groups < _FEW_CHANNELS
     shape = _plain(_aligned(shape, 1 if "grouped_conv" in device.lacks else shape.groups, step))
     direction = _MIRRORED[direction] if shape.transposed else direction
-    maps = shape.channels_in * math.prod(shape.size_in) + shape.channels_out * math.prod(shape.size_out)
-    weights = shape.channels_in // shape.groups * shape.channels_out * math.prod(shape.kernel)
-    traffic = element * (shape.batch * maps + weights)
+    traffic = element * sum(_elements(shape))
     product = _implied_gemm(shape, direction)
     launch_s = device.launch_s["conv"]
     if shape.groups > 1 and min(shape.channels_in, shape.channels_out) == shape.groups:
         flops = 2.0 * product.m * product.n * product.k * product.batch
         vector_flops = device.peak_flops[device.compute_dtype("fp32")] * engine.depthwise_efficiency
         return launch_s + _norm(device, flops / vector_flops, traffic / device.bandwidth_bytes_s)
-    speed = engine.conv_efficiency * (1.0 if direction == "forward" else engine.gradient_efficiency)
-    split_k = engine.split_k if direction == "weight" else engine.conv_split_k
-    latency_s = _product_s(device, product, dtype, traffic, speed, split_k)
-    if engine.winograd and _has_winograd(shape):
-        product, more = _winograd_gemm(shape, direction)
-        speed *= engine.winograd
-        latency_s = min(latency_s, _product_s(device, product, dtype, traffic + element * more, speed, split_k))
-    return launch_s + engine.conv_setup_s + latency_s
+    kernels = {"forward": engine.conv, "data": engine.conv_data, "weight": engine.conv_weight}[direction]
+    latency_s = _product_s(device, kernels, product, dtype, traffic)
+    if has_few_channels:
+        latency_s /= kernels.few_channels
+    if engine.winograd is not None and _has_winograd(shape):
+        latency_s = min(latency_s, _winograd_s(device, engine.winograd, kernels, shape, dtype, direction))
+    return launch_s + kernels.setup_s + latency_s
 
 
 def attention_latency_s(device: Device, shape: AttentionShape, dtype: str) -> float:
@@ -137,11 +138,12 @@ def attention_latency_s(device: Device, shape: AttentionShape, dtype: str) -> fl
     batch = shape.batch * shape.heads
     keys = math.ceil(shape.keys / 2) if shape.causal else shape.keys
     scores = GemmShape(shape.queries, keys, shape.head_dim, batch)
-    values = GemmShape(shape.queries, shape.head_dim, keys, batch)
+    values = GemmShape(shape.queries, shape.head_dim, keys, batch, "NN")
     rows = 2 * shape.queries * shape.heads + 2 * shape.keys * shape.heads_kv
     operand_bytes = element * shape.batch * shape.head_dim * rows
     if "flash_attention" not in device.lacks:
-        parts = (_product_s(device, product, dtype, operand_bytes / 2) for product in (scores, values))
+        kernels = device.engines[device.engine[device.compute_dtype(dtype)]].gemm
+        parts = (_product_s(device, kernels, product, dtype, operand_bytes / 2) for product in (scores, values))
         return device.launch_s["gemm"] + sum(parts)
     score_bytes = element * batch * shape.queries * shape.keys
     products = (gemm_latency_s(device, product, dtype) for product in (scores, values))
@@ -152,7 +154,9 @@ def recurrent_latency_s(device: Device, shape: RecurrentShape, dtype: str) -> fl
     """Latency in s of a recurrent call: a layer takes one product for all its inputs, then one a step, in sequence."""
     gates = shape.gates * shape.hidden_size
     state_bytes = DTYPE_BYTES[dtype] * shape.batch * (shape.hidden_size + gates)  # the weight stays in cache
-    step = _product_s(device, GemmShape(shape.batch, gates, shape.hidden_size), dtype, state_bytes)
+    kernels = device.engines[device.engine[device.compute_dtype(dtype)]].gemm
+    product = GemmShape(shape.batch, gates, shape.hidden_size, layout="NN")
+    step = _product_s(device, kernels, product, dtype, state_bytes)
     latency_s = 0.0
     for layer in range(shape.layers):
         width = shape.input_size if layer == 0 else shape.hidden_size * shape.directions
@@ -166,31 +170,38 @@ def memory_latency_s(device: Device, traffic_bytes: float) -> float:
     return device.launch_s["other"] + traffic_bytes / device.bandwidth_bytes_s
 
 
-def _product_s(
-    device: Device,
-    shape: GemmShape,
-    dtype: str,
-    traffic_bytes: float,
-    speed: float = 1.0,
-    split_k: tuple[int, ...] | None = None,
-) -> float:
+def _gemm_s(device: Device, shape: GemmShape, dtype: str) -> float:
     kind = device.compute_dtype(dtype)
-    dram_s = traffic_bytes / device.bandwidth_bytes_s
+    kernels = device.engines[device.engine[kind]].gemm
+    step = device.alignment[kind]
+    traffic = DTYPE_BYTES[dtype] * shape.batch * (shape.m * shape.k + shape.k * shape.n + shape.m * shape.n)
+    aligned = replace(shape, n=_round_up(shape.n, step), k=_round_up(shape.k, step))
+    skinny_s = 0.0
+    if shape.layout == "TN" and 0 not in (shape.m, shape.n):
+        skinny_s = traffic / kernels.skinny_bandwidth_bytes_s / (1 + (min(shape.m, shape.n) / _SKINNY) ** 4)
+    return _product_s(device, kernels, aligned, dtype, traffic, skinny_s)
+
+
+def _product_s(
+    device: Device, kernels: Kernels, shape: GemmShape, dtype: str, traffic_bytes: float, other_s: float = 0.0
+) -> float:
+    """The smooth maximum of what units, caches, memory and anything else need, with the best kernel of the menu."""
+    dram_s = traffic_bytes / (device.bandwidth_bytes_s * kernels.bandwidth)
     if 0 in (shape.m, shape.n, shape.k, shape.batch):
         return dram_s
-    align = device.alignment[kind] if split_k is None else 1
-    n, k = (float(_round_up(extent, align)) for extent in (shape.n, shape.k))
-    m, batch = float(shape.m), float(shape.batch)
+    kind = device.compute_dtype(dtype)
     engine = device.engines[device.engine[kind]]
-    menu = _menu(engine.tiles, split_k or engine.split_k, device.units)
+    m, n, k, batch = (float(extent) for extent in (shape.m, shape.n, shape.k, shape.batch))
+    menu = _menu(engine.tiles, kernels, device.units)
     rows, columns = np.ceil(m / menu.tile_m), np.ceil(n / menu.tile_n)
-    waves = np.ceil(batch * rows * columns * menu.split_per_unit)
-    compute_s = waves * np.ceil(k / menu.split) * (menu.flops_over_efficiency * device.units)
-    compute_s /= device.peak_flops[kind] * speed
+    waves = batch * rows * columns * menu.split_per_unit
+    waves = (1 - kernels.overlap) * np.ceil(waves) + kernels.overlap * np.maximum(waves, 1.0)
+    steps = np.ceil(k / menu.split) + kernels.prologue
+    compute_s = waves * steps * (menu.flops_over_efficiency * device.units) / device.peak_flops[kind]
     operand_bytes = (DTYPE_BYTES[dtype] * batch * k) * (columns * m + rows * n)
-    l2_s = (operand_bytes + menu.partial_bytes * (batch * m * n)) / device.l2_bandwidth_bytes_s
+    l2_s = (operand_bytes + menu.partial_bytes * (batch * m * n)) / (device.l2_bandwidth_bytes_s * engine.l2_share)
     p = device.norm_exponent
-    return (float((compute_s**p + l2_s**p).min()) + dram_s**p) ** (1 / p)
+    return (float((compute_s**p + l2_s**p).min()) + dram_s**p + other_s**p) ** (1 / p)
 
 
 def _norm(device: Device, *parts_s: float) -> float:
@@ -212,9 +223,14 @@ class _Menu:
 
 
 @lru_cache(maxsize=64)
-def _menu(tiles: tuple[Tile, ...], split_k: tuple[int, ...], units: int) -> _Menu:
-    kernels = [(tile.m, tile.n, split, tile.efficiency) for tile in tiles for split in split_k]
-    tile_m, tile_n, split, efficiency = np.array(kernels, dtype=float).T
+def _menu(tiles: tuple[tuple[int, int], ...], kernels: Kernels, units: int) -> _Menu:
+    largest = max(m * n for m, n in tiles)
+    menu = [
+        (m, n, split, kernels.efficiency * (m * n / largest) ** kernels.tile_exponent)
+        for m, n in tiles
+        for split in kernels.split_k
+    ]
+    tile_m, tile_n, split, efficiency = np.array(menu, dtype=float).T
     partial_bytes = np.where(split > 1, 2 * _ACCUMULATOR_BYTES * split, 0)
     return _Menu(tile_m, tile_n, split, split / units, 2 * tile_m * tile_n / efficiency, partial_bytes)
 
@@ -258,26 +274,55 @@ def _implied_gemm(shape: ConvShape, direction: Direction) -> GemmShape:
     return GemmShape(shape.batch * size_in, inputs, reach, shape.groups)
 
 
+def _elements(shape: ConvShape) -> tuple[float, int, int]:
+    """How many of the input, the output and the weight are moved: rows that a stride skips are not read."""
+    skipped = math.prod(min(1.0, k / s) for k, s in zip(shape.kernel[:-1], shape.stride[:-1], strict=True))
+    return (
+        shape.batch * shape.channels_in * math.prod(shape.size_in) * skipped,
+        shape.batch * shape.channels_out * math.prod(shape.size_out),
+        shape.channels_in // shape.groups * shape.channels_out * math.prod(shape.kernel),
+    )
+
+
 def _has_winograd(shape: ConvShape) -> bool:
-    return shape.kernel == (3, 3) and {*shape.stride, *shape.dilation, shape.groups} == {1}
+    return shape.kernel in ((3, 3), (5, 5)) and {*shape.stride, *shape.dilation, shape.groups} == {1}
 
 
-def _winograd_gemm(shape: ConvShape, direction: Direction) -> tuple[GemmShape, int]:
-    """The products of F(4×4, 3×3), one for each of 36 points, and how many elements the transforms move besides.
+def _winograd_s(
+    device: Device, rates: Winograd, kernels: Kernels, shape: ConvShape, dtype: str, direction: Direction
+) -> float:
+    """The faster of Winograd's algorithms for a kernel: in one kernel, or with transforms before and after.
 
-    Lavin and Gray, Fast Algorithms for Convolutional Neural Networks, 2016; transforms as separate kernels (our reading
-    of cuDNN's non-fused algorithm).
+    Lavin and Gray, Fast Algorithms for Convolutional Neural Networks, 2016; what is kept between the steps is our
+    reading of cuDNN's fused and non-fused algorithms.
     """
-    points = 36
-    inputs, outputs = shape.channels_in, shape.channels_out
     size = shape.size_in if direction == "data" else shape.size_out
-    patches = shape.batch * math.prod(math.ceil(extent / 4) for extent in size)
-    moved = 2 * points * (patches * (inputs + outputs) + inputs * outputs)
-    if direction == "forward":
-        return GemmShape(patches, outputs, inputs, points), moved
-    if direction == "data":
-        return GemmShape(patches, inputs, outputs, points), moved
-    return GemmShape(outputs, inputs, patches, points), moved
+    inputs, outputs = shape.channels_in, shape.channels_out
+    element = DTYPE_BYTES[dtype]
+
+    def products(tile: int, points: int) -> GemmShape:
+        patches = shape.batch * math.prod(math.ceil(extent / tile) for extent in size)
+        if direction == "weight":
+            return GemmShape(outputs, inputs, patches, points)
+        n, k = (outputs, inputs) if direction == "forward" else (inputs, outputs)
+        return GemmShape(patches, n, k, points)
+
+    read, written, weight = _elements(shape)
+    points = _POINTS[shape.kernel[0]]
+    product = products(_TILE, points)
+    operands = points * (product.m * product.k + product.k * product.n + product.m * product.n)
+    filters = weight + points * inputs * outputs
+    maps = read + written + operands - points * inputs * outputs
+    rate = rates.transformed if shape.kernel == (3, 3) else rates.five
+    filter_rate = 1.0 if direction == "weight" else rates.filter_bandwidth
+    transforms_s = element * (filters / filter_rate + maps) / device.bandwidth_bytes_s + rates.setup_s
+    faster = replace(kernels, efficiency=kernels.efficiency * rate)
+    latency_s = transforms_s + _product_s(device, faster, product, dtype, element * operands)
+    if shape.kernel == (3, 3):
+        faster = replace(kernels, efficiency=kernels.efficiency * rates.fused)
+        fused = products(_FUSED_TILE, _FUSED_POINTS)
+        latency_s = min(latency_s, _product_s(device, faster, fused, dtype, element * (read + written + weight)))
+    return latency_s
 
 
 def _op_class(op: OpDesc) -> str:

@@ -7,8 +7,8 @@ import importlib.resources
 import math
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,33 +40,62 @@ _UNITS: dict[str, dict[str, float]] = {
 
 
 @dataclass(frozen=True)
-class Tile:
-    """One kernel of a library's menu: computes m×n outputs at a time at `efficiency` of a unit's peak rate."""
+class Kernels:
+    """How an engine's kernels for one kind of operation run.
 
-    m: int
-    n: int
+    The largest tile reaches `efficiency` of a unit's peak rate, others less: by their share of its area to the power
+    of `tile_exponent`. A product may be cut along K in as many ways as `split_k` lists. Each wave of tiles takes
+    `prologue` steps of K longer than what it computes. `overlap` is the share of an incomplete wave that costs
+    nothing: 0 for whole waves, 1 for none at all. `setup_s` comes on top of the launch, and `bandwidth` is the share
+    of the sustained bandwidth that is reached. `skinny_bandwidth_bytes_s` limits products with a short side whose
+    operands are both stored along K; `few_channels` is the rate of convolutions of less than 8 channels over that of
+    others.
+    """
+
     efficiency: float
+    tile_exponent: float
+    split_k: tuple[int, ...]
+    prologue: float = 0.0
+    overlap: float = 0.0
+    setup_s: float = 0.0
+    bandwidth: float = 1.0
+    skinny_bandwidth_bytes_s: float = math.inf
+    few_channels: float = 1.0
+
+
+@dataclass(frozen=True)
+class Winograd:
+    """Rates of Winograd's algorithms over that of an implicit GEMM.
+
+    `transformed` is for the products of F(4×4, 3×3) with transforms as separate kernels, `five` for those of
+    F(4×4, 5×5), `fused` for F(2×2, 3×3) in one kernel. The transform of the filter reaches `filter_bandwidth` of the
+    sustained bandwidth; the transforms start with `setup_s`.
+    """
+
+    transformed: float
+    five: float
+    fused: float
+    filter_bandwidth: float
+    setup_s: float
 
 
 @dataclass(frozen=True)
 class Engine:
     """One kind of arithmetic unit with the menu of kernels that libraries have for it.
 
-    `split_k` lists how many ways a product may be cut along K, `conv_split_k` the same for a convolution and its
-    input gradient. `conv_efficiency` is the rate of an implicit GEMM over that of a plain one, `gradient_efficiency`
-    the rate of its gradients over its own, `conv_setup_s` what a convolution starts with besides its launch.
-    `winograd` is the rate of the products of F(4×4, 3×3) over that of an implicit GEMM, 0 where no such kernel is
-    used; `depthwise_efficiency` the part of the device's fp32 peak that a depthwise kernel reaches.
+    A kernel computes m×n outputs at a time, for (m, n) of `tiles`. `conv_data` and `conv_weight` are the gradients of
+    a convolution's input and weight. `depthwise_efficiency` is the part of the device's fp32 peak that a depthwise
+    kernel reaches, `l2_share` the part of the L2 cache's bandwidth that its kernels do.
     """
 
-    tiles: tuple[Tile, ...]
-    split_k: tuple[int, ...]
-    conv_split_k: tuple[int, ...]
-    conv_efficiency: float
-    gradient_efficiency: float
-    conv_setup_s: float
+    tiles: tuple[tuple[int, int], ...]
+    gemm: Kernels
+    conv: Kernels
+    conv_data: Kernels
+    conv_weight: Kernels
     depthwise_efficiency: float
-    winograd: float
+    l2_share: float = 1.0
+    winograd: Winograd | None = None
 
 
 @dataclass(frozen=True)
@@ -263,25 +292,59 @@ class _Reader:
     def engine(self, name: str) -> Engine:
         where = f"engine.{name}"
         table = self.table(self.document["engine"], "engine", name)
-        required = ("tiles", "split_k", "conv_split_k", "conv_efficiency", "gradient_efficiency", "conv_setup")
-        self.keys(where, table, (*required, "depthwise_efficiency", "winograd"))
-        tiles = self.table(table, where, "tiles")
+        required = ("tiles", "depthwise_efficiency", "gemm", "conv")
+        self.keys(where, table, required, optional=("conv_data", "conv_weight", "winograd", "l2_share"))
+        gemm, conv = (self.kernels(table, where, name, None) for name in ("gemm", "conv"))
         return Engine(
-            tiles=tuple(self.tile(tiles, f"{where}.tiles", key) for key in tiles),
-            split_k=self.split_k(table, where, "split_k"),
-            conv_split_k=self.split_k(table, where, "conv_split_k"),
-            conv_efficiency=self.figure(table, where, "conv_efficiency", "number"),
-            gradient_efficiency=self.figure(table, where, "gradient_efficiency", "number"),
-            conv_setup_s=self.figure(table, where, "conv_setup", "time", zero=True),
+            tiles=self.tiles(table, where),
+            gemm=gemm,
+            conv=conv,
+            conv_data=self.kernels(table, where, "conv_data", conv),
+            conv_weight=self.kernels(table, where, "conv_weight", conv),
             depthwise_efficiency=self.figure(table, where, "depthwise_efficiency", "fraction", most=1),
-            winograd=self.figure(table, where, "winograd", "number", zero=True),
+            l2_share=self.figure(table, where, "l2_share", "number", most=1) if "l2_share" in table else 1.0,
+            winograd=self.winograd(table, where) if "winograd" in table else None,
         )
 
-    def tile(self, tiles: Mapping[str, Any], where: str, key: str) -> Tile:
-        match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", key)
-        if match is None:
-            raise self.error(f"{where}.{key}", 'a tile such as "128x64"', repr(key))
-        return Tile(int(match[1]), int(match[2]), self.figure(tiles, where, key, "fraction", most=1))
+    def kernels(self, engine: Mapping[str, Any], where: str, name: str, base: Kernels | None) -> Kernels:
+        """The kernels of one kind of operation; what is not given is as in `base`."""
+        if base is not None and name not in engine:
+            return base
+        table, place = self.table(engine, where, name), f"{where}.{name}"
+        needed, others = ("efficiency", "tile_exponent", "split_k"), ("prologue", "overlap", "setup", "bandwidth")
+        special = {"gemm": "skinny_bandwidth", "conv": "few_channels"}.get(name)
+        self.keys(place, table, () if base else needed, optional=(*needed, *others, *((special,) if special else ())))
+        readers: dict[str, Callable[[str], Any]] = {
+            "efficiency": lambda key: self.figure(table, place, key, "fraction", most=1),
+            "tile_exponent": lambda key: self.figure(table, place, key, "number", zero=True),
+            "split_k": lambda key: self.split_k(table, place, key),
+            "prologue": lambda key: self.figure(table, place, key, "count", zero=True),
+            "overlap": lambda key: self.figure(table, place, key, "number", zero=True, most=1),
+            "setup": lambda key: self.figure(table, place, key, "time", zero=True),
+            "bandwidth": lambda key: self.figure(table, place, key, "number"),
+            "skinny_bandwidth": lambda key: self.figure(table, place, key, "bandwidth"),
+            "few_channels": lambda key: self.figure(table, place, key, "number"),
+        }
+        fields = {"setup": "setup_s", "skinny_bandwidth": "skinny_bandwidth_bytes_s"}
+        given = {fields.get(key, key): readers[key](key) for key in table}
+        return replace(base, **given) if base is not None else Kernels(**given)
+
+    def winograd(self, engine: Mapping[str, Any], where: str) -> Winograd:
+        table, place = self.table(engine, where, "winograd"), f"{where}.winograd"
+        rates = ("transformed", "five", "fused", "filter_bandwidth")
+        self.keys(place, table, (*rates, "setup"))
+        setup_s = self.figure(table, place, "setup", "time", zero=True)
+        figures: dict[str, float] = {key: self.figure(table, place, key, "number") for key in rates}
+        return Winograd(**figures, setup_s=setup_s)
+
+    def tiles(self, table: Mapping[str, Any], where: str) -> tuple[tuple[int, int], ...]:
+        key = f"{where}.tiles"
+        names = self.sourced(table, where, "tiles", ("value", "source"))["value"]
+        listed = names if isinstance(names, list) else []
+        matches = [re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", str(name)) for name in listed]
+        if not matches or not all(matches):
+            raise self.error(key, 'a list of tiles such as ["128x64"]', repr(names))
+        return tuple((int(match[1]), int(match[2])) for match in matches if match)
 
     def split_k(self, table: Mapping[str, Any], where: str, name: str) -> tuple[int, ...]:
         key = f"{where}.{name}"

@@ -11,13 +11,14 @@ from pathlib import Path
 from lrcompile.devices.analytic import AnalyticCostModel, Direction, conv_latency_s
 from lrcompile.devices.device import Device
 from lrcompile.errors import DeviceError, InputError
-from lrcompile.graph.op import DTYPE_BYTES, ConvShape, OpDesc, RecurrentShape, gemm_op
+from lrcompile.graph.op import DTYPE_BYTES, ConvShape, Layout, OpDesc, RecurrentShape, gemm_op
 
 _GEMM_OPS = ("gemm", "linear", "bmm")
 _CONV_OPS: dict[str, Direction] = {"conv2d_fwd": "forward", "conv2d_bwd_data": "data", "conv2d_bwd_weight": "weight"}
 _MEMORY_OPS = {"add": 3, "mul": 3, "relu": 2, "gelu": 2, "softmax": 2, "ln": 2}  # arrays read and written
 _RECURRENT_OPS = {"lstm_fwd": 4, "gru_fwd": 3, "vanilla_fwd": 1}  # gates
 _COLUMNS = {"gemm": ("m", "n", "k"), "conv2d_fwd": ("n", "c", "h", "w", "k", "r", "s")}
+_LAYOUTS: dict[str, Layout] = {"TN": "TN", "NN": "NN", "NT": "NT", "TT": "NT"}
 _RESULTS = ("predicted_ms", "sigma")
 
 
@@ -29,7 +30,9 @@ def predict_rows(
     A row says its operation in `op` (a table without that column holds GEMMs or forward convolutions, by its other
     columns) and its sizes in the columns of DeepBench or NeuSight tables:
 
-    - gemm, linear, bmm: m, n, k; optional b (batch) and ta, tb (N or T: layouts, which do not change the prediction)
+    - gemm: m, n, k, of [m×k]·[k×n]; optional b (batch) and ta, tb (N or T, layouts as in the BLAS interface; without
+      them T and N, as of a linear layer)
+    - linear, bmm: m, n, k, of [m×n]·[n×k], as NeuSight names them; optional b
     - conv2d_fwd, conv2d_bwd_data, conv2d_bwd_weight: n, c, h, w, k, r, s; optional pad or pad_h and pad_w (else 0),
       stride or stride_h and stride_w (else 1)
     - add, mul, relu, gelu, softmax, ln: rows, cols
@@ -129,11 +132,16 @@ def _predict(row: _Row, model: AnalyticCostModel, dtype: str | None) -> tuple[fl
 
 def _gemm(row: _Row, op: str, dtype: str) -> OpDesc:
     row.require("m", "n", "k")
-    for column in ("ta", "tb"):
-        if row.text(column).upper() not in ("", "N", "T"):
+    given = {}
+    for column, otherwise in (("ta", "T"), ("tb", "N")):
+        given[column] = row.text(column).upper() or otherwise
+        if given[column] not in ("N", "T"):
             raise row.error(f"column {column}: expected N or T, got {row.text(column)!r}")
     batch = row.whole("b") if row.text("b") else 1
-    return gemm_op(row.whole("m"), row.whole("n"), row.whole("k"), dtype, batch=batch, weight=op != "bmm")
+    m, n, k = (row.whole(column) for column in ("m", "n", "k"))
+    if op == "gemm":
+        return gemm_op(m, n, k, dtype, batch=batch, layout=_LAYOUTS[given["ta"] + given["tb"]])
+    return gemm_op(m, k, n, dtype, batch=batch, weight=op != "bmm", layout="NN" if op == "bmm" else "TN")
 
 
 def _conv(row: _Row) -> ConvShape:

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from lrcompile.graph.graph import submodule
-from lrcompile.graph.op import AttentionShape, ConvShape, Kind, OpDesc, RecurrentShape, conv_op, gemm_op
+from lrcompile.graph.op import AttentionShape, ConvShape, Kind, Layout, OpDesc, RecurrentShape, conv_op, gemm_op
 
 aten = torch.ops.aten
 
@@ -114,7 +114,8 @@ def _matmul(node: fx.Node) -> OpDesc:
     m, k, n = a.shape[-2], a.shape[-1], b.shape[-1]
     batch = max(1, y.numel() // max(1, m * n))
     weight = isinstance(arguments[1], fx.Node) and arguments[1].op == "get_attr"
-    return gemm_op(m, n, k, _dtype(y), batch=batch, weight=weight, label=_name(node))
+    layout: Layout = "TN" if b.stride()[-2] == 1 and n > 1 else "NN"
+    return gemm_op(m, n, k, _dtype(y), batch=batch, weight=weight, label=_name(node), layout=layout)
 
 
 def _linear(node: fx.Node) -> OpDesc:

@@ -34,14 +34,22 @@ DTYPE_BYTES: dict[str, float] = {
 }
 
 
+Layout = Literal["TN", "NN", "NT"]
+
+
 @dataclass(frozen=True)
 class GemmShape:
-    """`batch` independent products [m×k]·[k×n]."""
+    """`batch` independent products [m×k]·[k×n].
+
+    `layout` says along which axis the operands are stored: "TN" both along k, as inputs and weights of a linear layer
+    are; "NN" the second one along n; "NT" the first along m too (the names are those of the BLAS interface).
+    """
 
     m: int
     n: int
     k: int
     batch: int = 1
+    layout: Layout = "TN"
 
 
 @dataclass(frozen=True)
@@ -111,7 +119,17 @@ class OpDesc:
     label: str = ""
 
 
-def gemm_op(m: int, n: int, k: int, dtype: str, *, batch: int = 1, weight: bool = True, label: str = "gemm") -> OpDesc:
+def gemm_op(
+    m: int,
+    n: int,
+    k: int,
+    dtype: str,
+    *,
+    batch: int = 1,
+    weight: bool = True,
+    label: str = "gemm",
+    layout: Layout = "TN",
+) -> OpDesc:
     """The description of `batch` products [m×k]·[k×n]; the second operand is a weight unless `weight` is False."""
     size = DTYPE_BYTES[dtype]
     second = batch * k * n * size
@@ -121,7 +139,7 @@ def gemm_op(m: int, n: int, k: int, dtype: str, *, batch: int = 1, weight: bool 
         flops=2.0 * batch * m * n * k,
         weight_bytes=second if weight else 0,
         activation_bytes=batch * (m * k + m * n) * size + (0 if weight else second),
-        gemm=GemmShape(m, n, k, batch),
+        gemm=GemmShape(m, n, k, batch, layout),
         label=label,
     )
 
