@@ -16,7 +16,7 @@ from lrcompile.errors import DeviceError
 from lrcompile.graph.op import DTYPE_BYTES
 
 PROFILES = Path(__file__).resolve().parents[1] / "hardware_profiles"
-NAMES = ("a100", "ascend310", "ascend910", "h100", "h200", "jetson-orin", "rpi5", "t4", "v100", "x86-ort")
+NAMES = ("a100", "ascend310", "ascend310p", "ascend910", "h100", "h200", "jetson-orin", "rpi5", "t4", "v100", "x86-ort")
 
 
 def figures(table: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -256,6 +256,12 @@ def table_of(scores: Sequence[tuple[Set, Score, Score | None]]) -> str:
     return "\n".join(lines)
 
 
+def put(page: Path, start: str, text: str, end: str) -> None:
+    """Writes text into a page, between two marks."""
+    before, _, rest = page.read_text().partition(start)
+    page.write_text(f"{before}{start}\n{text}\n{end}{rest.partition(end)[2]}")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=LATENCY, help="the folder of tables (default: %(default)s)")
@@ -274,9 +280,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         missed += bool(verdict)
         print(f"{limits.name:30} n {judged.n:4} error {judged.mape:5.1f} % τ {judged.tau:.3f}{verdict}", flush=True)
     if options.out:
-        before, _, rest = options.out.read_text().partition(START)
-        after = rest.partition(END)[2]
-        options.out.write_text(f"{before}{START}\n{table_of(scores)}\n{END}{after}")
+        put(options.out, START, table_of(scores), END)
     else:
         print(table_of(scores))
     return 1 if missed else 0
