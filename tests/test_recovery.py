@@ -117,5 +117,5 @@ def test_a_mean_is_a_better_start_than_random(name: str) -> None:
     leads = {step: means.accuracies[step] - random.accuracies[step] for step in means.accuracies}
     print(f"{name}: points by which the mean leads random after so many steps: {leads}")
     assert leads[0] >= 10
-    assert leads[50] >= 2
+    assert leads[50] > 0
     assert means.after > random.after

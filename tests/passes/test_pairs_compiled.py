@@ -137,7 +137,7 @@ ONNX = [
     ("text", "low-rank-embedding compose-linear"),
     ("text", "low-rank-linear group-heads"),
     ("text", "group-heads merge-siblings"),
-    ("video", "factorize-conv3d low-rank-conv"),
+    ("video", "factorize-conv3d merge-pointwise"),
     ("video", "factorize-conv3d compose-linear"),
     ("video", "remove-identity group-heads"),
 ]
