@@ -25,7 +25,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-COMMANDS = ("compile", "devices", "passes", "predict", "bench", "explain")
+COMMANDS = ("compile", "devices", "passes", "predict", "bench", "calibrate", "explain")
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
 Target = Annotated[str, typer.Option(help="A device profile (see `lrcompile devices`), its path, or local.")]
@@ -207,6 +207,32 @@ def bench(
         _print_json(result.to_json())
     else:
         print_bench(_console(), first, second, result)
+
+
+@app.command()
+def calibrate(
+    out: Annotated[Path, typer.Option(help="The profile to write, .toml: a --target from then on.")],
+    minutes: Annotated[float, typer.Option(help="How long to measure.")] = 15.0,
+    seed: Annotated[int, typer.Option(help="Seed of what is measured; the same one goes on where it was stopped.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Measures this machine's CPU with ONNX Runtime and writes a profile that predicts it."""
+    from lrcompile.report.progress import ProgressDisplay
+    from lrcompile.report.terminal import simple_table
+    from lrcompile.session import calibrate_file
+
+    with ProgressDisplay(Console(stderr=True)) as progress:
+        found = calibrate_file(out, minutes * 60, seed, progress)
+    rows = found.summary()
+    if as_json:
+        _print_json({"out": str(out), "measured": len(found.measurements), "noisy": found.noisy, "families": rows})
+        return
+    shares = ("error", "within_10", "formula")
+    cells = [(row["family"], str(row["count"]), *(f"{row[key]:.1%}" for key in shares)) for row in rows]
+    names = ("operations", "measured", "error on operations left out", "within 10 %", "of the formula alone")
+    console = _console()
+    console.print(simple_table(names, cells))
+    console.print(f"measured {len(found.measurements)} operations, left {found.noisy} noisy ones out; wrote {out}")
 
 
 @app.command()

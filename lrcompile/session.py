@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch.utils import _pytree as pytree
 
@@ -21,6 +21,9 @@ from lrcompile.planning.budget import Budget, parse_latency, parse_size
 from lrcompile.planning.plan import Plan
 from lrcompile.plugins import configure, discover, select
 from lrcompile.report.report import Report
+
+if TYPE_CHECKING:  # fitting imports what a compile does without
+    from lrcompile.devices.calibrate import Calibration, Progress
 
 
 @dataclass(frozen=True)
@@ -122,3 +125,20 @@ def _inputs(
         f"{source.name} holds no example inputs; give one --input for each of {names}, "
         "such as --input x=float32[1,3,224,224], or --calib data.npz"
     )
+
+
+def calibrate_file(out: Path, seconds: float, seed: int, progress: Progress) -> Calibration:
+    """Calibrates this machine and writes its profile.
+
+    Raises:
+        InputError: the file cannot be written.
+        DeviceError: there was too little time, or the machine was too busy.
+    """
+    if out.suffix != ".toml":
+        raise InputError(f"cannot write {out}: a profile's name ends in .toml; give --out {out.stem}.toml")
+    check_writable(out, text=True)
+    from lrcompile.devices.calibrate import calibrate_here
+
+    found, text = calibrate_here(out.stem, seconds, seed, progress)
+    write_text(out, text)
+    return found

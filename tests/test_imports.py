@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "report": "errors graph devices frontend planning",
     "confirm": "errors graph devices frontend emit planning",
     "compile": "errors graph devices frontend lower emit passes plugins planning report confirm",
-    "session": "errors frontend emit plugins planning report compile",
+    "session": "errors devices frontend emit plugins planning report compile",
     "cli": "errors devices plugins planning report session",
     "__main__": "cli",
     "lrcompile": "errors graph devices frontend passes plugins planning report compile",  # the public names

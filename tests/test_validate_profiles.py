@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from lrcompile.devices.device import load_device
+from lrcompile.devices.fit import figure, with_figures
 from tools import validate_profiles
 from tools.validate_profiles import (
     CONV,
@@ -19,11 +20,9 @@ from tools.validate_profiles import (
     Score,
     Set,
     Table,
-    figure,
-    fit,
+    fitted_to,
     held_out,
     score,
-    with_figures,
 )
 
 LIMITED = [limits for limits in SETS if limits.mape < np.inf]
@@ -69,7 +68,7 @@ def folder(tmp_path: Path) -> Path:
 def test_a_fit_finds_the_figures_again(folder: Path) -> None:
     names = ("engines.tensor_core.gemm.efficiency", "launch_s.gemm")
     table = SETS[0].tables[0]
-    found = fit(load_device("v100"), names, [(table, table.rows(folder), 0.0)])
+    found = fitted_to(load_device("v100"), names, [(table, table.rows(folder), 0.0)])
     assert [figure(found, name) for name in names] == pytest.approx([0.5, 2e-5], rel=0.03)
     limits = replace(SETS[0], fitted=names)
     assert score(limits, folder).mape > 20

@@ -11,16 +11,15 @@ import argparse
 import csv
 import math
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from scipy.optimize import least_squares
 from scipy.stats import kendalltau
 
 from lrcompile.devices.device import Device, load_device
+from lrcompile.devices.fit import fit
 from lrcompile.devices.predict import predict_rows
 
 LATENCY = Path(__file__).resolve().parents[1].parent / "shared" / "latency"
@@ -28,9 +27,7 @@ HALF_US_MS = 0.0005  # DeepBench cuts to whole µs
 EAGER = {"linear": (1.2, 2.1), "bmm": (0.5, 1.3), "conv2d_fwd": (0.5, 1.3), "gemm": (0.73, 0.0)}
 """What an eager call takes of a device's launch floor: besides the kernel, and at least (fitted to NeuSight V100)."""
 FOLDS = 10
-PRIOR = 0.1  # how strongly a figure is held to that of the profile, in a logarithm's standard deviations
 OTHERS = 0.2  # how much a further table counts beside the first
-SHARES = ("efficiency", "overlap")  # figures that are at most 1
 START, END = "<!-- validation: start -->", "<!-- validation: end -->"
 
 Row = dict[str, str]
@@ -177,7 +174,7 @@ def held_out(limits: Set, folder: Path = LATENCY) -> Score:
             (table, [row for row, p in zip(rows, where, strict=True) if p != part], floor)
             for (table, rows, floor), where in zip(tables, parts, strict=True)
         ]
-        fitted = fit(device, limits.fitted, training)
+        fitted = fitted_to(device, limits.fitted, training)
         left = [i for i, p in enumerate(parts[0]) if p == part]
         predicted[left] = first.predicted_ms([rows[i] for i in left], fitted, floor_ms)
     return Score.of(predicted, first.measured_ms(rows))
@@ -192,50 +189,18 @@ def _parts(rows: Sequence[Row]) -> list[int]:
     return [part[shape] for shape in shapes]
 
 
-def fit(device: Device, names: Sequence[str], tables: Sequence[tuple[Table, list[Row], float]]) -> Device:
-    """The device with figures that fit the tables best, robustly and near those that it has."""
-    start = np.array([figure(device, name) for name in names])
-    most = np.array([1.0 if name.rpartition(".")[2] in SHARES else np.inf for name in names])
+def fitted_to(device: Device, names: Sequence[str], tables: Sequence[tuple[Table, list[Row], float]]) -> Device:
+    """The device with figures that fit the tables best."""
 
-    def changed(x: np.ndarray) -> Device:
-        return with_figures(device, dict(zip(names, map(float, start * np.exp(x - 1)), strict=True)))
-
-    def differences(x: np.ndarray) -> np.ndarray:
-        candidate, parts = changed(x), []
+    def differences(candidate: Device) -> np.ndarray:
+        parts = []
         for table, rows, floor_ms in tables:
             ratio = table.predicted_ms(rows, candidate, floor_ms) / table.measured_ms(rows)
             count = 1.0 if table is tables[0][0] else OTHERS * len(tables[0][1]) / len(rows)
             parts.append(np.log(ratio) * math.sqrt(count))
-        return np.concatenate([*parts, PRIOR * (x - 1)])
+        return np.concatenate(parts)
 
-    found = least_squares(
-        differences, np.ones(len(names)), bounds=(-np.inf, 1 + np.log(most / start)), loss="soft_l1", f_scale=0.1,
-        diff_step=1e-3, max_nfev=40,
-    )  # fmt: skip
-    return changed(found.x)
-
-
-def figure(device: Any, name: str) -> float:
-    """A device's figure by its path, such as `engines.cuda_core.gemm.efficiency`."""
-    for key in name.split("."):
-        device = device[key] if isinstance(device, Mapping) else getattr(device, key)
-    return float(device)
-
-
-def with_figures(device: Device, figures: Mapping[str, float]) -> Device:
-    """The device with other figures, by their paths."""
-    for name, value in figures.items():
-        device = _changed(device, name.split("."), value)
-    return device
-
-
-def _changed(holder: Any, path: Sequence[str], value: float) -> Any:
-    if not path:
-        return value
-    key, *rest = path
-    if isinstance(holder, Mapping):
-        return {**holder, key: _changed(holder[key], rest, value)}
-    return replace(holder, **{key: _changed(getattr(holder, key), rest, value)})
+    return fit(device, names, differences)
 
 
 def table_of(scores: Sequence[tuple[Set, Score, Score | None]]) -> str:

@@ -21,6 +21,7 @@ from torch import fx
 from lrcompile.devices.cost import Cost, total
 from lrcompile.devices.device import Device, Kernels, Winograd
 from lrcompile.devices.fusion import describe_all
+from lrcompile.devices.residual import family, features
 from lrcompile.graph.op import DTYPE_BYTES, AttentionShape, ConvShape, GemmShape, OpDesc, RecurrentShape
 
 Direction = Literal["forward", "data", "weight"]
@@ -83,7 +84,12 @@ class AnalyticCostModel:
             latency_s = memory_latency_s(self.device, traffic)
             if self.training:
                 latency_s += memory_latency_s(self.device, 2 * traffic)
-        sigma_s = self.device.sigma_relative[_op_class(op)] * latency_s
+        sigma = self.device.sigma_relative[_op_class(op)]
+        name = None if self.training else family(op)
+        if name is not None and name in self.device.residuals:
+            correction, sigma = self.device.residuals[name].at(features(op))
+            latency_s *= math.exp(correction)
+        sigma_s = sigma * latency_s
         flops = op.flops * len(directions)
         return Cost(latency_s, sigma_s, flops, op.weight_bytes, op.activation_bytes)
 

@@ -12,6 +12,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
+from lrcompile.devices.residual import WIDTHS, Residuals
 from lrcompile.errors import DeviceError
 from lrcompile.graph.op import DTYPE_BYTES
 
@@ -105,6 +108,7 @@ class Device:
     Mappings over data types hold only types that the hardware computes with; `computed_as` names the substitute
     for the others. `fuses` names what its runtime runs as the last step of the operation before, of `FUSIONS`;
     "image_addition" is that of two maps of 2-D convolutions, where "conv_addition" takes any value.
+    `residuals` are what the formula left of measurements, by family of operations, where there are any.
     `provenance` holds the source of each figure under its dotted key in the profile.
     """
 
@@ -132,6 +136,7 @@ class Device:
     sigma_relative: Mapping[str, float]
     lacks: frozenset[str] = frozenset()
     fuses: frozenset[str] = frozenset()
+    residuals: Mapping[str, Residuals] = field(default_factory=dict, repr=False)
     provenance: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     def __hash__(self) -> int:
@@ -225,7 +230,7 @@ class _Reader:
     def device(self) -> Device:
         doc = self.document
         tables = ("hardware", "dtype", "engine", "launch", "sigma")
-        self.keys("", doc, ("description", "kind", "default_dtype", *tables), optional=("lacks", "fuses"))
+        self.keys("", doc, ("description", "kind", "default_dtype", *tables), optional=("lacks", "fuses", "residuals"))
         hardware = self.table(doc, "", "hardware")
         keys = ("units", "clock", "bandwidth_peak", "bandwidth_sustained", "l2", "l2_bandwidth", "norm_exponent")
         self.keys("hardware", hardware, keys)
@@ -286,6 +291,7 @@ class _Reader:
             sigma_relative={name: self.figure(sigma, "sigma", name, "fraction") for name in SIGMA_CLASSES},
             lacks=self.named("lacks", FEATURES),
             fuses=self.named("fuses", FUSIONS),
+            residuals={name: self.residuals(name) for name in self.document.get("residuals", {})},
             provenance=self.provenance,
         )
 
@@ -336,6 +342,29 @@ class _Reader:
         setup_s = self.figure(table, place, "setup", "time", zero=True)
         figures: dict[str, float] = {key: self.figure(table, place, key, "number") for key in rates}
         return Winograd(**figures, setup_s=setup_s)
+
+    def residuals(self, name: str) -> Residuals:
+        place = f"residuals.{name}"
+        if name not in WIDTHS:
+            raise self.error(place, f"one of {', '.join(WIDTHS)}", "an unknown family of operations")
+        table = self.table(self.table(self.document, "", "residuals"), "residuals", name)
+        self.keys(place, table, ("source", "reach", "spread", "noise", "points"))
+        for key in ("reach", "spread", "noise"):
+            if not isinstance(table[key], int | float) or not 0 < table[key] < math.inf:
+                raise self.error(f"{place}.{key}", "a finite number above 0", repr(table[key]))
+        width = WIDTHS[name] + 1
+        try:
+            rows = np.array(table["points"], dtype=float).reshape(-1, width)
+        except (ValueError, TypeError):
+            rows = np.array([[math.nan]])
+        if not np.isfinite(rows).all():
+            raise self.error(f"{place}.points", f"rows of {width} finite numbers", "something else")
+        if not isinstance(table["source"], str) or not table["source"].startswith(PROVENANCE):
+            raise self.error(
+                f"{place}.source", f"text starting with one of: {'; '.join(PROVENANCE)}", repr(table["source"])
+            )
+        self.provenance[f"{place}.source"] = table["source"]
+        return Residuals(rows[:, :-1], rows[:, -1], *(float(table[key]) for key in ("reach", "spread", "noise")))
 
     def tiles(self, table: Mapping[str, Any], where: str) -> tuple[tuple[int, int], ...]:
         key = f"{where}.tiles"

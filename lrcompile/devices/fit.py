@@ -1,0 +1,59 @@
+"""Fits figures of a device profile to measurements."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from scipy.optimize import least_squares
+
+from lrcompile.devices.device import Device
+
+PRIOR = 0.1  # how strongly a figure is held to that of the profile, in a logarithm's standard deviations
+SHARES = ("efficiency", "overlap", "depthwise_efficiency")  # figures that are at most 1
+
+
+def fit(
+    device: Device, names: Sequence[str], differences: Callable[[Device], np.ndarray], prior: float = PRIOR
+) -> Device:
+    """The device with figures that fit best: robustly, and near those that it has.
+
+    `names` are paths of positive figures, such as `engines.cuda_core.gemm.efficiency`; `differences` gives the
+    logarithms of predicted over measured latency for a device, weighted.
+    """
+    start = np.array([figure(device, name) for name in names])
+    most = np.array([1.0 if name.rpartition(".")[2] in SHARES else np.inf for name in names])
+
+    def changed(x: np.ndarray) -> Device:
+        return with_figures(device, dict(zip(names, map(float, start * np.exp(x - 1)), strict=True)))
+
+    found = least_squares(
+        lambda x: np.concatenate([differences(changed(x)), prior * (x - 1)]), np.ones(len(names)),
+        bounds=(-np.inf, 1 + np.log(most / start)), loss="soft_l1", f_scale=0.1, diff_step=1e-3, max_nfev=40,
+    )  # fmt: skip
+    return changed(found.x)
+
+
+def figure(holder: Any, name: str) -> float:
+    """A device's figure by its path."""
+    for key in name.split("."):
+        holder = holder[key] if isinstance(holder, Mapping) else getattr(holder, key)
+    return float(holder)
+
+
+def with_figures(device: Device, figures: Mapping[str, float]) -> Device:
+    """The device with other figures, by their paths."""
+    for name, value in figures.items():
+        device = _changed(device, name.split("."), value)
+    return device
+
+
+def _changed(holder: Any, path: Sequence[str], value: float) -> Any:
+    if not path:
+        return value
+    key, *rest = path
+    if isinstance(holder, Mapping):
+        return {**holder, key: _changed(holder[key], rest, value)}
+    return replace(holder, **{key: _changed(getattr(holder, key), rest, value)})
