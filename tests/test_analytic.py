@@ -117,6 +117,22 @@ def test_misaligned_extents_round_up() -> None:
     assert prices[57] == prices[64] < prices[65] == prices[72]
 
 
+def test_extents_of_attention_and_recurrent_steps_round_up_too() -> None:
+    """As they did before products had kernels of their own."""
+    model = compute_bound()
+    attention = AttentionShape(8, 12, 12, 512, 512, 64)
+    described = OpDesc("attention", "fp16", 1, 0, 1, attention=attention)
+    prices = [
+        model.cost(replace(described, attention=replace(attention, keys=keys))).latency_s for keys in (505, 512, 513)
+    ]
+    assert prices[0] == pytest.approx(prices[1])
+    assert prices[1] < prices[2]
+    widths = [RecurrentShape(64, 20, 512, width, 1, 1, 1) for width in (505, 512, 513)]
+    prices = [model.cost(OpDesc("recurrent", "fp16", 1, 0, 1, recurrent=shape)).latency_s for shape in widths]
+    assert prices[0] == pytest.approx(prices[1])
+    assert prices[1] < prices[2]
+
+
 def test_channels_round_up() -> None:
     model = compute_bound()
     prices = [model.cost(conv_op(replace(CONV, channels_in=c), "fp16")).latency_s for c in (57, 64, 65)]

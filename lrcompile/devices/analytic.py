@@ -85,9 +85,9 @@ class AnalyticCostModel:
             if self.training:
                 latency_s += memory_latency_s(self.device, 2 * traffic)
         sigma = self.device.sigma_relative[_op_class(op)]
-        name = None if self.training else family(op)
-        if name is not None and name in self.device.residuals:
-            correction, sigma = self.device.residuals[name].at(features(op))
+        residuals = None if self.training else self.device.residuals.get(family(op) or "")
+        if residuals is not None:
+            correction, sigma = residuals.at(features(op))
             latency_s *= math.exp(correction)
         sigma_s = sigma * latency_s
         flops = op.flops * len(directions)
@@ -105,8 +105,8 @@ def turned(shape: GemmShape, direction: Direction) -> GemmShape:
 
 def gemm_latency_s(device: Device, shape: GemmShape, dtype: str) -> float:
     """Latency in s of `batch` products [m×k]·[k×n] with their launch."""
-    kernels = device.engines[device.engine[device.compute_dtype(dtype)]].gemm
-    return device.launch_s["gemm"] + kernels.setup_s + _gemm_s(device, shape, dtype)
+    setup_s = device.engine_for(dtype).gemm.setup_s
+    return device.launch_s["gemm"] + setup_s + _gemm_s(device, shape, dtype, DTYPE_BYTES[dtype] * shape.elements)
 
 
 def conv_latency_s(device: Device, shape: ConvShape, dtype: str, direction: Direction = "forward") -> float:
@@ -116,7 +116,7 @@ def conv_latency_s(device: Device, shape: ConvShape, dtype: str, direction: Dire
     that convolutions of images are laid out in do not hold for volumes, which run as products of unfolded windows.
     """
     kind = device.compute_dtype(dtype)
-    engine = device.engines[device.engine[kind]]
+    engine = device.engine_for(dtype)
     element = DTYPE_BYTES[dtype]
     step = (device.alignment if len(shape.kernel) == 3 else device.alignment_conv)[kind]
     has_few_channels = shape.channels_in // shape.groups < _FEW_CHANNELS
@@ -148,21 +148,19 @@ def attention_latency_s(device: Device, shape: AttentionShape, dtype: str) -> fl
     rows = 2 * shape.queries * shape.heads + 2 * shape.keys * shape.heads_kv
     operand_bytes = element * shape.batch * shape.head_dim * rows
     if "flash_attention" not in device.lacks:
-        kernels = device.engines[device.engine[device.compute_dtype(dtype)]].gemm
-        parts = (_product_s(device, kernels, product, dtype, operand_bytes / 2) for product in (scores, values))
-        return device.launch_s["gemm"] + sum(parts)
+        products = (replace(product, layout="NN") for product in (scores, values))  # nothing is streamed in one kernel
+        return device.launch_s["gemm"] + sum(_gemm_s(device, product, dtype, operand_bytes / 2) for product in products)
     score_bytes = element * batch * shape.queries * shape.keys
-    products = (gemm_latency_s(device, product, dtype) for product in (scores, values))
-    return sum(products) + memory_latency_s(device, 2 * score_bytes)
+    return sum(gemm_latency_s(device, product, dtype) for product in (scores, values)) + memory_latency_s(
+        device, 2 * score_bytes
+    )
 
 
 def recurrent_latency_s(device: Device, shape: RecurrentShape, dtype: str) -> float:
     """Latency in s of a recurrent call: a layer takes one product for all its inputs, then one a step, in sequence."""
     gates = shape.gates * shape.hidden_size
     state_bytes = DTYPE_BYTES[dtype] * shape.batch * (shape.hidden_size + gates)  # the weight stays in cache
-    kernels = device.engines[device.engine[device.compute_dtype(dtype)]].gemm
-    product = GemmShape(shape.batch, gates, shape.hidden_size, layout="NN")
-    step = _product_s(device, kernels, product, dtype, state_bytes)
+    step = _gemm_s(device, GemmShape(shape.batch, gates, shape.hidden_size, layout="NN"), dtype, state_bytes)
     latency_s = 0.0
     for layer in range(shape.layers):
         width = shape.input_size if layer == 0 else shape.hidden_size * shape.directions
@@ -176,16 +174,15 @@ def memory_latency_s(device: Device, traffic_bytes: float) -> float:
     return device.launch_s["other"] + traffic_bytes / device.bandwidth_bytes_s
 
 
-def _gemm_s(device: Device, shape: GemmShape, dtype: str) -> float:
-    kind = device.compute_dtype(dtype)
-    kernels = device.engines[device.engine[kind]].gemm
-    step = device.alignment[kind]
-    traffic = DTYPE_BYTES[dtype] * shape.batch * (shape.m * shape.k + shape.k * shape.n + shape.m * shape.n)
+def _gemm_s(device: Device, shape: GemmShape, dtype: str, traffic_bytes: float) -> float:
+    """A product without its launch, extents rounded up to the alignment."""
+    kernels = device.engine_for(dtype).gemm
+    step = device.alignment[device.compute_dtype(dtype)]
     aligned = replace(shape, n=_round_up(shape.n, step), k=_round_up(shape.k, step))
     skinny_s = 0.0
     if shape.layout == "TN" and 0 not in (shape.m, shape.n):
-        skinny_s = traffic / kernels.skinny_bandwidth_bytes_s / (1 + (min(shape.m, shape.n) / _SKINNY) ** 4)
-    return _product_s(device, kernels, aligned, dtype, traffic, skinny_s)
+        skinny_s = traffic_bytes / kernels.skinny_bandwidth_bytes_s / (1 + (min(shape.m, shape.n) / _SKINNY) ** 4)
+    return _product_s(device, kernels, aligned, dtype, traffic_bytes, skinny_s)
 
 
 def _product_s(
@@ -195,15 +192,15 @@ def _product_s(
     dram_s = traffic_bytes / (device.bandwidth_bytes_s * kernels.bandwidth)
     if 0 in (shape.m, shape.n, shape.k, shape.batch):
         return dram_s
-    kind = device.compute_dtype(dtype)
-    engine = device.engines[device.engine[kind]]
+    engine = device.engine_for(dtype)
     m, n, k, batch = (float(extent) for extent in (shape.m, shape.n, shape.k, shape.batch))
     menu = _menu(engine.tiles, kernels, device.units)
     rows, columns = np.ceil(m / menu.tile_m), np.ceil(n / menu.tile_n)
     waves = batch * rows * columns * menu.split_per_unit
     waves = (1 - kernels.overlap) * np.ceil(waves) + kernels.overlap * np.maximum(waves, 1.0)
     steps = np.ceil(k / menu.split) + kernels.prologue
-    compute_s = waves * steps * (menu.flops_over_efficiency * device.units) / device.peak_flops[kind]
+    compute_s = waves * steps * (menu.flops_over_efficiency * device.units)
+    compute_s /= device.peak_flops[device.compute_dtype(dtype)]
     operand_bytes = (DTYPE_BYTES[dtype] * batch * k) * (columns * m + rows * n)
     l2_s = (operand_bytes + menu.partial_bytes * (batch * m * n)) / (device.l2_bandwidth_bytes_s * engine.l2_share)
     p = device.norm_exponent
@@ -316,7 +313,7 @@ def _winograd_s(
     read, written, weight = _elements(shape)
     points = _POINTS[shape.kernel[0]]
     product = products(_TILE, points)
-    operands = points * (product.m * product.k + product.k * product.n + product.m * product.n)
+    operands = product.elements
     filters = weight + points * inputs * outputs
     maps = read + written + operands - points * inputs * outputs
     rate = rates.transformed if shape.kernel == (3, 3) else rates.five

@@ -152,6 +152,10 @@ class Device:
             raise DeviceError(f"device {self.name}: unknown data type {dtype!r}; known are {', '.join(DTYPE_BYTES)}")
         return found
 
+    def engine_for(self, dtype: str) -> Engine:
+        """The units that do the arithmetic of `dtype`; DeviceError for a type that nothing here knows."""
+        return self.engines[self.engine[self.compute_dtype(dtype)]]
+
     def ranks(self, below: int, dtype: str | None = None, count: int = 10) -> tuple[int, ...]:
         """At most `count` ranks worth proposing, ascending, each strictly below `below`.
 

@@ -51,6 +51,11 @@ class GemmShape:
     batch: int = 1
     layout: Layout = "TN"
 
+    @property
+    def elements(self) -> int:
+        """How many elements the operands and results have."""
+        return self.batch * (self.m * self.k + self.k * self.n + self.m * self.n)
+
 
 @dataclass(frozen=True)
 class ConvShape:
