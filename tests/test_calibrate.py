@@ -15,7 +15,7 @@ import pytest
 from lrcompile.cli import run
 from lrcompile.devices import measure
 from lrcompile.devices.analytic import AnalyticCostModel
-from lrcompile.devices.calibrate import LEAST, WEIGHTS, Calibration, calibrate, calibrated, operations
+from lrcompile.devices.calibrate import LEAST, WEIGHTS, Calibration, calibrate, calibrated, fitted_to, operations
 from lrcompile.devices.cost import Cost
 from lrcompile.devices.device import Device, available_devices, load_device
 from lrcompile.devices.fit import with_figures
@@ -92,6 +92,17 @@ def test_the_report_says_how_good_it_is(calibration: Calibration) -> None:
     assert rows["conv"]["error"] < rows["conv"]["formula"]  # it does not know of narrow ones
 
 
+def test_figures_of_what_was_not_measured_keep_their_source(calibration: Calibration) -> None:
+    found = fitted_to(X86, [m for m in calibration.measurements if family(m.op) in ("gemm", "memory")], 0)
+    device = calibrated(found, "mine", "made up", "measured here (a test)")
+    measured = {key for key, source in device.provenance.items() if source.startswith("measured here (a test)")}
+    assert {"launch.gemm", "launch.other", "residuals.gemm", "sigma.gemm"} <= measured
+    assert (
+        not {"launch.conv", "engine.avx2.conv.efficiency", "engine.avx2.depthwise_efficiency", "sigma.conv"} & measured
+    )
+    assert device.launch_s["conv"] == X86.launch_s["conv"]
+
+
 def test_time_goes_where_predictions_are_bad() -> None:
     measurements = made().measurements
     count = sum(family(m.op) in ("conv", "pointwise") for m in measurements)
@@ -161,6 +172,9 @@ def test_a_calibrated_profile_predicts_the_same_when_read(calibration: Calibrati
     (tmp_path / "mine.toml").write_text(profile_text(device, "A test."))
     again = load_device(str(tmp_path / "mine.toml"))
     assert again.provenance["dtype.fp32.peak"] == "measured here (a test)"
+    assert (
+        again.provenance["hardware.bandwidth_peak"] == X86.provenance["hardware.bandwidth_peak"]
+    )  # nothing exceeds it
     for op in islice(operations(5), 50):
         got, expected = AnalyticCostModel(again).cost(op), AnalyticCostModel(device).cost(op)
         assert got.latency_s == pytest.approx(expected.latency_s, rel=1e-3)

@@ -8,7 +8,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -30,25 +29,28 @@ LEAST, MOST = 40, 2000  # measurements without which nothing is fitted, and that
 EXPLORED = 0.6  # share of the time for operations at random; the rest goes where they are known least, in rounds
 ROUNDS, POOL = 4, 1500
 WEIGHTS = {"gemm": 4, "bmm": 1, "pointwise": 4, "conv": 4, "depthwise": 2, "memory": 1}
-FIGURES = {
-    "gemm": ("launch_s.gemm", "peak_flops.fp32", "engines.avx2.gemm.tile_exponent", "l2_bandwidth_bytes_s"),
-    "conv": ("launch_s.conv", "engines.avx2.conv.efficiency", "engines.avx2.conv.tile_exponent"),
-    "depthwise": ("engines.avx2.depthwise_efficiency",),
-    "memory": ("launch_s.other", "bandwidth_bytes_s"),
-}
-
-_PLACES = {  # of the fitted figures in a profile
-    "launch_s.gemm": "launch.gemm",
-    "launch_s.conv": "launch.conv",
-    "launch_s.other": "launch.other",
-    "peak_flops.fp32": "dtype.fp32.peak",
-    "bandwidth_bytes_s": "hardware.bandwidth_sustained",
-    "l2_bandwidth_bytes_s": "hardware.l2_bandwidth",
-    "engines.avx2.gemm.tile_exponent": "engine.avx2.gemm.tile_exponent",
-    "engines.avx2.conv.efficiency": "engine.avx2.conv.efficiency",
-    "engines.avx2.conv.tile_exponent": "engine.avx2.conv.tile_exponent",
-    "engines.avx2.depthwise_efficiency": "engine.avx2.depthwise_efficiency",
-}
+FITTED = (  # in turn: families of operations, and the figures that are fitted to them with their places in a profile
+    (("memory",), {"launch_s.other": "launch.other", "bandwidth_bytes_s": "hardware.bandwidth_sustained"}),
+    (
+        ("gemm", "bmm"),
+        {
+            "launch_s.gemm": "launch.gemm",
+            "peak_flops.fp32": "dtype.fp32.peak",
+            "engines.avx2.gemm.tile_exponent": "engine.avx2.gemm.tile_exponent",
+            "l2_bandwidth_bytes_s": "hardware.l2_bandwidth",
+        },
+    ),
+    (
+        ("pointwise", "conv"),
+        {
+            "launch_s.conv": "launch.conv",
+            "engines.avx2.conv.efficiency": "engine.avx2.conv.efficiency",
+            "engines.avx2.conv.tile_exponent": "engine.avx2.conv.tile_exponent",
+        },
+    ),
+    (("depthwise",), {"engines.avx2.depthwise_efficiency": "engine.avx2.depthwise_efficiency"}),
+)
+FEWEST = 5  # measurements of some families without which their figures stay as they are
 SIGMAS = {"gemm": ("gemm", "bmm"), "conv": ("pointwise", "conv", "depthwise"), "other": ("memory",)}
 
 
@@ -67,9 +69,13 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Calibration:
-    """A device that was fitted, with residuals; what was measured; errors on operations left out, by family."""
+    """A device that was fitted, with residuals; what was measured; errors on operations left out, by family.
+
+    `places` are those of the fitted figures in a profile.
+    """
 
     device: Device
+    places: tuple[str, ...]
     residuals: dict[str, Residuals]
     measurements: tuple[Measurement, ...]
     noisy: int
@@ -79,14 +85,14 @@ class Calibration:
         """By family: count, mean error on operations left out, share within 10 %, error of the formula alone."""
         rows = []
         for name, errors in self.held_out.items():
-            formula = [_log_error(self.device, m) for m in self.measurements if family(m.op) == name]
+            formula = _log_errors(self.device, [m for m in self.measurements if family(m.op) == name])
             rows.append(
                 {
                     "family": name,
                     "count": len(errors),
                     "error": float(np.abs(np.expm1(-errors)).mean()),
                     "within_10": float((np.abs(np.expm1(-errors)) <= 0.1).mean()),
-                    "formula": float(np.abs(np.expm1(-np.array(formula))).mean()),
+                    "formula": float(np.abs(np.expm1(-formula)).mean()),
                 }
             )
         return rows
@@ -124,12 +130,12 @@ def operations(seed: int) -> Iterator[OpDesc]:
                 yield op
 
 
-def _size(rng: np.random.Generator, least: int, most: int, step: int = 1) -> int:
-    """Of a log-uniform distribution; half of them multiples of 8, or one beside them."""
+def _size(rng: np.random.Generator, least: int, most: int) -> int:
+    """Of a log-uniform distribution; most of them multiples of 8, or one beside them."""
     size = round(math.exp(rng.uniform(math.log(least), math.log(most))))
     if size > 16 and rng.random() < 0.75:
         size = max(8, round(size / 8) * 8 + int(rng.choice([0, 0, 0, 1, -1])))
-    return max(least, size // step * step)
+    return max(least, size)
 
 
 def _drawn(rng: np.random.Generator, name: str) -> OpDesc:
@@ -214,15 +220,16 @@ def calibrated(found: Calibration, name: str, description: str, source: str) -> 
         for key, families in SIGMAS.items()
         if (errors := [found.held_out[family] for family in families if family in found.held_out])
     }
-    fitted_keys = [_PLACES[figure] for figures in FIGURES.values() for figure in figures]
-    sources = dict.fromkeys((*fitted_keys, "hardware.bandwidth_peak"), source)
+    sources = dict.fromkeys(found.places, source)
+    if device.bandwidth_bytes_s > device.bandwidth_peak_bytes_s:
+        device = replace(device, bandwidth_peak_bytes_s=device.bandwidth_bytes_s)
+        sources["hardware.bandwidth_peak"] = source
     sources |= {f"sigma.{key}": f"{source}; on operations left out" for key in sigma}
-    sources |= {f"residuals.{key}.source": source for key in found.residuals}
+    sources |= {f"residuals.{key}": source for key in found.residuals}
     return replace(
         device,
         name=name,
         description=description,
-        bandwidth_peak_bytes_s=max(device.bandwidth_peak_bytes_s, device.bandwidth_bytes_s),
         sigma_relative={**device.sigma_relative, **sigma},
         residuals=found.residuals,
         provenance={**device.provenance, **sources},
@@ -248,33 +255,21 @@ def _worst(device: Device, found: Sequence[Measurement], pool: Sequence[OpDesc])
 
 def fitted_to(device: Device, good: Sequence[Measurement], noisy: int) -> Calibration:
     """The figures that fit, the residuals they leave, and the errors of each where it is left out of these."""
-    device = _figures(device, good)
+    places: list[str] = []
+    for families, figures in FITTED:
+        mine = [m for m in good if family(m.op) in families]
+        if len(mine) >= FEWEST:
+            device = fit(device, tuple(figures), lambda candidate, mine=mine: -_log_errors(candidate, mine))  # type: ignore[misc]
+            places += figures.values()
     residuals = _residuals(device, good)
     held_out = {name: found.left_out() for name, found in residuals.items()}
-    return Calibration(device, residuals, tuple(good), noisy, held_out)
+    return Calibration(device, tuple(places), residuals, tuple(good), noisy, held_out)
 
 
-def _log_error(device: Device, m: Measurement) -> float:
-    return math.log(m.cost.latency_s / AnalyticCostModel(device).cost(m.op).latency_s)
-
-
-def _figures(device: Device, good: Sequence[Measurement]) -> Device:
-    groups = {
-        "gemm": ("gemm", "bmm"),
-        "conv": ("pointwise", "conv"),
-        "depthwise": ("depthwise",),
-        "memory": ("memory",),
-    }
-    for key in ("memory", "gemm", "conv", "depthwise"):
-        mine = [m for m in good if family(m.op) in groups[key]]
-        if len(mine) >= 5:
-            device = fit(device, FIGURES[key], partial(_differences, mine))
-    return device
-
-
-def _differences(mine: Sequence[Measurement], device: Device) -> np.ndarray:
+def _log_errors(device: Device, measurements: Sequence[Measurement]) -> np.ndarray:
+    """Logarithms of measured over predicted latency."""
     model = AnalyticCostModel(device)
-    return np.array([math.log(model.cost(m.op).latency_s / m.cost.latency_s) for m in mine])
+    return np.array([math.log(m.cost.latency_s / model.cost(m.op).latency_s) for m in measurements])
 
 
 def _residuals(device: Device, good: Sequence[Measurement]) -> dict[str, Residuals]:
@@ -285,7 +280,6 @@ def _residuals(device: Device, good: Sequence[Measurement]) -> dict[str, Residua
             found[name].append(m)
     result = {}
     for name, mine in found.items():
-        values = np.array([_log_error(device, m) for m in mine])
         noise = max(0.02, float(np.median([m.cost.sigma_s / m.cost.latency_s for m in mine])))
-        result[name] = fitted(np.array([features(m.op) for m in mine]), values, noise)
+        result[name] = fitted(np.array([features(m.op) for m in mine]), _log_errors(device, mine), noise)
     return result

@@ -7,7 +7,7 @@ import importlib.resources
 import math
 import re
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -30,7 +30,7 @@ _KINDS = ("gpu", "npu", "cpu")
 _COMPUTE_DTYPES = ("fp64", "fp32", "tf32", "fp16", "bf16", "int8")
 # Types that no profile lists: their arithmetic runs on the units of another type.
 _COMPUTED_LIKE = {"uint8": "int8", "bool": "int8", "int16": "fp32", "int32": "fp32", "int64": "fp32"}
-_UNITS: dict[str, dict[str, float]] = {
+UNITS: dict[str, dict[str, float]] = {
     "rate": {"TFLOP/s": 1e12, "TOP/s": 1e12, "GFLOP/s": 1e9, "GOP/s": 1e9},
     "bandwidth": {"GB/s": 1e9, "TB/s": 1e12},
     "frequency": {"MHz": 1e6, "GHz": 1e9},
@@ -40,6 +40,18 @@ _UNITS: dict[str, dict[str, float]] = {
     "fraction": {"of peak": 1, "of latency": 1},
     "number": {"factor": 1, "exponent": 1},
 }
+KERNEL_FIGURES: Mapping[str, tuple[str, str, str, Mapping[str, Any]]] = {
+    "efficiency": ("efficiency", "fraction", "of peak", {"most": 1}),
+    "tile_exponent": ("tile_exponent", "number", "exponent", {"zero": True}),
+    "prologue": ("prologue", "count", "elements", {"zero": True}),
+    "overlap": ("overlap", "number", "factor", {"zero": True, "most": 1}),
+    "setup": ("setup_s", "time", "us", {"zero": True}),
+    "bandwidth": ("bandwidth", "number", "factor", {}),
+    "skinny_bandwidth": ("skinny_bandwidth_bytes_s", "bandwidth", "GB/s", {}),
+    "few_channels": ("few_channels", "number", "factor", {}),
+}
+"""Of kernels in a profile: the field that holds a figure, its dimension, the unit it is written in, and its bounds."""
+WINOGRAD_RATES = ("transformed", "five", "fused", "filter_bandwidth")
 
 
 @dataclass(frozen=True)
@@ -324,27 +336,17 @@ class _Reader:
         needed, others = ("efficiency", "tile_exponent", "split_k"), ("prologue", "overlap", "setup", "bandwidth")
         special = {"gemm": "skinny_bandwidth", "conv": "few_channels"}.get(name)
         self.keys(place, table, () if base else needed, optional=(*needed, *others, *((special,) if special else ())))
-        readers: dict[str, Callable[[str], Any]] = {
-            "efficiency": lambda key: self.figure(table, place, key, "fraction", most=1),
-            "tile_exponent": lambda key: self.figure(table, place, key, "number", zero=True),
-            "split_k": lambda key: self.split_k(table, place, key),
-            "prologue": lambda key: self.figure(table, place, key, "count", zero=True),
-            "overlap": lambda key: self.figure(table, place, key, "number", zero=True, most=1),
-            "setup": lambda key: self.figure(table, place, key, "time", zero=True),
-            "bandwidth": lambda key: self.figure(table, place, key, "number"),
-            "skinny_bandwidth": lambda key: self.figure(table, place, key, "bandwidth"),
-            "few_channels": lambda key: self.figure(table, place, key, "number"),
-        }
-        fields = {"setup": "setup_s", "skinny_bandwidth": "skinny_bandwidth_bytes_s"}
-        given = {fields.get(key, key): readers[key](key) for key in table}
+        given: dict[str, Any] = {"split_k": self.split_k(table, place, "split_k")} if "split_k" in table else {}
+        for key in (key for key in KERNEL_FIGURES if key in table):
+            field_name, dimension, _, bounds = KERNEL_FIGURES[key]
+            given[field_name] = self.figure(table, place, key, dimension, **bounds)
         return replace(base, **given) if base is not None else Kernels(**given)
 
     def winograd(self, engine: Mapping[str, Any], where: str) -> Winograd:
         table, place = self.table(engine, where, "winograd"), f"{where}.winograd"
-        rates = ("transformed", "five", "fused", "filter_bandwidth")
-        self.keys(place, table, (*rates, "setup"))
+        self.keys(place, table, (*WINOGRAD_RATES, "setup"))
         setup_s = self.figure(table, place, "setup", "time", zero=True)
-        figures: dict[str, float] = {key: self.figure(table, place, key, "number") for key in rates}
+        figures: dict[str, float] = {key: self.figure(table, place, key, "number") for key in WINOGRAD_RATES}
         return Winograd(**figures, setup_s=setup_s)
 
     def residuals(self, name: str) -> Residuals:
@@ -363,11 +365,7 @@ class _Reader:
             rows = np.array([[math.nan]])
         if not np.isfinite(rows).all():
             raise self.error(f"{place}.points", f"rows of {width} finite numbers", "something else")
-        if not isinstance(table["source"], str) or not table["source"].startswith(PROVENANCE):
-            raise self.error(
-                f"{place}.source", f"text starting with one of: {'; '.join(PROVENANCE)}", repr(table["source"])
-            )
-        self.provenance[f"{place}.source"] = table["source"]
+        self.source(place, table)
         return Residuals(rows[:, :-1], rows[:, -1], *(float(table[key]) for key in ("reach", "spread", "noise")))
 
     def tiles(self, table: Mapping[str, Any], where: str) -> tuple[tuple[int, int], ...]:
@@ -416,7 +414,7 @@ class _Reader:
         most: float = math.inf,
     ) -> float:
         entry = self.sourced(table, where, key, ("value", "unit", "source"))
-        units = _UNITS[dimension]
+        units = UNITS[dimension]
         if entry["unit"] not in tuple(units):
             raise self.error(f"{where}.{key}.unit", f"one of {', '.join(units)}", repr(entry["unit"]))
         value = entry["value"]
@@ -439,11 +437,15 @@ class _Reader:
         if not isinstance(entry, dict):
             raise self.error(name, f"a table with {', '.join(keys)}", "nothing" if entry is None else repr(entry))
         self.keys(name, entry, keys)
+        self.source(name, entry)
+        return entry
+
+    def source(self, name: str, entry: Mapping[str, Any]) -> None:
+        """Keeps where an entry comes from, under its dotted key."""
         source = entry["source"]
         if not isinstance(source, str) or not source.startswith(PROVENANCE):
             raise self.error(f"{name}.source", f"text starting with one of: {'; '.join(PROVENANCE)}", repr(source))
         self.provenance[name] = source
-        return entry
 
     def table(self, parent: Mapping[str, Any], where: str, key: str) -> dict[str, Any]:
         value = parent[key]

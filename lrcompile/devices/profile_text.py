@@ -6,19 +6,8 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from lrcompile.devices.device import Device, Engine, Kernels
+from lrcompile.devices.device import KERNEL_FIGURES, UNITS, WINOGRAD_RATES, Device, Engine, Kernels
 from lrcompile.devices.residual import Residuals
-
-_KERNELS = {
-    "efficiency": ("efficiency", 1.0, "of peak"),
-    "tile_exponent": ("tile_exponent", 1.0, "exponent"),
-    "prologue": ("prologue", 1.0, "elements"),
-    "overlap": ("overlap", 1.0, "factor"),
-    "setup": ("setup_s", 1e-6, "us"),
-    "bandwidth": ("bandwidth", 1.0, "factor"),
-    "skinny_bandwidth": ("skinny_bandwidth_bytes_s", 1e9, "GB/s"),
-    "few_channels": ("few_channels", 1.0, "factor"),
-}
 
 
 def profile_text(device: Device, comment: str) -> str:
@@ -75,7 +64,7 @@ def _lines(device: Device) -> Iterator[str]:
             yield f"\n[{table}]"
             yield from (f"{key} = {{ source = {_quoted(source[f'{table}.{key}'])} }}" for key in sorted(names))
     for name, residuals in device.residuals.items():
-        yield from _residuals(name, residuals, source[f"residuals.{name}.source"])
+        yield from _residuals(name, residuals, source[f"residuals.{name}"])
 
 
 def _engine(place: str, engine: Engine, source: Mapping[str, str], figure: Any) -> Iterator[str]:
@@ -90,18 +79,18 @@ def _engine(place: str, engine: Engine, source: Mapping[str, str], figure: Any) 
     for name in ("gemm", "conv", "conv_data", "conv_weight"):
         kernels: Kernels = getattr(engine, name)
         table = f"{place}.{name}"
-        keys = [key for key in (*_KERNELS, "split_k") if f"{table}.{key}" in source]
+        keys = [key for key in (*KERNEL_FIGURES, "split_k") if f"{table}.{key}" in source]
         if keys:
             yield f"\n[{table}]"
         for key in keys:
             if key == "split_k":
                 yield listed(f"{table}.{key}", kernels.split_k)
             else:
-                field, scale, unit = _KERNELS[key]
-                yield figure(table, key, getattr(kernels, field) / scale, unit)
+                field, dimension, unit, _ = KERNEL_FIGURES[key]
+                yield figure(table, key, getattr(kernels, field) / UNITS[dimension][unit], unit)
     if engine.winograd is not None:
         yield f"\n[{place}.winograd]"
-        for key in ("transformed", "five", "fused", "filter_bandwidth"):
+        for key in WINOGRAD_RATES:
             yield figure(f"{place}.winograd", key, getattr(engine.winograd, key), "factor")
         yield figure(f"{place}.winograd", "setup", engine.winograd.setup_s * 1e6, "us")
 

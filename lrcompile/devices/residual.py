@@ -33,17 +33,18 @@ class Residuals:
 
     @cached_property
     def _solved(self) -> tuple[np.ndarray, np.ndarray]:
+        """(weights of the points, inverse of the covariance's lower factor): inverted once, used for every shape."""
         covariance = self._kernel(self.points, self.points) + self.noise**2 * np.eye(len(self.points))
-        factor = np.linalg.cholesky(covariance)
-        return np.linalg.solve(factor.T, np.linalg.solve(factor, self.values)), factor
+        inverse = np.linalg.inv(np.linalg.cholesky(covariance))
+        return inverse.T @ (inverse @ self.values), inverse
 
     def at(self, features: Sequence[float]) -> tuple[float, float]:
         """(correction, what is left of the spread) of a shape, in logarithms of latency."""
         if not len(self.points):
             return 0.0, self.spread
-        weights, factor = self._solved
+        weights, inverse = self._solved
         near = self._kernel(np.asarray([features]), self.points)[0]
-        known = np.linalg.solve(factor, near)
+        known = inverse @ near
         return float(near @ weights), math.sqrt(max(0.0, self.spread**2 - float(known @ known)) + self.noise**2)
 
     def _kernel(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -52,16 +53,14 @@ class Residuals:
 
     def left_out(self) -> np.ndarray:
         """The error of each value when it is predicted from all others (ibid., eq. 5.12)."""
-        weights, factor = self._solved
-        inverse = np.linalg.inv(factor)
+        weights, inverse = self._solved
         return weights / (inverse**2).sum(0)
 
     def log_likelihood(self) -> float:
         """Of the values, given reach, spread and noise."""
-        weights, factor = self._solved
-        return float(
-            -self.values @ weights / 2 - np.log(np.diag(factor)).sum() - len(self.values) * math.log(2 * math.pi) / 2
-        )
+        weights, inverse = self._solved
+        constant = len(self.values) * math.log(2 * math.pi) / 2
+        return float(np.log(np.diag(inverse)).sum() - self.values @ weights / 2 - constant)
 
 
 def fitted(points: np.ndarray, values: np.ndarray, noise: float) -> Residuals:
@@ -106,12 +105,11 @@ def _of_gemm(shape: GemmShape) -> list[float]:
 
 
 def _of_conv(shape: ConvShape) -> list[float]:
-    """Pixels, channels in and out of a group, taps, stride, and how much of a block of 16 channels is empty."""
-    out = shape.channels_out // shape.groups
+    """Pixels, channels in and out, taps, stride, and how much of the blocks of 16 channels is empty."""
     return [
         _log2(shape.batch * math.prod(shape.size_out)),
-        _log2(shape.channels_in if shape.groups > 1 else shape.channels_in // shape.groups),
-        _log2(shape.channels_out if shape.groups > 1 else out),
+        _log2(shape.channels_in),
+        _log2(shape.channels_out),
         _log2(math.prod(shape.kernel)),
         _log2(math.prod(shape.stride)),
         4 * _empty(shape.channels_in),
