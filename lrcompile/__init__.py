@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lrcompile.compile import Prepared, Result, compile, prepare_model, replay, solve
     from lrcompile.devices.cost import Cost, CostModel
-    from lrcompile.devices.device import Device, available_devices, load_device
+    from lrcompile.devices.device import Device
+    from lrcompile.devices.profile import available_devices, load_device
     from lrcompile.devices.target import Target, resolve_target
     from lrcompile.errors import LrcompileError
     from lrcompile.frontend.calibration_data import CalibrationData, calibration_from, load_calibration
@@ -28,7 +29,8 @@ if TYPE_CHECKING:
 _HOMES = {
     "compile": "Prepared Result compile prepare_model replay solve",
     "devices.cost": "Cost CostModel",
-    "devices.device": "Device available_devices load_device",
+    "devices.device": "Device",
+    "devices.profile": "available_devices load_device",
     "devices.target": "Target resolve_target",
     "errors": "LrcompileError",
     "frontend.calibration_data": "CalibrationData calibration_from load_calibration",

@@ -127,7 +127,7 @@ def compile_command(
 @app.command()
 def devices(as_json: Json = False) -> None:
     """Lists the device profiles."""
-    from lrcompile.devices.device import available_devices, load_device
+    from lrcompile.devices.profile import available_devices, load_device
     from lrcompile.report.terminal import simple_table
 
     found = [load_device(name) for name in available_devices()]
@@ -176,8 +176,8 @@ def predict(
     as_json: Json = False,
 ) -> None:
     """Predicts the latency of single operations, in milliseconds."""
-    from lrcompile.devices.device import load_device
     from lrcompile.devices.predict import predict_csv
+    from lrcompile.devices.profile import load_device
 
     device = load_device(target)
     count = predict_csv(operations, out, device, dtype or device.default_dtype)
@@ -212,17 +212,23 @@ def bench(
 @app.command()
 def calibrate(
     out: Annotated[Path, typer.Option(help="The profile to write, .toml: a --target from then on.")],
-    minutes: Annotated[float, typer.Option(help="How long to measure.")] = 15.0,
+    minutes: Annotated[float, typer.Option(help="How long to measure, at most.")] = 15.0,
+    runtime: Annotated[
+        str, typer.Option(help="What runs the operations: onnxruntime or torch (eager).")
+    ] = "onnxruntime",
     seed: Annotated[int, typer.Option(help="Seed of what is measured; the same one goes on where it was stopped.")] = 0,
+    plot: Annotated[
+        Path | None, typer.Option(help="A plot of predicted against measured: .svg, .png or .pdf; needs matplotlib.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Measures this machine's CPU with ONNX Runtime and writes a profile that predicts it."""
+    """Measures this machine's CPU and writes a profile that predicts it."""
     from lrcompile.report.progress import ProgressDisplay
     from lrcompile.report.terminal import simple_table
     from lrcompile.session import calibrate_file
 
     with ProgressDisplay(Console(stderr=True)) as progress:
-        found = calibrate_file(out, minutes * 60, seed, progress)
+        found = calibrate_file(out, minutes * 60, seed, progress, plot, runtime)
     rows = found.summary()
     if as_json:
         _print_json({"out": str(out), "measured": len(found.measurements), "noisy": found.noisy, "families": rows})

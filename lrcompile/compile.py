@@ -7,6 +7,7 @@ the passes is the order in which they are given.
 from __future__ import annotations
 
 import fnmatch
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -252,7 +253,9 @@ def solve(prepared: Prepared, budget: Budget) -> Result:
     if measured:
         latency = latency_figures("measured", measured.before, measured.after)
     else:
-        latency = latency_figures(p.target.model.kind, p.original, p.base - total([c.gain for c in choice.candidates]))
+        after = p.base - total([c.gain for c in choice.candidates])
+        sigma_s = _saving_sigma_s(p.target, p.traced.graph, choice.graph)
+        latency = latency_figures(p.target.model.kind, p.original, after, sigma_s)
     report = Report(
         target=p.target.name,
         model=model_figures(p.traced, choice.graph),
@@ -338,7 +341,8 @@ def replay(
         latency = latency_figures("measured", measured.before, measured.after)
     else:
         before, after = (total(list(_node_costs(g, target).values())) for g in (traced.graph, graph_after))
-        latency = latency_figures(target.model.kind, before, after)
+        sigma_s = _saving_sigma_s(target, traced.graph, graph_after)
+        latency = latency_figures(target.model.kind, before, after, sigma_s)
     report = Report(
         target=plan.target,
         model=model_figures(traced, graph_after),
@@ -411,6 +415,11 @@ def _keeper(graph: Graph, skip: Sequence[str]) -> tuple[Callable[[str], bool], t
 
 def _node_costs(graph: Graph, target: Target) -> dict[str, Cost]:
     return {name: target.model.cost(op) for name, op in describe_all(graph.gm, target.device.fuses).items()}
+
+
+def _saving_sigma_s(target: Target, before: Graph, after: Graph) -> float:
+    """Standard deviation in s of what is predicted to be saved."""
+    return math.hypot(*(cost.sigma_s for cost in target.model.compare(before.gm, after.gm)))
 
 
 def _silent(stage: str, done: int, total: int) -> None:

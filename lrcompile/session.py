@@ -20,6 +20,7 @@ from lrcompile.frontend.load import Source, load
 from lrcompile.planning.budget import Budget, parse_latency, parse_size
 from lrcompile.planning.plan import Plan
 from lrcompile.plugins import configure, discover, select
+from lrcompile.report.plots import check_plottable, plot_calibration
 from lrcompile.report.report import Report
 
 if TYPE_CHECKING:  # fitting imports what a compile does without
@@ -127,18 +128,25 @@ def _inputs(
     )
 
 
-def calibrate_file(out: Path, seconds: float, seed: int, progress: Progress) -> Calibration:
-    """Calibrates this machine and writes its profile.
+def calibrate_file(
+    out: Path, seconds: float, seed: int, progress: Progress, plot: Path | None = None, runtime: str = "onnxruntime"
+) -> Calibration:
+    """Calibrates this machine and writes its profile, and a plot of it if asked for.
 
     Raises:
-        InputError: the file cannot be written.
+        InputError: a file cannot be written, or there is no such runtime.
         DeviceError: there was too little time, or the machine was too busy.
     """
     if out.suffix != ".toml":
         raise InputError(f"cannot write {out}: a profile's name ends in .toml; give --out {out.stem}.toml")
     check_writable(out, text=True)
+    if plot is not None:
+        check_plottable(plot)
+        check_writable(plot, text=True)
     from lrcompile.devices.calibrate import calibrate_here
 
-    found, text = calibrate_here(out.stem, seconds, seed, progress)
+    found, text = calibrate_here(out.stem, seconds, seed, progress, runtime)
     write_text(out, text)
+    if plot is not None:
+        plot_calibration(found.predicted_without(), plot)
     return found

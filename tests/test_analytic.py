@@ -12,7 +12,8 @@ from torch import fx, nn
 
 from lrcompile.devices.analytic import AnalyticCostModel, conv_latency_s, turned
 from lrcompile.devices.cost import CostModel
-from lrcompile.devices.device import Engine, Kernels, available_devices, load_device
+from lrcompile.devices.device import Engine, Kernels
+from lrcompile.devices.profile import available_devices, load_device
 from lrcompile.errors import DeviceError
 from lrcompile.graph.op import (
     DTYPE_BYTES,

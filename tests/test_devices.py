@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from lrcompile.devices.device import PROVENANCE, available_devices, load_device
+from lrcompile.devices.device import PROVENANCE
+from lrcompile.devices.profile import available_devices, load_device
 from lrcompile.errors import DeviceError
 from lrcompile.graph.op import DTYPE_BYTES
 

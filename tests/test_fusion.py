@@ -15,8 +15,9 @@ from torch.nn import functional
 
 from lrcompile.devices.analytic import AnalyticCostModel
 from lrcompile.devices.cost import Cost, total
-from lrcompile.devices.device import FUSIONS, load_device
+from lrcompile.devices.device import FUSIONS
 from lrcompile.devices.fusion import describe_all
+from lrcompile.devices.profile import load_device
 from lrcompile.emit.onnx import to_onnx
 from lrcompile.frontend.trace import Traced, trace
 

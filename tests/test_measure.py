@@ -22,7 +22,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lrcompile.devices.analytic import AnalyticCostModel
 from lrcompile.devices.cost import Cost
-from lrcompile.devices.device import load_device
 from lrcompile.devices.measure import (
     SIGMA_CONTENDED,
     SIGMA_FLOOR,
@@ -33,6 +32,7 @@ from lrcompile.devices.measure import (
     usable_cores,
 )
 from lrcompile.devices.onnx_region import LoweredRegion, UnsupportedRegion, lower_op, lower_region, region_to_onnx
+from lrcompile.devices.profile import load_device
 from lrcompile.frontend.trace import trace
 from lrcompile.graph.graph import propagate
 from lrcompile.graph.op import ConvShape, OpDesc, conv_op, gemm_op
@@ -547,9 +547,8 @@ def test_a_hopeless_candidate_is_not_measured(machine: FakeMachine) -> None:
 def test_operations_alone(machine: FakeMachine) -> None:
     model = local_model(machine, None)
     op = gemm_op(8, 16, 32, "fp32")
-    assert model.cost(op) == Cost(
-        MILLISECOND, SIGMA_FLOOR * MILLISECOND, op.flops, op.weight_bytes, op.activation_bytes
-    )
+    two_s = 2 * MILLISECOND  # a linear layer has a bias
+    assert model.cost(op) == Cost(two_s, SIGMA_FLOOR * two_s, op.flops, op.weight_bytes, op.activation_bytes)
     assert model.cost(op) == model.cost(op)
     assert (model.measured, model.reused) == (1, 2)
     assert model.cost(OpDesc("view", "fp32", 0.0, 0.0, 0.0)) == Cost()

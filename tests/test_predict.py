@@ -10,8 +10,8 @@ import pytest
 
 from lrcompile.devices import predict
 from lrcompile.devices.analytic import AnalyticCostModel
-from lrcompile.devices.device import load_device
 from lrcompile.devices.predict import predict_csv, predict_rows
+from lrcompile.devices.profile import load_device
 from lrcompile.errors import DeviceError, InputError
 from lrcompile.graph.op import gemm_op
 

@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from lrcompile.devices.device import load_device
+from lrcompile.devices.profile import load_device
 from lrcompile.graph.op import conv_op, gemm_op
 from tests.test_analytic import CONV
 from tools import validate_models
 from tools.published_models import MODELS
-from tools.validate_models import LATENCY, LIMITS, Point, in_half, one_each, points, published, summary
+from tools.validate_models import LIMITS, Point, in_half, one_each, points, published, summary
+from tools.validate_profiles import LATENCY
 
 PARAMETERS = {
     "Resnet18_for_PyTorch": 11.69, "ResNet34": 21.80, "Resnet50_Pytorch_Infer": 25.56, "MobileNet-v1": 4.23,

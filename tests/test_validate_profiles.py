@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lrcompile.devices.device import load_device
 from lrcompile.devices.fit import figure, with_figures
+from lrcompile.devices.profile import load_device
 from tools import validate_profiles
 from tools.validate_profiles import (
     CONV,
@@ -99,12 +99,14 @@ def test_a_miss_fails_and_the_page_gets_the_table(
     shipped = replace(SETS[0], fitted=())
     monkeypatch.setattr(validate_profiles, "SETS", [shipped, replace(shipped, mape=1e9, tau=-1.0)])
     page = folder / "page.md"
-    page.write_text("before\n<!-- validation: start -->\nold\n<!-- validation: end -->\nafter\n")
+    marks = "<!-- validation: start -->\nold\n<!-- validation: end -->\n<!-- alike: start --><!-- alike: end -->\n"
+    page.write_text(f"before\n{marks}after\n")
     assert validate_profiles.main(["--data", str(folder), "--out", str(page)]) == 1
     assert capsys.readouterr().out.count("MISSED") == 1
     text = page.read_text()
     assert text.startswith("before\n")
-    assert text.endswith("<!-- validation: end -->\nafter\n")
+    assert text.endswith("<!-- alike: end -->\nafter\n")
+    assert "| assumed, in the middle | 0.53 |" in text
     assert "old" not in text
     assert "| V100 GEMM fp16 | 27 |" in text
     assert validate_profiles.main(["--data", str(folder / "nowhere")]) == 1

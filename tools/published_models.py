@@ -384,4 +384,16 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
     "Beit": (partial(of_transformers, "BeitForImageClassification", "BeitConfig", num_labels=1000), image()),
     "Bert_Base_Cased_SST2": (bert, tokens(128)),
     "bert_large_NER": (partial(bert, 1024, 24), tokens(512)),
+    "resnet50v1.5": (partial(resnet, (3, 4, 6, 3)), image()),
+    "resnext101-32x4d": (partial(resnet, (3, 4, 23, 3), base=4, groups=32), image()),
+    "se-resnext101-32x4d": (partial(resnet, (3, 4, 23, 3), base=4, groups=32, squeeze=True), image()),
 }  # fmt: skip
+
+RESNET50_IMAGES_S = {
+    ("v100", "fp32"): {1: 96, 2: 196, 4: 386, 8: 709, 16: 1023, 32: 1127, 64: 1200, 128: 1229, 256: 1261},
+    ("v100", "fp16"): {1: 78, 2: 154, 4: 300, 8: 595, 16: 1178, 32: 2146, 64: 2984, 128: 3249, 256: 3382},
+    ("t4", "fp32"): {1: 98, 2: 186, 4: 325, 8: 363, 16: 409, 32: 420, 64: 428, 128: 426, 256: 415},
+    ("t4", "fp16"): {1: 79, 2: 156, 4: 317, 8: 652, 16: 1050, 32: 1128, 64: 1165, 128: 1190, 256: 1198},
+}
+"""Images a second of ResNet-50 v1.5 in eager PyTorch 21.03, by batch: NVIDIA/DeepLearningExamples at 291f0d0,
+PyTorch/Classification/ConvNets/resnet50v1.5/README.md."""

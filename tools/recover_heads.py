@@ -25,7 +25,7 @@ import torch
 from lrcompile_passes import GroupHeads
 from torch import Tensor, nn
 
-from lrcompile.devices.device import load_device
+from lrcompile.devices.profile import load_device
 from lrcompile.frontend.trace import trace
 from lrcompile.graph.graph import parameter_count
 from lrcompile.graph.rewrite import Rewrite

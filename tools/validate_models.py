@@ -1,13 +1,12 @@
 """Whole models against published latencies: `python tools/validate_models.py --out docs/cost-model.md`.
 
 The measurements are in `../shared/latency`; see `validate_profiles.py`. A model is compared at every batch size that is
-published; for the rank correlation it counts once, at the batch nearest to 8. Profiles whose limit is missed make the
-command fail.
+published; for the rank correlation it counts once, at the batch nearest to 8. Image classifiers in eager PyTorch are
+compared apart, where the device is the bound and where the host is. Limits that are missed make the command fail.
 """
 
 from __future__ import annotations
 
-import argparse
 import csv
 import math
 import sys
@@ -16,25 +15,29 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 
 import torch
 from scipy.stats import kendalltau, spearmanr
 from torch import Tensor
 
-from lrcompile.devices.analytic import AnalyticCostModel
+from lrcompile.devices.analytic import AnalyticCostModel, eager_latency_s
 from lrcompile.devices.cost import total
-from lrcompile.devices.device import Device, load_device
+from lrcompile.devices.device import Device
 from lrcompile.devices.fusion import describe_all
+from lrcompile.devices.profile import load_device
 from lrcompile.frontend.trace import trace
 from lrcompile.graph.graph import Graph, propagate
 from lrcompile.graph.op import OpDesc
-from tools.published_models import MODELS
-from tools.validate_profiles import LATENCY, put
+from tools.published_models import MODELS, RESNET50_IMAGES_S
+from tools.validate_profiles import asked, put
 
 START, END = "<!-- models: start -->", "<!-- models: end -->"
 NEAR = 8
 LIMITS = {"ascend310p": 0.8, "ascend310": None, "t4": None}
+EAGER_START, EAGER_END = "<!-- eager: start -->", "<!-- eager: end -->"
+EAGER_DEVICES = {"V100": "v100", "T4": "t4"}
+EAGER_LIMIT = 0.1  # of ResNet-50's mean error where the device is the bound
 DEVICES = {"ascend310p": "Ascend310P", "ascend310": "Ascend310", "t4": "T4"}
 
 
@@ -114,13 +117,62 @@ def summary(profile: str, found: Sequence[Point]) -> tuple[str, bool]:
     return row, holds
 
 
+def published_eager(folder: Path) -> dict[tuple[str, str, str], dict[int, float]]:
+    """Latency in ms of a steady state, batch ÷ throughput, by model, profile, data type and batch."""
+    found: dict[tuple[str, str, str], dict[int, float]] = defaultdict(dict)
+    for (profile, dtype), rows in RESNET50_IMAGES_S.items():
+        found["resnet50v1.5", profile, dtype] = {batch: 1e3 * batch / images_s for batch, images_s in rows.items()}
+    with (folder / "nvidia_dle_infer.csv").open(newline="") as file:
+        for row in csv.DictReader(file):
+            folder_of, _, name = row["model"].rpartition("/")
+            known = folder_of == "PyTorch/Classification/ConvNets" and name in MODELS
+            if known and row["device"] in EAGER_DEVICES:
+                batch, profile = int(row["batch"]), EAGER_DEVICES[row["device"]]
+                found[name, profile, row["dtype"]][batch] = 1e3 * batch / float(row["throughput"])
+    return found
+
+
+def eager_table(folder: Path, graphs: dict[str, tuple[Graph, Tensor]]) -> tuple[list[str], bool]:
+    """Lines of the table, and whether the limit holds."""
+    lines = [
+        "| model | device | dtype | device is the bound | mean error | worst | host is the bound | mean error |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    holds = True
+    for (name, profile, dtype), rows in published_eager(folder).items():
+        device = load_device(profile)
+        errors: dict[bool, list[tuple[float, int]]] = {True: [], False: []}
+        for batch, measured_ms in rows.items():
+            ops = [op for op in at_batch(name, batch, graphs) if op.kind != "view"]
+            ops = list(map(in_half, ops)) if dtype == "fp16" else ops
+            predicted_ms = eager_latency_s(device, ops) * 1e3
+            host_ms = device.host_s * len(ops) * 1e3
+            errors[predicted_ms > host_ms].append((predicted_ms / measured_ms - 1, batch))
+        bound, hosted = ([abs(error) for error, _ in errors[key]] for key in (True, False))
+        worst, at = max(errors[True], key=lambda found: abs(found[0]))
+        if name == "resnet50v1.5":
+            holds &= mean(bound) <= EAGER_LIMIT
+        host = f"{len(hosted)} batches | {mean(hosted):.1%}" if hosted else " | "
+        lines.append(
+            f"| {name} | {profile} | {dtype} | {len(bound)} batches | {mean(bound):.1%} | {worst:+.0%} at {at} "
+            f"| {host} |"
+        )
+        print(lines[-1], flush=True)
+    return lines, holds
+
+
+def at_batch(name: str, batch: int, graphs: dict[str, tuple[Graph, Tensor]]) -> list[OpDesc]:
+    """All operations of a model, none fused; graphs are made once and kept."""
+    if name not in graphs:
+        graphs[name] = prepared(name)
+    graph, example = graphs[name]
+    gm = propagate(graph.copy().gm, (example.new_empty(batch, *example.shape[1:]),)).gm
+    return list(describe_all(gm).values())
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=LATENCY, help="the folder of tables (default: %(default)s)")
-    parser.add_argument("--out", type=Path, help="put the table into this page, between its marks")
-    options = parser.parse_args(arguments)
-    if not options.data.is_dir():
-        print(f"validate_models: no folder {options.data}; give --data", file=sys.stderr)
+    options = asked("validate_models", __doc__, arguments)
+    if options is None:
         return 1
     lines = [
         "| profile | models | points | Spearman's ρ | Kendall's τ | median error | median bias | limit of ρ |",
@@ -138,8 +190,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         lines.append(row)
         failed |= not holds
         print(row, flush=True)
+    eager, holds = eager_table(options.data, graphs)
+    failed |= not holds
     if options.out:
         put(options.out, START, "\n".join(lines), END)
+        put(options.out, EAGER_START, "\n".join(eager), EAGER_END)
     return int(failed)
 
 

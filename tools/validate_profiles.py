@@ -13,14 +13,18 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 from scipy.stats import kendalltau
 
-from lrcompile.devices.device import Device, load_device
+from lrcompile.devices.correlation import REACH, SHARED
+from lrcompile.devices.device import Device
 from lrcompile.devices.fit import fit
-from lrcompile.devices.predict import predict_rows
+from lrcompile.devices.predict import describe_rows, predict_rows
+from lrcompile.devices.profile import load_device
+from lrcompile.devices.residual import sizes
 
 LATENCY = Path(__file__).resolve().parents[1].parent / "shared" / "latency"
 HALF_US_MS = 0.0005  # DeepBench cuts to whole µs
@@ -29,6 +33,9 @@ EAGER = {"linear": (1.2, 2.1), "bmm": (0.5, 1.3), "conv2d_fwd": (0.5, 1.3), "gem
 FOLDS = 10
 OTHERS = 0.2  # how much a further table counts beside the first
 START, END = "<!-- validation: start -->", "<!-- validation: end -->"
+ALIKE_START, ALIKE_END = "<!-- alike: start -->", "<!-- alike: end -->"
+DISTANCES = (0, 1, 2, 3, 4.5, 7)  # between sizes, in factors of two
+FEWEST_PAIRS = 20
 
 Row = dict[str, str]
 
@@ -221,19 +228,54 @@ def table_of(scores: Sequence[tuple[Set, Score, Score | None]]) -> str:
     return "\n".join(lines)
 
 
+def alike(sets: Sequence[Set], folder: Path) -> str:
+    """Markdown: the correlation of errors of two operations of a set, by how far apart their sizes are."""
+    bounds = [*pairwise(DISTANCES)]
+    names = " | ".join(f"{low:g} to {high:g}" for low, high in bounds)
+    lines = [f"| set | {names} |", f"|{'---|' * (len(bounds) + 1)}"]
+    for limits in sets:
+        table = limits.tables[0]
+        rows = table.rows(folder)
+        device = load_device(limits.profile)
+        ratio = table.predicted_ms(rows, device, table.floor_ms(folder)) / table.measured_ms(rows)
+        errors = np.log(ratio)
+        points = np.array([sizes(op) for op in describe_rows(rows, table.dtype)])
+        away = np.linalg.norm(points[:, None] - points[None], axis=-1)
+        products = np.outer(errors, errors) / (errors**2).mean()
+        upper = np.triu(np.ones_like(away, dtype=bool), 1)
+        cells = []
+        for low, high in bounds:
+            inside = upper & (away >= low) & (away < high)
+            cells.append(f"{products[inside].mean():.2f} ({inside.sum()})" if inside.sum() >= FEWEST_PAIRS else "")
+        lines.append(f"| {limits.name} | {' | '.join(cells)} |")
+    expected = [SHARED * math.exp(-(low + high) / 2 / REACH) for low, high in bounds]
+    lines.append(f"| assumed, in the middle | {' | '.join(f'{value:.2f}' for value in expected)} |")
+    return "\n".join(lines)
+
+
 def put(page: Path, start: str, text: str, end: str) -> None:
-    """Writes text into a page, between two marks."""
+    """Writes text into a page, between two marks that it has."""
+    if start not in page.read_text() or end not in page.read_text():
+        raise ValueError(f"{page} has no marks {start} and {end}: write them where the text belongs")
     before, _, rest = page.read_text().partition(start)
     page.write_text(f"{before}{start}\n{text}\n{end}{rest.partition(end)[2]}")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def asked(name: str, description: str | None, arguments: Sequence[str] | None) -> argparse.Namespace | None:
+    """The folder of tables and the page to write to; None, with a word about it, where there is no such folder."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=LATENCY, help="the folder of tables (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="put the table into this page, between its marks")
     options = parser.parse_args(arguments)
     if not options.data.is_dir():
-        print(f"validate_profiles: no folder {options.data}; give --data", file=sys.stderr)
+        print(f"{name}: no folder {options.data}; give --data", file=sys.stderr)
+        return None
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = asked("validate_profiles", __doc__, arguments)
+    if options is None:
         return 1
     scores, missed = [], 0
     for limits in SETS:
@@ -244,10 +286,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         verdict = "" if judged.holds(limits) else "  MISSED"
         missed += bool(verdict)
         print(f"{limits.name:30} n {judged.n:4} error {judged.mape:5.1f} % τ {judged.tau:.3f}{verdict}", flush=True)
+    likeness = alike([limits for limits in SETS if limits.mape < math.inf], options.data)
     if options.out:
         put(options.out, START, table_of(scores), END)
+        put(options.out, ALIKE_START, likeness, ALIKE_END)
     else:
-        print(table_of(scores))
+        print(table_of(scores), likeness, sep="\n\n")
     return 1 if missed else 0
 
 

@@ -11,6 +11,7 @@ published measurements: docs/cost-model.md; the constants are the profile's.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Literal
@@ -18,10 +19,11 @@ from typing import Literal
 import numpy as np
 from torch import fx
 
+from lrcompile.devices.correlation import difference_sigma_s
 from lrcompile.devices.cost import Cost, total
 from lrcompile.devices.device import Device, Kernels, Winograd
 from lrcompile.devices.fusion import describe_all
-from lrcompile.devices.residual import family, features
+from lrcompile.devices.residual import family, features, in_blocks
 from lrcompile.graph.op import DTYPE_BYTES, AttentionShape, ConvShape, GemmShape, OpDesc, RecurrentShape
 
 Direction = Literal["forward", "data", "weight"]
@@ -29,17 +31,22 @@ _MIRRORED: dict[Direction, Direction] = {"forward": "data", "data": "forward", "
 _ACCUMULATOR_BYTES = 4  # partial sums of a split-K product are exchanged in fp32 or int32
 _SKINNY = 64  # the short side up to which kernels that stream both operands along K are slow
 _FEW_CHANNELS = 8
+LEAST_AMONG_OTHERS = 0.2  # of what an operation takes alone
 _POINTS = {3: 36, 5: 64}  # products of Winograd's F(4×4, k×k)
 _FUSED_POINTS, _FUSED_TILE, _TILE = 16, 2, 4
 
 
 @dataclass(frozen=True)
 class AnalyticCostModel:
-    """Prices operations on `device`: a forward pass, or with `training` the forward and backward passes."""
+    """Prices operations on `device`: a forward pass, or with `training` the forward and backward passes.
+
+    A price is that within a network; with `alone` that of an operation which nothing comes before or after.
+    """
 
     kind = "analytic"
     device: Device
     training: bool = False
+    alone: bool = False
     _known: dict[OpDesc, Cost] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def cost(self, op: OpDesc) -> Cost:
@@ -52,15 +59,22 @@ class AnalyticCostModel:
     def compare(self, before: fx.GraphModule, after: fx.GraphModule) -> tuple[Cost, Cost]:
         """Prices of a region before and after a rewrite, without the nodes that are the same in both.
 
-        Nodes are the same when name and description are equal, so that the error bars come from what differs.
+        Nodes are the same when name and description are equal, so that the error bars come from what differs. They
+        are those of the difference, shared between the sides: errors of similar operations are alike, and cancel
+        between them (`correlation.py`).
         """
         fuses = frozenset() if self.training else self.device.fuses
         ops_before, ops_after = describe_all(before, fuses), describe_all(after, fuses)
         same = {name for name, op in ops_before.items() if ops_after.get(name) == op}
-        return (
-            total([self.cost(op) for name, op in ops_before.items() if name not in same]),
-            total([self.cost(op) for name, op in ops_after.items() if name not in same]),
+        old, new = (
+            [(op, self.cost(op)) for name, op in ops.items() if name not in same and op.kind != "view"]
+            for ops in (ops_before, ops_after)
         )
+        sum_before, sum_after = total([cost for _, cost in old]), total([cost for _, cost in new])
+        if self.training:
+            return sum_before, sum_after
+        sigma_s = difference_sigma_s(self.device, old, new) / math.sqrt(2)
+        return replace(sum_before, sigma_s=sigma_s), replace(sum_after, sigma_s=sigma_s)
 
     def _price(self, op: OpDesc) -> Cost:
         self.device.compute_dtype(op.dtype)
@@ -90,8 +104,22 @@ class AnalyticCostModel:
             correction, sigma = residuals.at(features(op))
             latency_s *= math.exp(correction)
         sigma_s = sigma * latency_s
+        if residuals is not None and op.conv is not None and self.device.alone and not self.alone:
+            latency_s = max(latency_s - alone_s(self.device.alone, op), LEAST_AMONG_OTHERS * latency_s)
         flops = op.flops * len(directions)
         return Cost(latency_s, sigma_s, flops, op.weight_bytes, op.activation_bytes)
+
+
+def alone_s(figures: Mapping[str, float], op: OpDesc) -> float:
+    """What a convolution takes less among others, in s: values are in blocks of channels already, threads awake."""
+    moved = op.activation_bytes / figures["bytes_s"] if op.conv is not None and in_blocks(op.conv) else 0.0
+    return figures["launch_s"] + moved
+
+
+def eager_latency_s(device: Device, ops: Iterable[OpDesc]) -> float:
+    """Latency in s of a network in an eager framework: nothing is fused, and the host takes its time for each call."""
+    costs = [AnalyticCostModel(device).cost(op).latency_s for op in ops if op.kind != "view"]
+    return max(sum(costs), device.host_s * len(costs))
 
 
 def turned(shape: GemmShape, direction: Direction) -> GemmShape:

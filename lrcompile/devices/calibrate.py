@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date
+from itertools import islice
 from typing import Any
 
 import numpy as np
+from scipy.optimize import nnls
 
 from lrcompile.devices.analytic import AnalyticCostModel
 from lrcompile.devices.cost import Cost
@@ -18,17 +21,22 @@ from lrcompile.devices.device import Device
 from lrcompile.devices.fit import fit
 from lrcompile.devices.profile_text import profile_text
 from lrcompile.devices.residual import Residuals, family, features, fitted
-from lrcompile.errors import DeviceError
-from lrcompile.graph.op import ConvShape, OpDesc, conv_op, gemm_op
+from lrcompile.devices.sampling import chains, operations
+from lrcompile.errors import DeviceError, InputError
+from lrcompile.graph.op import ConvShape, OpDesc, conv_op
 
 Progress = Callable[[str, int, int], None]
-MOST_FLOPS, MOST_BYTES = 4e9, 2e8
+RUNTIMES = ("onnxruntime", "torch")
+_SCALE = np.array([1e-5, 1e-10])  # of seconds an operation and a byte: for the solver
+CHAINS = 24
+VISITS, CHUNK = 3, 60  # an operation is measured so often, each time after as many others
 NOISY = 0.1  # relative error above which a measurement does not count
 MOST_NOISY = 1 / 3  # share of such measurements above which the machine is called too busy
-LEAST, MOST = 40, 2000  # measurements without which nothing is fitted, and that are enough
+LEAST, MOST = 40, 16000  # measurements without which nothing is fitted, and that are enough
 EXPLORED = 0.6  # share of the time for operations at random; the rest goes where they are known least, in rounds
-ROUNDS, POOL = 4, 1500
-WEIGHTS = {"gemm": 4, "bmm": 1, "pointwise": 4, "conv": 4, "depthwise": 2, "memory": 1}
+ROUNDS, POOL = 3, 6000
+AGREE = 0.03  # difference of two visits up to which there is no third
+FIT_TO = 300  # operations of a family that the formula's figures are fitted to
 FITTED = (  # in turn: families of operations, and the figures that are fitted to them with their places in a profile
     (("memory",), {"launch_s.other": "launch.other", "bandwidth_bytes_s": "hardware.bandwidth_sustained"}),
     (
@@ -61,9 +69,17 @@ class Measurement:
     op: OpDesc
     cost: Cost
 
+    @classmethod
+    def of(cls, op: OpDesc, costs: Sequence[Cost]) -> Measurement:
+        """The median of some visits; the standard deviation of them, or theirs if that is larger."""
+        latencies = [cost.latency_s for cost in costs]
+        middle = statistics.median(latencies)
+        spread = statistics.stdev(latencies) if len(costs) > 1 else 0.0
+        return cls(op, replace(costs[0], latency_s=middle, sigma_s=max(spread, min(cost.sigma_s for cost in costs))))
+
     @property
     def is_noisy(self) -> bool:
-        """Whether its error is too large to learn from."""
+        """Whether it says too little to be fitted to."""
         return self.cost.sigma_s > NOISY * self.cost.latency_s
 
 
@@ -71,7 +87,7 @@ class Measurement:
 class Calibration:
     """A device that was fitted, with residuals; what was measured; errors on operations left out, by family.
 
-    `places` are those of the fitted figures in a profile.
+    `places` are those of the fitted figures in a profile, `alone` is what convolutions take less among others.
     """
 
     device: Device
@@ -80,6 +96,7 @@ class Calibration:
     measurements: tuple[Measurement, ...]
     noisy: int
     held_out: dict[str, np.ndarray] = field(repr=False)
+    alone: dict[str, float] = field(default_factory=dict)
 
     def summary(self) -> list[dict[str, Any]]:
         """By family: count, mean error on operations left out, share within 10 %, error of the formula alone."""
@@ -97,106 +114,98 @@ class Calibration:
             )
         return rows
 
+    def predicted_without(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """By family: latencies measured, and predicted from all other operations, in s."""
+        found = {}
+        for name, errors in self.held_out.items():
+            latencies = np.array([m.cost.latency_s for m in self.measurements if family(m.op) == name])
+            found[name] = (latencies, latencies * np.exp(-errors))
+        return found
+
     def sigma(self, name: str) -> float:
         """The raw standard deviation of a family's errors, in a logarithm."""
         return float(np.sqrt(np.mean(self.held_out[name] ** 2)))
 
 
-def calibrate_here(name: str, seconds: float, seed: int, progress: Progress) -> tuple[Calibration, str]:
-    """(the calibration of this machine's CPU with ONNX Runtime, the text of its profile).
+def calibrate_here(
+    name: str, seconds: float, seed: int, progress: Progress, runtime: str = "onnxruntime"
+) -> tuple[Calibration, str]:
+    """(the calibration of this machine's CPU with a runtime, the text of its profile).
 
     Raises:
+        InputError: there is no such runtime.
         DeviceError: see `calibrate`.
     """
     import onnxruntime
+    import torch
 
-    from lrcompile.devices.measure import LocalCostModel, cpu_name, local_device
+    from lrcompile.devices.measure import LocalCostModel, cpu_name, default_cache_dir, local_device
+    from lrcompile.devices.measure_torch import TorchCostModel
 
-    found = calibrate(local_device(), LocalCostModel().cost, seconds, seed=seed, progress=progress)
-    runtime = f"{cpu_name()}, ONNX Runtime {onnxruntime.__version__}, {found.device.units} threads"
-    source = f"measured here ({date.today().isoformat()}, {runtime}, {len(found.measurements)} operations)"
-    device = calibrated(found, name, runtime, source)
-    return found, profile_text(device, f"Made by lrcompile calibrate --minutes {seconds / 60:g} --seed {seed}.")
-
-
-def operations(seed: int) -> Iterator[OpDesc]:
-    """Random operations without end, all families in turn: what networks have, and ranks around the steps."""
-    rng = np.random.default_rng(seed)
-    names = [name for name, weight in WEIGHTS.items() for _ in range(weight)]
-    while True:
-        for name in rng.permutation(names):
-            op = _drawn(rng, str(name))
-            if op.flops <= MOST_FLOPS and op.weight_bytes + op.activation_bytes <= MOST_BYTES:
-                yield op
-
-
-def _size(rng: np.random.Generator, least: int, most: int) -> int:
-    """Of a log-uniform distribution; most of them multiples of 8, or one beside them."""
-    size = round(math.exp(rng.uniform(math.log(least), math.log(most))))
-    if size > 16 and rng.random() < 0.75:
-        size = max(8, round(size / 8) * 8 + int(rng.choice([0, 0, 0, 1, -1])))
-    return max(least, size)
-
-
-def _drawn(rng: np.random.Generator, name: str) -> OpDesc:
-    if name in ("gemm", "bmm"):
-        m, n, k = _size(rng, 1, 4096), _size(rng, 4, 4096), _size(rng, 4, 4096)
-        batch = _size(rng, 2, 96) if name == "bmm" else 1
-        return gemm_op(m, n, k, "fp32", batch=batch, weight=name == "gemm")
-    if name == "memory":
-        count = _size(rng, 1 << 8, 1 << 24)
-        return OpDesc("elementwise", "fp32", count, 0, 8.0 * count)
-    taps = {"pointwise": 1, "conv": int(rng.choice([3, 3, 3, 5, 7])), "depthwise": int(rng.choice([3, 3, 5]))}[name]
-    into, out = _size(rng, 3, 1024), _size(rng, 4, 1024)
-    if name == "depthwise":
-        into = out = max(8, out // 8 * 8)
-    stride = int(rng.choice([1, 1, 1, 2]))
-    size, batch = _size(rng, 4, 128), int(rng.choice([1, 1, 2, 4, 8]))
-    pad = taps // 2
-    after = (size + 2 * pad - taps) // stride + 1
-    return conv_op(
-        ConvShape(
-            batch, into, out, (size, size), (after, after), (taps, taps), (stride, stride), ((pad, pad),) * 2, (1, 1),
-            into if name == "depthwise" else 1,
-        ),
-        "fp32",
-    )  # fmt: skip
+    if runtime not in RUNTIMES:
+        raise InputError(f"unknown runtime {runtime!r}: expected {' or '.join(RUNTIMES)}, both on this machine's CPU")
+    device, folders = local_device(), [default_cache_dir() / f"visit{i}" for i in range(VISITS)]
+    chain, version = None, f"PyTorch {torch.__version__}, eager"
+    measured: list[Callable[[OpDesc], Cost]] = [TorchCostModel(folder).cost for folder in folders]
+    if runtime == "onnxruntime":
+        visits = [LocalCostModel(folder) for folder in folders]
+        measured, chain = [visit.cost for visit in visits], visits[0].chain
+        version = f"ONNX Runtime {onnxruntime.__version__}"
+    else:
+        device = replace(device, fuses=frozenset())  # eager calls are kernels of their own
+    found = calibrate(device, lambda op, visit: measured[visit](op), seconds, chain=chain, seed=seed, progress=progress)
+    described = f"{cpu_name()}, {version}, {found.device.units} threads"
+    source = f"measured here ({date.today().isoformat()}, {described}, {len(found.measurements)} operations)"
+    made = f"Made by lrcompile calibrate --runtime {runtime} --minutes {seconds / 60:g} --seed {seed}."
+    return found, profile_text(calibrated(found, name, described, source), made)
 
 
 def calibrate(
     device: Device,
-    measure: Callable[[OpDesc], Cost],
+    measure: Callable[[OpDesc, int], Cost],
     seconds: float,
     *,
+    chain: Callable[[Sequence[ConvShape]], Cost] | None = None,
     seed: int = 0,
     progress: Progress = lambda stage, done, total: None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Calibration:
     """Measures operations until the time is spent, and fits the device to them.
 
-    The last part goes where predictions of operations left out are worst. What `measure` remembers costs no time, so
-    that a calibration goes on where it was stopped.
+    `measure` takes an operation and the number of the visit: each is measured two or three times with others between,
+    so that what disturbs the machine for a while does not decide. The last part of the time goes where predictions of
+    operations left out are worst; `chain` measures convolutions in a row. What is remembered costs no time, so that a
+    calibration goes on where it was stopped.
 
     Raises:
         DeviceError: there was time for too few measurements, or too many of them were noisy.
     """
     start, found = clock(), list[Measurement]()
 
-    def add(op: OpDesc) -> None:
-        found.append(Measurement(op, measure(op)))
-        progress("measure", min(round(clock() - start), round(seconds)), round(seconds))
+    def add(ops: Sequence[OpDesc], end: float) -> None:
+        costs: list[list[Cost]] = [[] for _ in ops]
+        for visit in range(VISITS):
+            for op, known in zip(ops, costs, strict=True):
+                if clock() - start < end and not (len(known) > 1 and _agree(known)):
+                    known.append(measure(op, visit))
+                    progress("measure", min(round(clock() - start), round(seconds)), round(seconds))
+        found.extend(Measurement.of(op, known) for op, known in zip(ops, costs, strict=True) if len(known) > 1)
 
     drawn = operations(seed)
     while clock() - start < seconds * EXPLORED and len(found) < MOST * EXPLORED:
-        add(next(drawn))
-    pool = [next(drawn) for _ in range(POOL)] if len(found) >= LEAST else []
+        add(list(islice(drawn, CHUNK)), seconds * EXPLORED)
+    pool = list(islice(drawn, POOL)) if len(found) >= LEAST else []
     for i in range(ROUNDS):
-        end = seconds * (EXPLORED + (1 - EXPLORED) * (i + 1) / ROUNDS)
-        for op in _worst(device, found, pool):
-            if clock() - start >= end or len(found) >= MOST:
+        share = EXPLORED + (1 - EXPLORED) * (i + 1) / ROUNDS
+        worst = iter(_worst(device, found, pool))
+        while clock() - start < seconds * share and len(found) < MOST * share:
+            ops = list(islice(worst, CHUNK))
+            if not ops:
                 break
-            pool.remove(op)
-            add(op)
+            taken = set(ops)
+            pool = [op for op in pool if op not in taken]
+            add(ops, seconds * share)
+    rows = [(shapes, chain(shapes).latency_s) for shapes in chains(seed, CHAINS)] if chain else []
     good = [m for m in found if not m.is_noisy]
     noisy = len(found) - len(good)
     if noisy > MOST_NOISY * len(found):
@@ -209,7 +218,8 @@ def calibrate(
             f"{len(good)} operations were measured in {seconds:.0f} s, at least {LEAST} are needed: give more time"
         )
     progress("fit", 0, 1)
-    return fitted_to(device, good, noisy)
+    found_here = fitted_to(device, good, noisy)
+    return replace(found_here, alone=_alone(found_here, rows)) if rows else found_here
 
 
 def calibrated(found: Calibration, name: str, description: str, source: str) -> Device:
@@ -226,12 +236,15 @@ def calibrated(found: Calibration, name: str, description: str, source: str) -> 
         sources["hardware.bandwidth_peak"] = source
     sources |= {f"sigma.{key}": f"{source}; on operations left out" for key in sigma}
     sources |= {f"residuals.{key}": source for key in found.residuals}
+    if found.alone:
+        sources |= dict.fromkeys(("alone.conv_launch", "alone.conv_bandwidth"), f"{source}; of convolutions in a row")
     return replace(
         device,
         name=name,
         description=description,
         sigma_relative={**device.sigma_relative, **sigma},
         residuals=found.residuals,
+        alone=found.alone,
         provenance={**device.provenance, **sources},
     )
 
@@ -257,13 +270,42 @@ def fitted_to(device: Device, good: Sequence[Measurement], noisy: int) -> Calibr
     """The figures that fit, the residuals they leave, and the errors of each where it is left out of these."""
     places: list[str] = []
     for families, figures in FITTED:
-        mine = [m for m in good if family(m.op) in families]
+        mine = _some([m for m in good if family(m.op) in families], FIT_TO * len(families))
         if len(mine) >= FEWEST:
             device = fit(device, tuple(figures), lambda candidate, mine=mine: -_log_errors(candidate, mine))  # type: ignore[misc]
             places += figures.values()
     residuals = _residuals(device, good)
     held_out = {name: found.left_out() for name, found in residuals.items()}
     return Calibration(device, tuple(places), residuals, tuple(good), noisy, held_out)
+
+
+def _agree(costs: Sequence[Cost]) -> bool:
+    """Whether two visits of an operation make a third one superfluous."""
+    latencies = [cost.latency_s for cost in costs]
+    return max(latencies) - min(latencies) < AGREE * min(latencies)
+
+
+def _alone(found: Calibration, rows: Sequence[tuple[Sequence[ConvShape], float]]) -> dict[str, float]:
+    """What convolutions take less in a row than predicted alone: of each one, and of the data between them."""
+    device = calibrated(found, "", "", "")
+    model = AnalyticCostModel(device, alone=True)
+    left, right = [], []
+    for shapes, latency_s in rows:
+        ops = [conv_op(shape, "fp32") for shape in shapes]
+        ends = 4.0 * (
+            shapes[0].batch * shapes[0].channels_in * math.prod(shapes[0].size_in)
+            + shapes[-1].batch * shapes[-1].channels_out * math.prod(shapes[-1].size_out)
+        )
+        moved = sum(op.activation_bytes for op in ops) - ends
+        left.append([(len(ops) - 1) / latency_s, moved / latency_s])
+        right.append(sum(model.cost(op).latency_s for op in ops) / latency_s - 1)
+    launch_s, s_byte = nnls(np.array(left) * _SCALE, np.array(right))[0] * _SCALE
+    return {"launch_s": float(launch_s), "bytes_s": 1 / max(float(s_byte), 1e-15)}
+
+
+def _some(measurements: Sequence[Measurement], most: int) -> list[Measurement]:
+    chosen = np.random.default_rng(0).permutation(len(measurements))[:most]
+    return [measurements[i] for i in sorted(chosen)]
 
 
 def _log_errors(device: Device, measurements: Sequence[Measurement]) -> np.ndarray:
@@ -280,6 +322,5 @@ def _residuals(device: Device, good: Sequence[Measurement]) -> dict[str, Residua
             found[name].append(m)
     result = {}
     for name, mine in found.items():
-        noise = max(0.02, float(np.median([m.cost.sigma_s / m.cost.latency_s for m in mine])))
-        result[name] = fitted(np.array([features(m.op) for m in mine]), _log_errors(device, mine), noise)
+        result[name] = fitted(np.array([features(m.op) for m in mine]), _log_errors(device, mine))
     return result

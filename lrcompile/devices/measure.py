@@ -6,13 +6,9 @@ steady where latencies are not. Interference only ever adds time, so the fastest
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import json
 import math
 import os
 import platform
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -29,13 +25,15 @@ from torch import fx
 from lrcompile.devices.analytic import AnalyticCostModel
 from lrcompile.devices.bench import ORT_ERRORS, Clock, Run, random_array, session_options, waited_s
 from lrcompile.devices.cost import Cost
-from lrcompile.devices.device import Device, load_device
+from lrcompile.devices.device import Device
 from lrcompile.devices.onnx_graph import OPSET
-from lrcompile.devices.onnx_region import LoweredRegion, UnsupportedRegion, lower_op, lower_region
+from lrcompile.devices.onnx_region import LoweredRegion, UnsupportedRegion, lower_chain, lower_op, lower_region
+from lrcompile.devices.profile import load_device
+from lrcompile.devices.timings import Timing, default_cache_dir, key_of, recall, remember
+from lrcompile.errors import DeviceError
 from lrcompile.graph.describe import describe
-from lrcompile.graph.op import OpDesc
+from lrcompile.graph.op import ConvShape, OpDesc
 
-SCHEMA = 2  # of the cache; raise it when a measurement means something else
 SAMPLE_S = 2e-4  # longer samples are hit by interference more often, shorter ones by the timer
 MIN_ROUNDS, MAX_ROUNDS = 6, 30
 BUDGET_S = 0.1  # a side
@@ -43,12 +41,9 @@ SETTLED, UNSETTLED = 0.03, 0.2  # difference between the halves of the samples
 SIGMA_FLOOR = 0.02
 CONTENDED = 0.2  # part of the time that threads waited for a core
 SIGMA_CONTENDED = 0.3
-TOO_NOISY = 0.25  # relative error above which a result is kept for an hour only
-NOISY_KEPT_S = 3600.0
 HOPELESS = 1.3
+FEW = 1 << 14  # random values, repeated to fill an input: making them takes longer than running most operations
 CONFIDENCE = 0.9
-
-Timing = tuple[float, float]  # latency and its standard deviation, in seconds
 
 
 @dataclass
@@ -59,12 +54,6 @@ class Counters:
     reused: int = 0
     skipped: int = 0
     fallbacks: Counter[str] = field(default_factory=Counter)
-
-
-def default_cache_dir() -> Path:
-    """`$XDG_CACHE_HOME/lrcompile/local`, by default under `~/.cache`."""
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(base) / "lrcompile" / "local"
 
 
 @dataclass(frozen=True)
@@ -116,6 +105,17 @@ class LocalCostModel:
         assert timings is not None
         return Cost(*timings[0], op.flops, op.weight_bytes, op.activation_bytes)
 
+    def chain(self, shapes: Sequence[ConvShape]) -> Cost:
+        """The price of convolutions in a row, in one session.
+
+        Raises:
+            DeviceError: ONNX Runtime cannot run them.
+        """
+        timings = self._timings((lower_chain(shapes),), worth=lambda: True)
+        if not isinstance(timings, tuple):
+            raise DeviceError(f"convolutions in a row cannot be measured here: {timings}")
+        return Cost(*timings[0])
+
     def compare(self, before: fx.GraphModule, after: fx.GraphModule) -> tuple[Cost, Cost]:
         """Prices of a region before and after a rewrite, measured as a pair, all nodes included.
 
@@ -154,7 +154,7 @@ class LocalCostModel:
         key = _key(signatures, self.threads)
         if key in self._unmeasurable:
             return self._unmeasurable[key]
-        known = self._memory.get(key) or self._load(key, len(distinct))
+        known = self._memory.get(key) or recall(self.cache_dir, key, len(distinct))
         if known is not None:
             self._memory[key] = known
             self.counters.reused += 1
@@ -169,35 +169,12 @@ class LocalCostModel:
             return self._unmeasurable[key]
         self.counters.measured += 1
         self._memory[key] = timings
-        self._store(key, timings)
+        remember(self.cache_dir, key, timings)
         return timings
 
     def _predicted(self, reason: str, prediction: Any) -> Any:
         self.counters.fallbacks[reason] += 1
         return prediction
-
-    def _load(self, key: str, sides: int) -> tuple[Timing, ...] | None:
-        if self.cache_dir is None:
-            return None
-        path = self.cache_dir / f"{key}.json"
-        try:
-            age_s = time.time() - path.stat().st_mtime
-            stored = json.loads(path.read_text(encoding="utf-8"))
-            timings = tuple((float(latency_s), float(sigma_s)) for latency_s, sigma_s in stored["timings_s"])
-        except (OSError, ValueError, KeyError, TypeError):
-            return None  # absent or damaged: measured again and rewritten
-        good = all(math.isfinite(value) and value > 0 for timing in timings for value in timing)
-        noisy = any(sigma_s > TOO_NOISY * latency_s for latency_s, sigma_s in timings)
-        return timings if good and len(timings) == sides and not (noisy and age_s > NOISY_KEPT_S) else None
-
-    def _store(self, key: str, timings: tuple[Timing, ...]) -> None:
-        if self.cache_dir is None:
-            return
-        with contextlib.suppress(OSError):  # a full or read-only disk costs a measurement next time, nothing else
-            self.cache_dir.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile("w", dir=self.cache_dir, suffix=".tmp", delete=False) as file:
-                json.dump({"timings_s": timings}, file)
-            os.replace(file.name, self.cache_dir / f"{key}.json")
 
 
 def open_region(region: LoweredRegion, threads: int | None = None) -> Run:
@@ -212,8 +189,8 @@ def open_region(region: LoweredRegion, threads: int | None = None) -> Run:
     rng = np.random.default_rng(0)
     held = []  # a bound value does not own its memory
     for port in region.inputs:
-        value = random_array(rng, port.shape, helper.tensor_dtype_to_np_dtype(port.elem_type))
-        held.append(ort.OrtValue.ortvalue_from_numpy(value))
+        few = random_array(rng, (min(math.prod(port.shape), FEW),), helper.tensor_dtype_to_np_dtype(port.elem_type))
+        held.append(ort.OrtValue.ortvalue_from_numpy(np.resize(few, port.shape)))
         binding.bind_ortvalue_input(port.name, held[-1])
     for port in region.outputs:
         dtype = helper.tensor_dtype_to_np_dtype(port.elem_type)
@@ -301,9 +278,7 @@ def _arithmetic() -> AnalyticCostModel:
 
 
 def _key(signatures: Sequence[str], threads: int | None) -> str:
-    count = usable_cores() if threads is None else threads
-    facts = [SCHEMA, ort.__version__, cpu_name(), count, *signatures]
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    return key_of(ort.__version__, cpu_name(), usable_cores() if threads is None else threads, *signatures)
 
 
 def _with_traffic(gm: fx.GraphModule, timing: Timing) -> Cost:

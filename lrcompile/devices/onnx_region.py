@@ -9,6 +9,7 @@ Gelu, with a dynamic batch into MatMul + BiasGelu.
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -33,7 +34,7 @@ from lrcompile.devices.onnx_ops import FUNCTIONS, MODULES, UNARY
 from lrcompile.graph.graph import attribute
 from lrcompile.graph.op import ConvShape, GemmShape, OpDesc
 
-__all__ = ["LoweredRegion", "UnsupportedRegion", "lower_op", "lower_region", "region_to_onnx"]
+__all__ = ["LoweredRegion", "UnsupportedRegion", "lower_chain", "lower_op", "lower_region", "region_to_onnx"]
 
 _PROTOBUF_BYTES = 2**31 - 2**20  # a serialised model must stay below 2 GiB
 _FLOATS = {"fp64": torch.float64, "fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16}
@@ -130,7 +131,8 @@ def _function(builder: Builder, node: fx.Node) -> Value:
 def lower_op(op: OpDesc) -> LoweredRegion | None:
     """One described operation on its own, or None where it has no simple form.
 
-    Products and convolutions keep their shapes; what only moves data becomes a Relu over as many bytes.
+    Products and convolutions keep their shapes, and a product with a weight is a linear layer with its bias; what only
+    moves data becomes a Relu over as many bytes.
     """
     dtype = _FLOATS.get(op.dtype)
     if op.gemm is not None and dtype is not None:
@@ -145,6 +147,21 @@ def lower_op(op: OpDesc) -> LoweredRegion | None:
     return None
 
 
+def lower_chain(shapes: Sequence[ConvShape]) -> LoweredRegion:
+    """Convolutions in fp32, each of the one before; ONNX Runtime then keeps values in blocks of channels."""
+    parts = [_lower_conv(shape, torch.float32) for shape in shapes]
+    region = LoweredRegion(list[onnx.NodeProto](), parts[0].inputs, dynamic_batch=False)
+    for i, part in enumerate(parts):
+        region.weights.append(replace(part.weights[0], name=f"w{i}"))
+        node = part.nodes[0]
+        del node.input[:], node.output[:]
+        node.input.extend([f"v{i - 1}" if i else "x0", f"w{i}"])
+        node.output.append(f"v{i}")
+        region.nodes.append(node)
+    region.outputs.append(replace(parts[-1].outputs[0], name=f"v{len(parts) - 1}"))
+    return region
+
+
 def _lower_gemm(shape: GemmShape, dtype: torch.dtype, *, weight: bool) -> LoweredRegion:
     region = LoweredRegion(dynamic_batch=False)
     batch = (shape.batch,) if shape.batch > 1 else ()
@@ -154,7 +171,11 @@ def _lower_gemm(shape: GemmShape, dtype: torch.dtype, *, weight: bool) -> Lowere
         region.weights.append(Weight("w0", torch.empty(sizes, dtype=dtype, device="meta")))
     else:
         region.inputs.append(Port("w0", DTYPES[dtype], sizes))
-    region.nodes.append(helper.make_node("MatMul", ["x0", "w0"], ["v0"]))
+    if weight and not batch:  # a linear layer: nearly all have a bias, and adding it takes its time
+        region.weights.append(Weight("b0", torch.empty(shape.n, dtype=dtype, device="meta")))
+        region.nodes.append(helper.make_node("Gemm", ["x0", "w0", "b0"], ["v0"]))
+    else:
+        region.nodes.append(helper.make_node("MatMul", ["x0", "w0"], ["v0"]))
     region.outputs.append(Port("v0", DTYPES[dtype], (*batch, shape.m, shape.n)))
     return region
 

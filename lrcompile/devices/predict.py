@@ -5,13 +5,13 @@ from __future__ import annotations
 import csv
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from lrcompile.devices.analytic import AnalyticCostModel, Direction, conv_latency_s
 from lrcompile.devices.device import Device
 from lrcompile.errors import DeviceError, InputError
-from lrcompile.graph.op import DTYPE_BYTES, ConvShape, Layout, OpDesc, RecurrentShape, gemm_op
+from lrcompile.graph.op import DTYPE_BYTES, ConvShape, Layout, OpDesc, RecurrentShape, conv_op, gemm_op
 
 _GEMM_OPS = ("gemm", "linear", "bmm")
 _CONV_OPS: dict[str, Direction] = {"conv2d_fwd": "forward", "conv2d_bwd_data": "data", "conv2d_bwd_weight": "weight"}
@@ -112,22 +112,29 @@ def _predict(row: _Row, model: AnalyticCostModel, dtype: str | None) -> tuple[fl
         model.device.compute_dtype(name)
     except DeviceError as error:
         raise DeviceError(f"row {row.number}: {error}") from error
+    op, direction = _described(row, name)
+    if direction != "forward":
+        assert op.conv is not None
+        latency_s = conv_latency_s(model.device, op.conv, name, direction)
+        return latency_s * 1e3, latency_s * 1e3 * model.device.sigma_relative["conv"]
+    cost = model.cost(op)
+    return cost.latency_s * 1e3, cost.sigma_s * 1e3
+
+
+def describe_rows(rows: Sequence[Mapping[str, str]], dtype: str) -> list[OpDesc]:
+    """The operations of rows as `predict_rows` takes them, gradients as their forward passes; InputError likewise."""
+    return [_described(_Row(number, row), dtype)[0] for number, row in enumerate(rows, start=1)]
+
+
+def _described(row: _Row, dtype: str) -> tuple[OpDesc, Direction]:
     op = row.op()
     if op in _CONV_OPS:
-        latency_s = conv_latency_s(model.device, _conv(row), name, _CONV_OPS[op])
-        return latency_s * 1e3, latency_s * 1e3 * model.device.sigma_relative["conv"]
-    describe: Callable[[_Row, str, str], OpDesc] | None = None
-    if op in _GEMM_OPS:
-        describe = _gemm
-    elif op in _MEMORY_OPS:
-        describe = _memory
-    elif op in _RECURRENT_OPS:
-        describe = _recurrent
-    if describe is None:
-        known = (*_GEMM_OPS, *_CONV_OPS, *_MEMORY_OPS, *_RECURRENT_OPS)
-        raise row.error(f"column op: expected one of {', '.join(known)}, got {op!r}")
-    cost = model.cost(describe(row, op, name))
-    return cost.latency_s * 1e3, cost.sigma_s * 1e3
+        return conv_op(_conv(row), dtype), _CONV_OPS[op]
+    for names, describe in ((_GEMM_OPS, _gemm), (_MEMORY_OPS, _memory), (_RECURRENT_OPS, _recurrent)):
+        if op in names:
+            return describe(row, op, dtype), "forward"
+    known = (*_GEMM_OPS, *_CONV_OPS, *_MEMORY_OPS, *_RECURRENT_OPS)
+    raise row.error(f"column op: expected one of {', '.join(known)}, got {op!r}")
 
 
 def _gemm(row: _Row, op: str, dtype: str) -> OpDesc:

@@ -56,6 +56,8 @@ def _lines(device: Device) -> Iterator[str]:
     for key, seconds in device.launch_s.items():
         yield figure("launch", key, seconds * 1e6, "us")
     yield figure("launch", "recurrent_step", device.recurrent_step_s * 1e6, "us")
+    if device.host_s:
+        yield figure("launch", "host", device.host_s * 1e6, "us")
     yield "\n[sigma]"
     for key, sigma in device.sigma_relative.items():
         yield figure("sigma", key, sigma, "of latency")
@@ -63,6 +65,10 @@ def _lines(device: Device) -> Iterator[str]:
         if names:
             yield f"\n[{table}]"
             yield from (f"{key} = {{ source = {_quoted(source[f'{table}.{key}'])} }}" for key in sorted(names))
+    if device.alone:
+        yield "\n[alone]"
+        yield figure("alone", "conv_launch", device.alone["launch_s"] * 1e6, "us")
+        yield figure("alone", "conv_bandwidth", device.alone["bytes_s"] / 1e9, "GB/s")
     for name, residuals in device.residuals.items():
         yield from _residuals(name, residuals, source[f"residuals.{name}"])
 
@@ -98,8 +104,8 @@ def _engine(place: str, engine: Engine, source: Mapping[str, str], figure: Any) 
 def _residuals(name: str, residuals: Residuals, source: str) -> Iterator[str]:
     yield f"\n[residuals.{name}]"
     yield f"source = {_quoted(source)}"
-    for key in ("reach", "spread", "noise"):
-        yield f"{key} = {getattr(residuals, key):.6g}"
+    yield f"reach = [{', '.join(f'{x:.5g}' for x in residuals.reach)}]"
+    yield from (f"{key} = {getattr(residuals, key):.6g}" for key in ("spread", "noise"))
     yield "points = ["
     for point, value in zip(residuals.points, residuals.values, strict=True):
         yield f"    [{', '.join(f'{x:.5g}' for x in (*point, value))}],"

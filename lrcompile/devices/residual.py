@@ -4,79 +4,115 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+from scipy.linalg import cho_factor, cho_solve
+from scipy.optimize import minimize
+from scipy.spatial.distance import cdist
 
 from lrcompile.graph.op import ConvShape, GemmShape, OpDesc
 
-ENOUGH = 200  # values to find reach and spread by: the work grows with the cube of their number
-WIDTHS = {"gemm": 4, "bmm": 4, "pointwise": 7, "conv": 7, "depthwise": 7, "memory": 1}
+ENOUGH = 600  # values to find reach, spread and noise by: the work grows with the cube of their number
+NEAREST = 160  # values that say something about a shape
+BLOCK = 16  # channels in a block of ONNX Runtime's convolutions on AVX-512, and a width of its products
+WIDTHS = {"gemm": 9, "bmm": 9, "pointwise": 16, "conv": 16, "depthwise": 16, "memory": 1}
 """How many features the families of operations have."""
+_REACH, _SPREAD, _NOISE = 16.0, 0.4, 0.03  # where the search starts
+_BOUNDS = ((0.05, 1e3), (0.01, 3.0), (0.01, 0.3))  # of each
+_HELD = 0.04  # how strongly reaches are held to where the search starts, in a logarithm's variance
 
 
 @dataclass(frozen=True, eq=False)
 class Residuals:
     """Logarithms of measured over predicted latency at some shapes, and how far one of them reaches.
 
-    A Gaussian process with the kernel spread² · exp(−distance/reach) and independent noise (Rasmussen and Williams,
-    Gaussian Processes for Machine Learning, 2006, eq. 2.23 and 4.18): not smooth, as kernels of libraries are not.
-    `points` are [count × features], in log₂ of sizes.
+    A Gaussian process with the kernel spread² · exp(−‖difference/reach‖) and independent noise (Rasmussen and Williams,
+    Gaussian Processes for Machine Learning, 2006, eq. 2.23 and 4.18): not smooth, as kernels of libraries are not. A
+    prediction uses the nearest values. `points` are [count × features], `reach` is one a feature.
     """
 
     points: np.ndarray
     values: np.ndarray
-    reach: float
+    reach: np.ndarray
     spread: float
     noise: float
 
     @cached_property
-    def _solved(self) -> tuple[np.ndarray, np.ndarray]:
-        """(weights of the points, inverse of the covariance's lower factor): inverted once, used for every shape."""
-        covariance = self._kernel(self.points, self.points) + self.noise**2 * np.eye(len(self.points))
-        inverse = np.linalg.inv(np.linalg.cholesky(covariance))
-        return inverse.T @ (inverse @ self.values), inverse
+    def _scaled(self) -> np.ndarray:
+        return self.points / self.reach
 
     def at(self, features: Sequence[float]) -> tuple[float, float]:
-        """(correction, what is left of the spread) of a shape, in logarithms of latency."""
-        if not len(self.points):
-            return 0.0, self.spread
-        weights, inverse = self._solved
-        near = self._kernel(np.asarray([features]), self.points)[0]
-        known = inverse @ near
-        return float(near @ weights), math.sqrt(max(0.0, self.spread**2 - float(known @ known)) + self.noise**2)
+        """(correction, standard deviation of a measurement from it) of a shape, in logarithms of latency."""
+        correction, covariance = self.joint([features])
+        return float(correction[0]), math.sqrt(covariance[0, 0] + self.noise**2)
 
-    def _kernel(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        distance = np.sqrt(((a[:, None] - b[None]) ** 2).sum(-1))
-        return self.spread**2 * np.exp(-distance / self.reach)
+    def joint(self, features: Sequence[Sequence[float]]) -> tuple[np.ndarray, np.ndarray]:
+        """Corrections of some shapes, and the covariance of what is not known of them, without noise."""
+        return self._predicted(np.asarray(features, float) / self.reach, np.arange(len(self.points)))
 
     def left_out(self) -> np.ndarray:
-        """The error of each value when it is predicted from all others (ibid., eq. 5.12)."""
-        weights, inverse = self._solved
-        return weights / (inverse**2).sum(0)
+        """The error of each value when it is predicted from all others."""
+        every = np.arange(len(self.points))
+        return np.array(
+            [self.values[i] - self._predicted(self._scaled[i : i + 1], np.delete(every, i))[0][0] for i in every]
+        )
 
-    def log_likelihood(self) -> float:
-        """Of the values, given reach, spread and noise."""
-        weights, inverse = self._solved
-        constant = len(self.values) * math.log(2 * math.pi) / 2
-        return float(np.log(np.diag(inverse)).sum() - self.values @ weights / 2 - constant)
+    def _predicted(self, scaled: np.ndarray, known: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        own = self.spread**2 * np.exp(-cdist(scaled, scaled))
+        if not len(known):
+            return np.zeros(len(scaled)), own
+        away = cdist(scaled, self._scaled[known])
+        if len(known) > NEAREST:
+            some = np.unique(np.argpartition(away, NEAREST, axis=1)[:, :NEAREST])
+            known, away = known[some], away[:, some]
+        near = self.spread**2 * np.exp(-away)
+        factor = cho_factor(self._covariance(self._scaled[known]), check_finite=False)
+        weights = cho_solve(factor, near.T, check_finite=False).T
+        return weights @ self.values[known], own - weights @ near.T
+
+    def _covariance(self, scaled: np.ndarray) -> np.ndarray:
+        return self.spread**2 * np.exp(-cdist(scaled, scaled)) + self.noise**2 * np.eye(len(scaled))
 
 
-def fitted(points: np.ndarray, values: np.ndarray, noise: float) -> Residuals:
-    """Reach and spread that explain the values best, of a grid; by some of the values where there are many."""
+def fitted(points: np.ndarray, values: np.ndarray) -> Residuals:
+    """Reach, spread and noise that explain the values best; found by some of the values where there are many."""
     some = np.random.default_rng(0).permutation(len(points))[:ENOUGH]
-    candidates = (
-        Residuals(points[some], values[some], reach, spread, noise)
-        for reach in (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
-        for spread in (0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.8)
-    )
-    best = max(candidates, key=Residuals.log_likelihood)
-    return replace(best, points=points, values=values)
+    width = points.shape[1]
+    start = np.log([_REACH] * width + [_SPREAD, _NOISE])
+    bounds = np.log([_BOUNDS[0]] * width + list(_BOUNDS[1:]))
+    found = minimize(
+        lambda x: _surprise(x, start, points[some], values[some]), start, jac=True, method="L-BFGS-B", bounds=bounds,
+        options={"maxiter": 40},
+    ).x  # fmt: skip
+    reach, (spread, noise) = np.exp(found[:width]), np.exp(found[width:])
+    return Residuals(points, values, reach, float(spread), float(noise))
+
+
+def _surprise(x: np.ndarray, start: np.ndarray, points: np.ndarray, values: np.ndarray) -> tuple[float, np.ndarray]:
+    """Minus the logarithm of the likelihood and its gradient (ibid., eq. 2.30 and 5.9), by the logarithms of all."""
+    width = points.shape[1]
+    scaled, spread, noise = points / np.exp(x[:width]), math.exp(x[-2]), math.exp(x[-1])
+    distances = cdist(scaled, scaled)
+    kernel = spread**2 * np.exp(-distances)
+    factor = cho_factor(kernel + noise**2 * np.eye(len(values)), lower=True)
+    inverse = cho_solve(factor, np.eye(len(values)))
+    weights = inverse @ values
+    slope = np.outer(weights, weights) - inverse  # of twice the likelihood, by the covariance
+    moved = slope * kernel / np.maximum(distances, 1e-12)
+    np.fill_diagonal(moved, 0.0)
+    by_reach = (scaled**2 * moved.sum(0)[:, None]).sum(0) - (scaled * (moved @ scaled)).sum(0)
+    gradient = -np.append(by_reach, [(slope * kernel).sum(), noise**2 * np.trace(slope)])
+    away = np.append(x[:width] - start[:width], [0.0, 0.0])
+    surprise = float(values @ weights / 2 + np.log(np.diag(factor[0])).sum() + _HELD * (away @ away) / 2)
+    return surprise, gradient + _HELD * away
 
 
 def family(op: OpDesc) -> str | None:
-    """What an operation's residual is kept with, or None where it has none."""
+    """What an operation's residual is kept with, or None where it has none: what is measured is in fp32."""
+    if op.dtype != "fp32":
+        return None
     if op.conv is not None:
         shape = op.conv
         if len(shape.kernel) != 2 or shape.transposed:
@@ -92,7 +128,7 @@ def family(op: OpDesc) -> str | None:
 
 
 def features(op: OpDesc) -> list[float]:
-    """The sizes of an operation that its residual depends on, as logarithms to the base of two."""
+    """What an operation's residual depends on: logarithms of sizes to the base of two, and conditions that jump."""
     if op.conv is not None:
         return _of_conv(op.conv)
     if op.gemm is not None:
@@ -100,25 +136,65 @@ def features(op: OpDesc) -> list[float]:
     return [_log2(op.weight_bytes + op.activation_bytes)]
 
 
+def sizes(op: OpDesc) -> list[float]:
+    """The sizes alone, by which operations of a kind are near to each other; logarithms to the base of two."""
+    if op.conv is not None:
+        shape = op.conv
+        pixels = shape.batch * math.prod(shape.size_out)
+        found = (pixels, shape.channels_in, shape.channels_out, math.prod(shape.kernel), math.prod(shape.stride))
+        return [_log2(size) for size in found]
+    if op.gemm is not None:
+        return [_log2(size) for size in (op.gemm.m, op.gemm.n, op.gemm.k, op.gemm.batch)]
+    return [_log2(op.weight_bytes + op.activation_bytes)]
+
+
 def _of_gemm(shape: GemmShape) -> list[float]:
-    return [_log2(size) for size in (shape.m, shape.n, shape.k, shape.batch)]
+    """Extents, work, and what is empty in the last of 16 and 32 columns and 12 rows; vectors are another kernel."""
+    work = shape.m * shape.n * shape.k * shape.batch
+    extents = [_log2(size) for size in (shape.m, shape.n, shape.k, shape.batch, work)]
+    return [*extents, _empty(shape.n, BLOCK), _empty(shape.n, 2 * BLOCK), _empty(shape.m, 12), float(shape.m == 1)]
 
 
 def _of_conv(shape: ConvShape) -> list[float]:
-    """Pixels, channels in and out, taps, stride, and how much of the blocks of 16 channels is empty."""
+    """Sizes, whether channels are laid out in blocks, and what is empty in the last block of channels or pixels.
+
+    Kernels for blocks take up to four of them at a time, and 6 or 14 pixels of a row; without blocks a convolution is a
+    product with pixels as its columns.
+    """
+    into, out = shape.channels_in, shape.channels_out
+    blocked = float(in_blocks(shape))
+    pixels, taps = math.prod(shape.size_out), math.prod(shape.kernel)
     return [
-        _log2(shape.batch * math.prod(shape.size_out)),
-        _log2(shape.channels_in),
-        _log2(shape.channels_out),
-        _log2(math.prod(shape.kernel)),
-        _log2(math.prod(shape.stride)),
-        4 * _empty(shape.channels_in),
-        4 * _empty(shape.channels_out),
+        _log2(pixels),
+        _log2(shape.batch),
+        _log2(into),
+        _log2(out),
+        _log2(taps),
+        math.log2(math.prod(shape.stride)),
+        blocked,
+        float(into < BLOCK),
+        blocked * _empty(into, BLOCK),
+        blocked * _empty(out, BLOCK),
+        blocked * _log2(_padded(out, 4 * BLOCK) / max(_padded(out, BLOCK), 1)),
+        blocked * _empty(shape.size_out[-1], 14),
+        (1 - blocked) * _empty(pixels, BLOCK),
+        (1 - blocked) * _empty(out, 12),
+        _empty(shape.size_out[-1], 6),
+        _log2(pixels * shape.batch * into * out // shape.groups * taps),
     ]
 
 
-def _empty(channels: int) -> float:
-    return _log2(-(-channels // 16) * 16 / channels)
+def in_blocks(shape: ConvShape) -> bool:
+    """Whether ONNX Runtime lays the channels out in blocks: those that come in fours, and few (found by measuring)."""
+    return shape.channels_in % 4 == 0 or shape.channels_in < BLOCK
+
+
+def _empty(size: int, block: int) -> float:
+    return _log2(_padded(size, block) / size) if size else 0.0
+
+
+def _padded(size: int, block: int) -> int:
+    return -(-size // block) * block
 
 
 def _log2(size: float) -> float:

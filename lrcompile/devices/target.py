@@ -6,9 +6,10 @@ from dataclasses import dataclass, replace
 
 from lrcompile.devices.analytic import AnalyticCostModel
 from lrcompile.devices.cost import CostModel
-from lrcompile.devices.device import Device, load_device
+from lrcompile.devices.device import Device
 from lrcompile.devices.measure import LocalCostModel, local_device
 from lrcompile.devices.onnx_graph import OPSET
+from lrcompile.devices.profile import load_device
 
 
 @dataclass(frozen=True)

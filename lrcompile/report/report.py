@@ -144,14 +144,17 @@ def _with_canonical(decision: Decision, passes: Sequence[str]) -> Decision:
     return replace(decision, decision="rewritten", pass_name=names, error=decision.error or 0.0, reason=reason)
 
 
-def latency_figures(kind: str, before: Cost, after: Cost) -> dict[str, Any]:
-    """The report's latency entry, in milliseconds; `sigma` is the standard deviation of the saving."""
+def latency_figures(kind: str, before: Cost, after: Cost, sigma_s: float | None = None) -> dict[str, Any]:
+    """The report's latency entry, in milliseconds; `sigma` is the standard deviation of the saving.
+
+    `sigma_s` is that of a prediction, in s; otherwise both sides were measured on their own.
+    """
     return {
         "before": before.latency_s * 1e3,
         "after": after.latency_s * 1e3,
         "speedup": before.latency_s / max(after.latency_s, 1e-12),
         "kind": kind,
-        "sigma": abs((before - after).sigma_s) * 1e3,
+        "sigma": (abs((before - after).sigma_s) if sigma_s is None else sigma_s) * 1e3,
     }
 
 

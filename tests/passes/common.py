@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from lrcompile_passes.layers import CONVS, TRANSPOSED_CONVS
 from torch import Tensor, fx, nn
 
-from lrcompile.devices.device import load_device
+from lrcompile.devices.profile import load_device
 from lrcompile.frontend.export import batch_axes, export
 from lrcompile.frontend.trace import run, trace
 from lrcompile.graph.graph import Graph, fingerprint, propagate

@@ -17,7 +17,7 @@ import torch
 from lrcompile_passes import PASSES
 from torch import Tensor, fx
 
-from lrcompile.devices.device import load_device
+from lrcompile.devices.profile import load_device
 from lrcompile.graph.graph import Graph
 from lrcompile.graph.rewrite import Rewrite
 from lrcompile.passes import Context, Pass, Stage, apply

@@ -1,0 +1,58 @@
+"""Measured latencies remembered on disk, one file each, by a key of what was measured and with what."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+SCHEMA = 2  # raise it when a measurement means something else
+TOO_NOISY = 0.25  # relative error above which a result is kept for an hour only
+NOISY_KEPT_S = 3600.0
+
+Timing = tuple[float, float]  # latency and its standard deviation, in seconds
+
+
+def default_cache_dir() -> Path:
+    """`$XDG_CACHE_HOME/lrcompile/local`, by default under `~/.cache`."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(base) / "lrcompile" / "local"
+
+
+def key_of(*facts: Any) -> str:
+    """The name under which a measurement is remembered."""
+    return hashlib.sha256(json.dumps([SCHEMA, *facts]).encode()).hexdigest()
+
+
+def recall(folder: Path | None, key: str, sides: int) -> tuple[Timing, ...] | None:
+    """The timings of one or two sides, or None: absent or damaged ones are measured again and rewritten."""
+    if folder is None:
+        return None
+    path = folder / f"{key}.json"
+    try:
+        age_s = time.time() - path.stat().st_mtime
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        timings = tuple((float(latency_s), float(sigma_s)) for latency_s, sigma_s in stored["timings_s"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    good = all(math.isfinite(value) and value > 0 for timing in timings for value in timing)
+    noisy = any(sigma_s > TOO_NOISY * latency_s for latency_s, sigma_s in timings)
+    return timings if good and len(timings) == sides and not (noisy and age_s > NOISY_KEPT_S) else None
+
+
+def remember(folder: Path | None, key: str, timings: Sequence[Timing]) -> None:
+    """Writes timings; a full or read-only disk costs a measurement next time, nothing else."""
+    if folder is None:
+        return
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".tmp", delete=False) as file:
+            json.dump({"timings_s": timings}, file)
+        os.replace(file.name, folder / f"{key}.json")

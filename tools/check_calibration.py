@@ -1,0 +1,276 @@
+"""How good a profile of this machine is: `python tools/check_calibration.py mine.toml --out docs/calibration.md`.
+
+Operations that were not calibrated on, whole models, rank steps, and rewrites that the profile is sure of, each against
+measurements with ONNX Runtime. Nothing else should run meanwhile; it takes some 10 minutes. Missed limits make the
+command fail.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice, pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx, nn
+
+from lrcompile.confirm import Reference
+from lrcompile.devices.analytic import AnalyticCostModel
+from lrcompile.devices.calibrate import VISITS, Measurement
+from lrcompile.devices.cost import Cost, total
+from lrcompile.devices.device import Device
+from lrcompile.devices.fusion import describe_all
+from lrcompile.devices.measure import LocalCostModel
+from lrcompile.devices.profile import load_device
+from lrcompile.devices.residual import family
+from lrcompile.devices.sampling import operations
+from lrcompile.frontend.trace import trace
+from lrcompile.graph.op import ConvShape, OpDesc, conv_op
+from lrcompile.passes import Context
+from lrcompile.planning.price import price
+from lrcompile.plugins import discover
+from tools import models
+from tools.validate_profiles import put
+
+SEED = 777  # not that of a calibration
+REPEATS = 0.05  # measurements of one operation that differ by more say nothing about a prediction
+NEAR = 0.1
+SURE = 0.9
+BINS = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99, 1.0)
+TRAINED = {"MiniLM-L6": "minilm", "EfficientNet-Lite0": "efficientnet-lite0"}
+LIMITS = {"operations": 0.9, "models": 0.08, "pairs": 60, "sure": 0.9}
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A part of the page: its text, a line for the screen, and whether its limit holds."""
+
+    text: str
+    line: str
+    holds: bool
+
+
+# --------------------------------------------------------------------------------------------------------- operations
+
+
+def check_operations(device: Device, count: int) -> Checked:
+    """Fresh operations, each measured twice; those that differ from themselves are left out and counted."""
+    ops = list(islice(operations(SEED), count))
+    first, second = measured(ops), measured(ops)
+    model = AnalyticCostModel(device, alone=True)
+    errors: dict[str, list[float]] = defaultdict(list)
+    bars, left = [], 0
+    for op, a, b in zip(ops, first, second, strict=True):
+        if abs(a / b - 1) > REPEATS:
+            left += 1
+            continue
+        truth, cost = (a + b) / 2, model.cost(op)
+        errors[family(op) or ""].append(abs(cost.latency_s / truth - 1))
+        bars.append(abs(cost.latency_s - truth) <= 2 * cost.sigma_s)
+    rows = [*errors.items(), ("all", [error for found in errors.values() for error in found])]
+    lines = ["| operations | count | within 10 % | mean error | worst |", "|---|---|---|---|---|"]
+    for name, found in rows:
+        near = float(np.mean(np.array(found) <= NEAR))
+        lines.append(f"| {name} | {len(found)} | {near:.0%} | {np.mean(found):.1%} | {max(found):.0%} |")
+    line = (
+        f"{count} operations, {left} left out: {near:.1%} within {NEAR:.0%} (asked {LIMITS['operations']:.0%}), "
+        f"{np.mean(bars):.0%} within two error bars"
+    )
+    return Checked("\n".join(lines), line, near >= LIMITS["operations"])
+
+
+def measured(ops: Sequence[OpDesc]) -> list[float]:
+    """Latencies in s: each operation is measured as often as a calibration does, with all others between."""
+    costs: list[list[Cost]] = [[] for _ in ops]
+    for _ in range(VISITS):
+        model = LocalCostModel(cache_dir=None)
+        for op, known in zip(ops, costs, strict=True):
+            known.append(model.cost(op))
+    return [Measurement.of(op, known).cost.latency_s for op, known in zip(ops, costs, strict=True)]
+
+
+# --------------------------------------------------------------------------------------------------------- rank steps
+
+
+def check_steps(device: Device) -> Checked:
+    """What one channel more than a block takes, of a split 1×1 convolution and of a Tucker core."""
+
+    def conv(into: int, out: int, taps: int) -> OpDesc:
+        pad = ((taps // 2,) * 2,) * 2
+        return conv_op(ConvShape(1, into, out, (28, 28), (28, 28), (taps, taps), (1, 1), pad, (1, 1)), "fp32")
+
+    def split(rank: int) -> list[OpDesc]:
+        return [conv(512, rank, 1), conv(rank, 128, 1)]
+
+    def tucker(rank: int) -> list[OpDesc]:
+        return [conv(128, rank, 1), conv(rank, rank, 3), conv(rank, 128, 1)]
+
+    model = AnalyticCostModel(device, alone=True)
+    lines = ["| convolutions at 28×28 | ranks | measured | predicted |", "|---|---|---|---|"]
+    seen = []
+    for name, made in (("1×1, 512→r→128", split), ("Tucker 3×3, 128→r→r→128", tucker)):
+        for rank in (32, 64):
+            sides = [made(rank), made(rank + 1)]
+            latencies = measured([op for side in sides for op in side])
+            half = len(sides[0])
+            truth = sum(latencies[half:]) / sum(latencies[:half])
+            low, high = (total([model.cost(op) for op in side]).latency_s for side in sides)
+            lines.append(f"| {name} | {rank} → {rank + 1} | ×{truth:.2f} | ×{high / low:.2f} |")
+            seen.append(truth < 1.05 or high / low > 1 + (truth - 1) / 2)
+    line = f"rank steps: {sum(seen)} of {len(seen)} are in the predictions, by at least half of their height"
+    return Checked("\n".join(lines), line, all(seen))
+
+
+# ------------------------------------------------------------------------------------------------------- whole models
+
+
+def panel() -> dict[str, Callable[[], tuple[nn.Module, tuple[Any, ...], dict[str, Any]]]]:
+    """The trained models and those of the tests."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+    from panel import PANEL
+
+    def trained(name: str) -> Callable[[], tuple[nn.Module, tuple[Any, ...], dict[str, Any]]]:
+        return lambda: (*models.trained(name)[0], {})
+
+    return {**{name: trained(key) for name, key in TRAINED.items()}, **PANEL}
+
+
+def check_models(device: Device) -> Checked:
+    """The sum of the prices of a model's operations against the model as ONNX Runtime runs it."""
+    model = AnalyticCostModel(device)
+    lines = ["| model | measured | predicted | error |", "|---|---|---|---|"]
+    errors = {}
+    for name, make in panel().items():
+        module, args, kwargs = make()
+        traced = trace(module.eval(), args, kwargs)
+        truth = Reference.of(traced).latency().latency_s
+        predicted = total([model.cost(op) for op in describe_all(traced.graph.gm, device.fuses).values()]).latency_s
+        errors[name] = predicted / truth - 1
+        lines.append(f"| {name} | {truth * 1e3:.3f} ms | {predicted * 1e3:.3f} ms | {errors[name]:+.0%} |")
+        print(lines[-1], flush=True)
+    middle = statistics.median(map(abs, errors.values()))
+    worst = max(errors, key=lambda name: abs(errors[name]))
+    line = f"{len(errors)} models: median error {middle:.1%} (asked {LIMITS['models']:.0%}), worst {worst}"
+    return Checked("\n".join(lines), f"{line} {errors[worst]:+.0%}", middle <= LIMITS["models"])
+
+
+# ----------------------------------------------------------------------------------------------------------- rewrites
+
+
+@dataclass
+class Recording:
+    """A cost model that keeps what it was asked to compare."""
+
+    model: AnalyticCostModel
+    kind: str = "analytic"
+    pairs: list[tuple[fx.GraphModule, fx.GraphModule, Cost]] = field(default_factory=list)
+
+    def cost(self, op: OpDesc) -> Cost:
+        return self.model.cost(op)
+
+    def compare(self, before: fx.GraphModule, after: fx.GraphModule) -> tuple[Cost, Cost]:
+        costs = self.model.compare(before, after)
+        self.pairs.append((before, after, costs[0] - costs[1]))
+        return costs
+
+
+def layers(seed: int) -> Iterator[tuple[nn.Module, torch.Tensor]]:
+    """Linear layers and convolutions that are large enough to be split, without end."""
+    for op in operations(seed):
+        if op.flops < 2e6:
+            continue
+        if op.conv is not None and op.conv.groups == 1:
+            c = op.conv
+            module = nn.Conv2d(c.channels_in, c.channels_out, c.kernel[0], c.stride[0], c.padding[0][0])  # all square
+            yield module.eval(), torch.randn(c.batch, c.channels_in, *c.size_in)
+        elif op.gemm is not None and op.weight_bytes:
+            yield nn.Linear(op.gemm.k, op.gemm.n).eval(), torch.randn(op.gemm.m, op.gemm.k)
+
+
+def pairs_of(device: Device, count: int) -> list[tuple[fx.GraphModule, fx.GraphModule, float]]:
+    """Rewrites of random layers with the chance of being faster: of each layer the surest one, and one at random."""
+    passes, context, rng = discover().passes, Context(device), np.random.default_rng(SEED)
+    found: list[tuple[fx.GraphModule, fx.GraphModule, float]] = []
+    for module, example in layers(SEED):
+        recording = Recording(AnalyticCostModel(device))
+        price(trace(module, (example,)).graph, passes, context, recording)
+        if recording.pairs:
+            best = max(recording.pairs, key=lambda pair: pair[2].p_positive)
+            other = recording.pairs[int(rng.integers(len(recording.pairs)))]
+            found += [(a, b, gain.p_positive) for a, b, gain in ((best, other) if other is not best else (best,))]
+        if len(found) >= count:
+            return found[:count]
+    return found
+
+
+def check_pairs(device: Device, count: int, plot: Path | None) -> Checked:
+    """Rewrites with a chance of being faster against what is measured, original and rewrite in turn."""
+    chances, faster = [], []
+    for before, after, chance in pairs_of(device, count):
+        ratios = []
+        for _ in range(VISITS):
+            old, new = LocalCostModel(cache_dir=None).compare(before, after)
+            ratios.append(new.latency_s / old.latency_s)
+        chances.append(chance)
+        faster.append(statistics.median(ratios) < 1)
+    p, won = np.array(chances), np.array(faster)
+    lines = ["| chance of being faster | rewrites | mean chance | faster |", "|---|---|---|---|"]
+    bars = []
+    for low, high in pairwise(BINS):
+        inside = (p >= low) & ((p < high) | (high == 1.0))
+        if inside.any():
+            bars.append((float(p[inside].mean()), float(won[inside].mean()), int(inside.sum())))
+            lines.append(
+                f"| {low:g} to {high:g} | {inside.sum()} | {p[inside].mean():.2f} | {won[inside].mean():.0%} |"
+            )
+    accepted = p >= SURE
+    share = float(won[accepted].mean()) if accepted.any() else 0.0
+    line = f"{accepted.sum()} of {len(p)} rewrites have a chance of {SURE:g} or more; {share:.1%} of them are faster"
+    if plot is not None:
+        from lrcompile.report.plots import plot_reliability
+
+        plot_reliability(bars, plot)
+    return Checked("\n".join(lines), line, accepted.sum() >= LIMITS["pairs"] and share >= LIMITS["sure"])
+
+
+# ---------------------------------------------------------------------------------------------------------------- all
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("profile", help="made by lrcompile calibrate on this machine")
+    parser.add_argument("parts", nargs="*", metavar="PART", help="operations, steps, models, pairs (default: all)")
+    parser.add_argument("--operations", type=int, default=200, help="how many (default: %(default)s)")
+    parser.add_argument("--pairs", type=int, default=240, help="how many (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="put the tables into this page, between their marks")
+    options = parser.parse_args(arguments)
+    device = load_device(options.profile)
+    plot = options.out.with_name("reliability.svg") if options.out else None
+    parts: dict[str, Callable[[], Checked]] = {
+        "operations": lambda: check_operations(device, options.operations),
+        "steps": lambda: check_steps(device),
+        "models": lambda: check_models(device),
+        "pairs": lambda: check_pairs(device, options.pairs, plot),
+    }
+    held = True
+    for name in options.parts or parts:
+        checked = parts[name]()
+        print(checked.text, checked.line, "" if checked.holds else "MISSED", sep="\n", flush=True)
+        held &= checked.holds
+        if options.out:
+            text = f"{checked.line[0].upper()}{checked.line[1:]}.\n\n{checked.text}"
+            put(options.out, f"<!-- {name}: start -->", text, f"<!-- {name}: end -->")
+    return int(not held)
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    sys.exit(main())
