@@ -33,6 +33,8 @@ GEMM, NEAR, FAR = (gemm_op(512, n, 1024, "fp16") for n in (1024, 1088, 8))
 def test_what_stands_on_both_sides_cancels() -> None:
     assert difference_sigma_s(V100, priced(GEMM), priced(replace(GEMM, label="another"))) == 0
     assert difference_sigma_s(V100, priced(GEMM, FAR), priced(FAR)) == pytest.approx(MODEL.cost(GEMM).sigma_s)
+    biased = replace(GEMM, weight_bytes=GEMM.weight_bytes + 2048)
+    assert difference_sigma_s(V100, priced(GEMM), priced(biased)) < 0.01 * MODEL.cost(GEMM).sigma_s
     assert difference_sigma_s(V100, [], []) == 0
 
 

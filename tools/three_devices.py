@@ -1,7 +1,8 @@
 """ResNet-50 for three devices: `python tools/three_devices.py --out docs/cost-model.md`.
 
-Which layers are split depends on the device, as Hajimolahoseini et al. report (arXiv 2309.12412: +15.79 % inference
+Which layers are split, and at which rank, depends on the device, as Hajimolahoseini et al. report (arXiv 2309.12412: +15.79 % inference
 throughput on an Ascend 310). The weights are random, so any error is allowed: what is compared is where it pays.
+The command fails if two devices get the same layers and ranks.
 """
 
 from __future__ import annotations
@@ -39,31 +40,27 @@ def split_layers(result: lrcompile.Result) -> dict[str, str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", type=int, default=1, help="(default: %(default)s)")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32], help="(default: %(default)s)")
     parser.add_argument("--out", type=Path, help="put the table into this page, between its marks")
     options = parser.parse_args(arguments)
-    lines = ["| device | layers split | original | compiled | throughput |", "|---|---|---|---|---|"]
-    layers = {}
-    for device in DEVICES:
-        result = solved(device, options.batch)
-        layers[device] = split_layers(result)
-        ms = result.report.latency_ms
-        bar = ms["sigma"] / ms["after"] * ms["speedup"]
-        lines.append(
-            f"| {device} | {len(layers[device])} | {ms['before']:.2f} ms | {ms['after']:.2f} ms "
-            f"| {ms['speedup'] - 1:+.1%} ± {bar:.1%} |"
-        )
-        print(lines[-1], flush=True)
-    differ = []
-    for a, b in combinations(DEVICES, 2):
-        only = len(layers[a].keys() ^ layers[b].keys())
-        other = sum(layers[a][site] != layers[b][site] for site in layers[a].keys() & layers[b].keys())
-        differ.append(f"{a} and {b} differ in {only} layers, and in the rank or form of {other} more")
-    text = "\n".join([*lines, "", f"{'; '.join(differ)}."])
-    print(text)
+    lines = ["| batch | device | layers split | original | compiled | throughput |", "|---|---|---|---|---|---|"]
+    alike = False
+    for batch in options.batches:
+        layers = {}
+        for device in DEVICES:
+            result = solved(device, batch)
+            layers[device] = split_layers(result)
+            ms = result.report.latency_ms
+            bar = ms["sigma"] / ms["after"] * ms["speedup"]
+            lines.append(
+                f"| {batch} | {device} | {len(layers[device])} | {ms['before']:.2f} ms | {ms['after']:.2f} ms "
+                f"| {ms['speedup'] - 1:+.1%} ± {bar:.1%} |"
+            )
+            print(lines[-1], flush=True)
+        alike |= any(layers[a] == layers[b] for a, b in combinations(DEVICES, 2))
     if options.out:
-        put(options.out, START, text, END)
-    return int(not all(layers[a] != layers[b] for a, b in combinations(DEVICES, 2)))
+        put(options.out, START, "\n".join(lines), END)
+    return int(alike)
 
 
 if __name__ == "__main__":

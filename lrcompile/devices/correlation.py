@@ -39,6 +39,8 @@ def _variance(device: Device, name: str, group: Sequence[tuple[OpDesc, float, fl
     signed: dict[OpDesc, tuple[float, float]] = defaultdict(lambda: (0.0, 0.0))
     for labelled, latency_s, sigma_s in group:
         op = replace(labelled, label="")
+        if op.gemm is not None or op.conv is not None:
+            op = replace(op, weight_bytes=0.0)  # with a bias or without: the same kernel
         signed[op] = (signed[op][0] + latency_s, signed[op][1] + sigma_s)
     ops = [op for op, (latency_s, _) in signed.items() if latency_s]
     if not ops:
