@@ -1,8 +1,8 @@
 """ResNet-50 for three devices: `python tools/three_devices.py --out docs/cost-model.md`.
 
-Which layers are split, and at which rank, depends on the device, as Hajimolahoseini et al. report (arXiv 2309.12412: +15.79 % inference
-throughput on an Ascend 310). The weights are random, so any error is allowed: what is compared is where it pays.
-The command fails if two devices get the same layers and ranks.
+Which layers are split, and at which rank, depends on the device, as Hajimolahoseini et al. report (arXiv 2309.12412:
++15.79 % inference throughput on an Ascend 310). The weights are random, so any error is allowed: what is compared is
+where it pays. The command fails if two devices get the same layers and ranks.
 """
 
 from __future__ import annotations
