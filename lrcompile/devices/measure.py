@@ -139,12 +139,11 @@ class LocalCostModel:
     def worth_measuring(self, before: fx.GraphModule, after: fx.GraphModule) -> bool:
         """False where the x86-ort profile is 90 % sure that the rewrite is more than 1.3 times slower.
 
-        Launches are left out, because their length varies most between machines. Half of a profile's error is taken
-        to be common to both sides, which cancels in a comparison (our reading).
+        Launches are left out, because their length varies most between machines.
         """
         old, new = _arithmetic().compare(before, after)
         excess = new.latency_s - HOPELESS * old.latency_s
-        sigma = math.hypot(new.sigma_s, HOPELESS * old.sigma_s) / 2
+        sigma = math.hypot(new.sigma_s, HOPELESS * old.sigma_s)
         return Cost(excess, sigma).p_positive < CONFIDENCE
 
     def _timings(self, regions: Sequence[LoweredRegion], worth: Callable[[], bool]) -> tuple[Timing, ...] | str | None:
