@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from torch import fx
 
 from lrcompile.devices.analytic import AnalyticCostModel
 from lrcompile.devices.cost import Cost
@@ -71,10 +72,17 @@ def test_rewrites_are_compared_with_what_is_measured(monkeypatch: pytest.MonkeyP
     assert len(pairs) == 6
     assert all(0 <= chance <= 1 for _, _, chance in pairs)
     monkeypatch.setattr(check_calibration, "pairs_of", lambda device, count: pairs)
-    monkeypatch.setattr(LocalCostModel, "compare", lambda self, before, after: MODEL.compare(before, after))
+
+    def compare(self: LocalCostModel, before: fx.GraphModule, after: fx.GraphModule) -> tuple[Cost, Cost]:
+        self.counters.measured += 1
+        return MODEL.compare(before, after)
+
+    monkeypatch.setattr(LocalCostModel, "compare", compare)
     found = check_pairs(DEVICE, 6, None)
     assert not found.holds  # fewer than 60
     sure = [chance for *_, chance in pairs if chance >= 0.9]
     assert f"{len(sure)} of 6 rewrites have a chance of 0.9 or more" in found.line
     if sure:
         assert "100.0% of them are faster" in found.line
+    monkeypatch.setattr(LocalCostModel, "compare", lambda self, before, after: MODEL.compare(before, after))
+    assert "0 of 0 rewrites" in check_pairs(DEVICE, 6, None).line  # what is predicted does not count

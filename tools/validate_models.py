@@ -12,7 +12,7 @@ import math
 import sys
 import warnings
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean, median
@@ -82,12 +82,8 @@ def points(
     """Predictions for what is published; graphs are made once and kept."""
     model, result = AnalyticCostModel(device), []
     for name, by_batch in rows.items():
-        if name not in graphs:
-            graphs[name] = prepared(name)
-        graph, example = graphs[name]
         for batch, measured_ms in by_batch.items():
-            gm = propagate(graph.copy().gm, (example.new_empty(batch, *example.shape[1:]),)).gm
-            cost = total([model.cost(in_half(op)) for op in describe_all(gm, device.fuses).values()])
+            cost = total([model.cost(in_half(op)) for op in at_batch(name, batch, graphs, device.fuses)])
             result.append(Point(name, batch, measured_ms, cost.latency_s * 1e3, cost.sigma_s * 1e3))
     return result
 
@@ -161,13 +157,15 @@ def eager_table(folder: Path, graphs: dict[str, tuple[Graph, Tensor]]) -> tuple[
     return lines, holds
 
 
-def at_batch(name: str, batch: int, graphs: dict[str, tuple[Graph, Tensor]]) -> list[OpDesc]:
-    """All operations of a model, none fused; graphs are made once and kept."""
+def at_batch(
+    name: str, batch: int, graphs: dict[str, tuple[Graph, Tensor]], fuses: Set[str] = frozenset()
+) -> list[OpDesc]:
+    """All operations of a model; graphs are made once and kept."""
     if name not in graphs:
         graphs[name] = prepared(name)
     graph, example = graphs[name]
     gm = propagate(graph.copy().gm, (example.new_empty(batch, *example.shape[1:]),)).gm
-    return list(describe_all(gm).values())
+    return list(describe_all(gm, fuses).values())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -287,8 +287,7 @@ def _agree(costs: Sequence[Cost]) -> bool:
 
 def _alone(found: Calibration, rows: Sequence[tuple[Sequence[ConvShape], float]]) -> dict[str, float]:
     """What convolutions take less in a row than predicted alone: of each one, and of the data between them."""
-    device = calibrated(found, "", "", "")
-    model = AnalyticCostModel(device, alone=True)
+    model = AnalyticCostModel(replace(found.device, residuals=found.residuals), alone=True)
     left, right = [], []
     for shapes, latency_s in rows:
         ops = [conv_op(shape, "fp32") for shape in shapes]

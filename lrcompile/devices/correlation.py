@@ -51,10 +51,8 @@ def _variance(device: Device, name: str, group: Sequence[tuple[OpDesc, float, fl
         covariance = residuals.joint([features(op) for op in ops])[1] + residuals.noise**2 * np.eye(len(ops))
         return float(latencies @ covariance @ latencies)
     sigmas = np.array([signed[op][1] for op in ops])
-    points = [sizes(op) for op in ops]
-    if len({len(point) for point in points}) > 1:  # convolutions over images and over volumes: no distance
-        return float(sigmas @ sigmas)
-    away = np.linalg.norm(np.array(points)[:, None] - np.array(points)[None], axis=-1)
+    points = np.array([sizes(op) for op in ops])
+    away = np.linalg.norm(points[:, None] - points[None], axis=-1)
     correlation = SHARED * np.exp(-away / REACH)
     np.fill_diagonal(correlation, 1.0)
     return float(sigmas @ correlation @ sigmas)

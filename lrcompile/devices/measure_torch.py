@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from torch.nn import functional
 
 from lrcompile.devices.bench import Clock, Run, waited_s
@@ -78,11 +76,7 @@ def _gemm(shape: GemmShape, *, weight: bool) -> Run:
 def _conv(shape: ConvShape) -> Run:
     if any(before != after for before, after in shape.padding):
         raise DeviceError(f"a convolution with uneven padding {shape.padding} is not measured alone in PyTorch")
-    x = _filled((shape.batch, shape.channels_in, *shape.size_in))
-    w = _filled((shape.channels_out, shape.channels_in // shape.groups, *shape.kernel))
+    x = torch.randn(shape.batch, shape.channels_in, *shape.size_in)
+    w = torch.randn(shape.channels_out, shape.channels_in // shape.groups, *shape.kernel)
     convolution, padding = _CONVOLUTIONS[len(shape.kernel)], [before for before, _ in shape.padding]
     return lambda: convolution(x, w, None, shape.stride, padding, shape.dilation, shape.groups)
-
-
-def _filled(sizes: tuple[int, ...]) -> Tensor:
-    return torch.randn(math.prod(sizes)).reshape(sizes)
