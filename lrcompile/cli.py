@@ -233,9 +233,9 @@ def calibrate(
     if as_json:
         _print_json({"out": str(out), "measured": len(found.measurements), "noisy": found.noisy, "families": rows})
         return
-    shares = ("error", "within_10", "formula")
+    shares = ("error", "within_10", "sigma", "sigma_robust", "formula")
     cells = [(row["family"], str(row["count"]), *(f"{row[key]:.1%}" for key in shares)) for row in rows]
-    names = ("operations", "measured", "error on operations left out", "within 10 %", "of the formula alone")
+    names = ("operations", "measured", "error on operations left out", "within 10 %", "σ", "robust σ", "formula alone")
     console = _console()
     console.print(simple_table(names, cells))
     console.print(f"measured {len(found.measurements)} operations, left {found.noisy} noisy ones out; wrote {out}")

@@ -182,8 +182,8 @@ def prepare_model(
         pricing = price(graph, transforms, context, target.model, keep, clock.progress)
         costs = {} if target.is_local else _node_costs(graph, target)
         pricing = replace(pricing, refusals=(*refusals, *pricing.refusals), node_costs=costs)
-        base = reference.latency() if reference else total(list(costs.values()))
-        original = base if reference else total(list(_node_costs(traced.graph, target).values()))
+        base = reference.latency() if reference else _whole(costs, target)
+        original = base if reference else _whole(_node_costs(traced.graph, target), target)
     return Prepared(
         traced=traced,
         graph=graph,
@@ -340,7 +340,7 @@ def replay(
         measured = Reference.of(traced).measure(graph_after)
         latency = latency_figures("measured", measured.before, measured.after)
     else:
-        before, after = (total(list(_node_costs(g, target).values())) for g in (traced.graph, graph_after))
+        before, after = (_whole(_node_costs(g, target), target) for g in (traced.graph, graph_after))
         sigma_s = _saving_sigma_s(target, traced.graph, graph_after)
         latency = latency_figures(target.model.kind, before, after, sigma_s)
     report = Report(
@@ -414,7 +414,13 @@ def _keeper(graph: Graph, skip: Sequence[str]) -> tuple[Callable[[str], bool], t
 
 
 def _node_costs(graph: Graph, target: Target) -> dict[str, Cost]:
-    return {name: target.model.cost(op) for name, op in describe_all(graph.gm, target.device.fuses).items()}
+    ops = describe_all(graph.gm, target.device.fuses, target.device.lacks)
+    return {name: target.model.cost(op) for name, op in ops.items()}
+
+
+def _whole(costs: Mapping[str, Cost], target: Target) -> Cost:
+    """What a model takes: its operations, and the start of a run where that was measured."""
+    return total([Cost(target.device.network.get("run_s", 0.0)), *costs.values()])
 
 
 def _saving_sigma_s(target: Target, before: Graph, after: Graph) -> float:

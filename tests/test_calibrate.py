@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import fields, replace
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
+from torch import fx
 
 from lrcompile.cli import run
 from lrcompile.devices import calibrate as calibrate_module
@@ -21,13 +21,14 @@ from lrcompile.devices.calibrate import LEAST, VISITS, Calibration, Measurement,
 from lrcompile.devices.cost import Cost
 from lrcompile.devices.device import Device
 from lrcompile.devices.fit import with_figures
-from lrcompile.devices.measure_torch import TorchCostModel, call_of
+from lrcompile.devices.fusion import describe_all
+from lrcompile.devices.measure_torch import TorchCostModel
 from lrcompile.devices.profile import available_devices, load_device
 from lrcompile.devices.profile_text import profile_text
 from lrcompile.devices.residual import NEAREST, WIDTHS, Residuals, _surprise, family, features, fitted
-from lrcompile.devices.sampling import WEIGHTS, operations
+from lrcompile.devices.sampling import WEIGHTS, operations, rows
 from lrcompile.errors import DeviceError
-from lrcompile.graph.op import ConvShape, OpDesc, conv_op, gemm_op
+from lrcompile.graph.op import FUNCTIONS, OpDesc, conv_op, gemm_op
 from tests.test_analytic import CONV
 
 X86 = load_device("x86-ort")
@@ -91,15 +92,16 @@ def test_what_was_not_measured_is_predicted(calibration: Calibration) -> None:
 
 
 def test_the_report_says_how_good_it_is(calibration: Calibration) -> None:
-    rows = {row["family"]: row for row in calibration.summary()}
-    assert set(rows) == set(WEIGHTS)
-    assert sum(row["count"] for row in rows.values()) == len(calibration.measurements)
-    assert rows["gemm"]["error"] < 0.05
-    assert rows["conv"]["error"] < rows["conv"]["formula"]  # it does not know of narrow ones
+    summary = {row["family"]: row for row in calibration.summary()}
+    assert set(summary) == set(WEIGHTS)
+    assert sum(row["count"] for row in summary.values()) == len(calibration.measurements)
+    assert summary["gemm"]["error"] < 0.05
+    assert all(row["sigma_robust"] < 1.5 * row["sigma"] for row in summary.values())  # a few errors are large
+    assert summary["conv"]["error"] < summary["conv"]["formula"]  # it does not know of narrow ones
 
 
 def test_figures_of_what_was_not_measured_keep_their_source(calibration: Calibration) -> None:
-    found = fitted_to(X86, [m for m in calibration.measurements if family(m.op) in ("gemm", "memory")], 0)
+    found = fitted_to(X86, [m for m in calibration.measurements if family(m.op) in ("gemm", "copy")], 0)
     device = calibrated(found, "mine", "made up", "measured here (a test)")
     measured = {key for key, source in device.provenance.items() if source.startswith("measured here (a test)")}
     assert {"launch.gemm", "launch.other", "residuals.gemm", "sigma.gemm"} <= measured
@@ -111,7 +113,7 @@ def test_figures_of_what_was_not_measured_keep_their_source(calibration: Calibra
 
 def test_time_goes_where_predictions_are_bad() -> None:
     measurements = made().measurements
-    good = ("gemm", "bmm", "memory")  # of which the formula says all
+    good = ("gemm", "bmm", *FUNCTIONS)  # of which the formula says all
     share = sum(family(m.op) in good for m in measurements) / len(measurements)
     assert share < 0.8 * sum(WEIGHTS[name] for name in good) / sum(WEIGHTS.values())
 
@@ -134,29 +136,30 @@ def test_a_measurement_is_the_median_of_its_visits() -> None:
     assert Measurement.of(op, [Cost(1.0, 0.3)] * 3).is_noisy
 
 
-def test_convolutions_in_a_row_say_what_each_takes_less(tmp_path: Path) -> None:
+def test_networks_say_what_they_take_besides(tmp_path: Path) -> None:
     clock, truth = Clock(), machine(Clock())
 
-    def chain(shapes: Sequence[ConvShape]) -> Cost:
-        ops = [conv_op(shape, "fp32") for shape in shapes]
-        between = sum(4.0 * shape.batch * shape.channels_out * math.prod(shape.size_out) for shape in shapes[:-1])
-        return Cost(sum(truth(op).latency_s for op in ops) - 1e-5 * (len(ops) - 1) - 2 * between / 20e9)
+    def network(gm: fx.GraphModule) -> Cost:
+        ops = describe_all(gm, X86.fuses, X86.lacks).values()
+        return Cost(1e-4 + 1.3 * sum(truth(op).latency_s for op in ops if op.kind not in ("view", "fused")))
 
-    found = calibrate(X86, machine(clock), 60.0, chain=chain, clock=clock)
-    assert found.alone["launch_s"] == pytest.approx(1e-5, rel=0.5)
-    assert found.alone["bytes_s"] == pytest.approx(20e9, rel=0.3)
+    found = calibrate(X86, machine(clock), 60.0, network=network, clock=clock)
+    assert found.network == {"run_s": pytest.approx(1e-4, rel=0.3), "slower": pytest.approx(1.3, rel=0.05)}
     (tmp_path / "mine.toml").write_text(profile_text(calibrated(found, "", "made up", "measured here (a test)"), "A."))
     device = load_device(str(tmp_path / "mine.toml"))
-    assert device.alone == pytest.approx(found.alone, rel=1e-4)
-    shape = ConvShape(1, 64, 64, (28, 28), (28, 28), (3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1))
-    for channels, moved in ((64, 2 * 4 * 64 * 28 * 28), (65, 0)):  # blocks of channels come in fours
-        op = conv_op(replace(shape, channels_in=channels), "fp32")
-        alone, among = AnalyticCostModel(device, alone=True).cost(op), AnalyticCostModel(device).cost(op)
-        assert among.sigma_s == alone.sigma_s
-        expected_s = device.alone["launch_s"] + moved / device.alone["bytes_s"]
-        assert alone.latency_s - among.latency_s == pytest.approx(expected_s)
-    tiny = conv_op(replace(shape, size_in=(1, 1), size_out=(1, 1)), "fp32")
-    assert AnalyticCostModel(device).cost(tiny).latency_s > 0
+    assert device.network == pytest.approx(found.network, rel=1e-4)
+    for op in islice(operations(7), 20):
+        again, once = AnalyticCostModel(replace(device, network={})).cost(op), AnalyticCostModel(device).cost(op)
+        assert once.latency_s == pytest.approx(device.network["slower"] * again.latency_s)
+        assert once.sigma_s / once.latency_s == pytest.approx(again.sigma_s / again.latency_s)
+
+
+def test_rows_are_chains() -> None:
+    drawn = rows(3, 12)
+    assert drawn == rows(3, 12)
+    for shapes in drawn:
+        assert all(a.channels_out == b.channels_in and a.size_out == b.size_in for a, b in pairwise(shapes))
+        assert min(min(shape.size_out) for shape in shapes) >= 1
 
 
 # ---------------------------------------------------------------------------------------------------------- residuals
@@ -223,8 +226,9 @@ def test_the_search_knows_its_slope() -> None:
 
 def test_other_operations_have_no_residuals() -> None:
     volume = replace(CONV, kernel=(3, 3, 3), size_in=(8, 8, 8), size_out=(8, 8, 8), stride=(1,) * 3, dilation=(1,) * 3)
-    assert family(conv_op(volume, "fp32")) is None
-    assert family(conv_op(replace(CONV, groups=2), "fp32")) is None
+    assert family(conv_op(volume, "fp32")) == "volume"
+    assert family(conv_op(replace(CONV, transposed=True), "fp32")) is None
+    assert family(conv_op(replace(CONV, channels_in=8, channels_out=8, groups=2), "fp32")) == "grouped"
     assert family(OpDesc("view", "fp32", 0, 0, 0)) is None
     assert family(gemm_op(1, 2, 3, "fp32", weight=False)) == "bmm"
     assert family(gemm_op(1, 2, 3, "fp16")) is None  # they are measured in fp32
@@ -306,24 +310,12 @@ def test_pytorch_is_measured_and_remembered(tmp_path: Path) -> None:
         cost = first.cost(op)
         assert 0 < cost.latency_s < 1
         assert second.cost(op) == cost
-    with pytest.raises(DeviceError, match="operations in fp16 are not measured"):
+    with pytest.raises(DeviceError, match="operation gemm in fp16 is not measured in PyTorch; give one in fp32"):
         first.cost(gemm_op(8, 8, 8, "fp16"))
-    with pytest.raises(DeviceError, match="operation gather is not measured alone"):
-        first.cost(OpDesc("gather", "fp32", 0, 8, 8))
-    uneven = replace(CONV, padding=((0, 1), (1, 1)), groups=1)
-    with pytest.raises(DeviceError, match="uneven padding"):
-        first.cost(conv_op(uneven, "fp32"))
-
-
-def test_calls_compute_what_the_operation_says() -> None:
-    for op in islice(operations(4), 40):
-        if op.flops < 1e7:
-            result = call_of(op)()
-            assert isinstance(result, torch.Tensor)
-            if op.conv is not None:
-                assert result.shape == (op.conv.batch, op.conv.channels_out, *op.conv.size_out)
-            if op.gemm is not None:
-                assert result.shape[-2:] == (op.gemm.m, op.gemm.n)
+    uneven = conv_op(replace(CONV, padding=((0, 1), (1, 1)), stride=(2, 2), groups=1), "fp32")
+    for op in (OpDesc("recurrent", "fp32", 0, 8, 8), uneven):
+        with pytest.raises(DeviceError, match=f"operation {op.kind} in fp32 is not measured in PyTorch"):
+            first.cost(op)
 
 
 def test_a_profile_of_eager_pytorch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -334,7 +326,7 @@ def test_a_profile_of_eager_pytorch(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert run(["calibrate", "--out", str(out), "--minutes", "1", "--runtime", "torch"]) == 0
     device = load_device(str(out))
     assert not device.fuses
-    assert not device.alone
+    assert not device.network
     assert "PyTorch" in device.description
 
 

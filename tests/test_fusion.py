@@ -22,7 +22,7 @@ from lrcompile.emit.onnx import to_onnx
 from lrcompile.frontend.trace import Traced, trace
 
 ALL = frozenset(FUSIONS)
-X86 = load_device("x86-ort").fuses
+X86, X86_LACKS = load_device("x86-ort").fuses, load_device("x86-ort").lacks
 
 
 class Block(nn.Module):
@@ -174,6 +174,91 @@ def test_onnx_runtime_fuses_what_the_profile_of_x86_says(traced: Traced, tmp_pat
     kinds = optimised(traced, tmp_path)
     copies = sum(kinds[kind] for kind in ("ReorderInput", "ReorderOutput", "Squeeze"))
     assert sum(kinds.values()) - copies == left, kinds
+
+
+class Padded(nn.Module):
+    """Zeros around an image, which may be read by something else too, or be no zeros."""
+
+    def __init__(self, value: float = 0.0, *, shown: bool = False) -> None:
+        super().__init__()
+        self.conv, self.value, self.shown = nn.Conv2d(8, 8, 3), value, shown
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        x = functional.pad(x, (1, 1, 0, 1), value=self.value)
+        return (self.conv(x), x) if self.shown else self.conv(x)
+
+
+class Heads(nn.Module):
+    """Linear layers around something with its axes changed, and around attention."""
+
+    def __init__(self, *, attention: bool) -> None:
+        super().__init__()
+        self.up, self.down, self.norm, self.attention = nn.Linear(8, 16), nn.Linear(16, 8), nn.LayerNorm(8), attention
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.up(x).view(-1, 5, 2, 8).transpose(1, 2)
+        if self.attention:
+            y = functional.scaled_dot_product_attention(y, y, y)
+        else:
+            y = y.reshape(-1, 2, 40).sin().view(-1, 2, 5, 8)
+        return self.norm(x + self.down(y.transpose(1, 2).reshape(-1, 5, 16)))
+
+
+class Mask(nn.Module):
+    """Adds what depends on sizes alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        ones = torch.ones(x.shape[1:], device=x.device)
+        return x + torch.tril(ones).cumsum(0).sin()
+
+
+TOKENS = torch.randn(2, 5, 8)
+
+
+@pytest.mark.parametrize(
+    ("traced", "views", "movements"),
+    [
+        (trace(Padded().eval(), (IMAGE,)), 1, 0),
+        (trace(Padded(1.0).eval(), (IMAGE,)), 0, 1),
+        (trace(Padded(shown=True).eval(), (IMAGE,)), 0, 1),
+        (trace(Heads(attention=False).eval(), (TOKENS,)), 2, 2),
+        (trace(Mask().eval(), (TOKENS,)), 3, 0),
+    ],
+    ids=["padding", "padding with ones", "padding that is read", "transposes", "constants"],
+)
+def test_onnx_runtime_has_what_the_profile_of_x86_lacks(
+    traced: Traced, views: int, movements: int, tmp_path: Path
+) -> None:
+    """A bias after a product of three axes, transposes, and padding that convolutions cannot take in are nodes."""
+    ops = describe_all(traced.graph.gm, X86, X86_LACKS).values()
+    kinds = Counter(op.kind for op in ops if op.label != "getattr")
+    assert kinds["movement"] == movements
+    assert kinds["view"] >= views
+    found = optimised(traced, tmp_path)
+    copies = sum(found[kind] for kind in ("ReorderInput", "ReorderOutput", "Reshape"))
+    assert sum(found.values()) - copies == sum(op.kind not in ("fused", "view") for op in ops), found
+
+
+def test_attention_has_its_transposes_in_its_price() -> None:
+    gm = trace(Heads(attention=True).eval(), (TOKENS,)).graph.gm
+    kinds = Counter(op.kind for op in describe_all(gm, X86, X86_LACKS).values())
+    assert (kinds["attention"], kinds["movement"]) == (1, 0)
+    assert all(op.kind == "view" for op in describe_all(gm).values() if op.function == "transpose")
+
+
+@pytest.mark.parametrize(
+    ("axes", "run"),
+    [((0, 1, 2, 3), 5040), ((0, 2, 1, 3), 9), ((1, 0, 2, 3), 504), ((0, 1, 3, 2), 1), ((3, 0, 1, 2), 1)],
+)
+def test_what_stays_together_in_a_transpose(axes: tuple[int, ...], run: int) -> None:
+    class Permuted(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.permute(axes) + 1
+
+    gm = trace(Permuted().eval(), (torch.randn(2, 5, 56, 9),)).graph.gm
+    (op,) = (op for op in describe_all(gm).values() if op.function == "transpose")
+    assert op.row == run
+    assert op.activation_bytes == (0 if run == 5040 else 8 * 5040)
 
 
 def optimised(traced: Traced, folder: Path) -> Counter[str]:

@@ -68,5 +68,10 @@ def test_cutting_every_layer_is_slower_than_choosing_on_a_launch_heavy_device(
     p = prepared["v100"]
     largest = {c.sites[0]: c for c in p.pricing.candidates if len(c.rewrites) == 1 and not c.exact}
     graph = rewritten(p.graph, [c.rewrites[0] for c in largest.values()], p.passes, p.context)
-    everywhere = total([p.target.model.cost(op) for op in describe_all(graph.gm, p.target.device.fuses).values()])
+    everywhere = total(
+        [
+            p.target.model.cost(op)
+            for op in describe_all(graph.gm, p.target.device.fuses, p.target.device.lacks).values()
+        ]
+    )
     assert everywhere.latency_s * 1e3 > results["v100"].report.latency_ms["after"]

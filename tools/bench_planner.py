@@ -108,7 +108,9 @@ def prepared(
 
 def latency(graph: Graph, target: Target) -> Cost:
     """The predicted cost of a whole graph."""
-    return total([target.model.cost(op) for op in describe_all(graph.gm, target.device.fuses).values()])
+    return total(
+        [target.model.cost(op) for op in describe_all(graph.gm, target.device.fuses, target.device.lacks).values()]
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------- speed

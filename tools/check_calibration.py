@@ -13,7 +13,7 @@ import sys
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
@@ -65,7 +65,7 @@ def check_operations(device: Device, count: int) -> Checked:
     """Fresh operations, each measured twice; those that differ from themselves are left out and counted."""
     ops = list(islice(operations(SEED), count))
     first, second = measured(ops), measured(ops)
-    model = AnalyticCostModel(device, alone=True)
+    model = AnalyticCostModel(replace(device, network={}))  # as measured
     errors: dict[str, list[float]] = defaultdict(list)
     bars, left = [], 0
     for op, a, b in zip(ops, first, second, strict=True):
@@ -113,7 +113,7 @@ def check_steps(device: Device) -> Checked:
     def tucker(rank: int) -> list[OpDesc]:
         return [conv(128, rank, 1), conv(rank, rank, 3), conv(rank, 128, 1)]
 
-    model = AnalyticCostModel(device, alone=True)
+    model = AnalyticCostModel(replace(device, network={}))
     lines = ["| convolutions at 28×28 | ranks | measured | predicted |", "|---|---|---|---|"]
     seen = []
     for name, made in (("1×1, 512→r→128", split), ("Tucker 3×3, 128→r→r→128", tucker)):
@@ -152,7 +152,9 @@ def check_models(device: Device) -> Checked:
         module, args, kwargs = make()
         traced = trace(module.eval(), args, kwargs)
         truth = Reference.of(traced).latency().latency_s
-        predicted = total([model.cost(op) for op in describe_all(traced.graph.gm, device.fuses).values()]).latency_s
+        predicted = total(
+            [model.cost(op) for op in describe_all(traced.graph.gm, device.fuses, device.lacks).values()]
+        ).latency_s
         errors[name] = predicted / truth - 1
         lines.append(f"| {name} | {truth * 1e3:.3f} ms | {predicted * 1e3:.3f} ms | {errors[name]:+.0%} |")
         print(lines[-1], flush=True)

@@ -11,7 +11,7 @@ published measurements: docs/cost-model.md; the constants are the profile's.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Literal
@@ -23,7 +23,7 @@ from lrcompile.devices.correlation import difference_sigma_s
 from lrcompile.devices.cost import Cost, total
 from lrcompile.devices.device import Device, Kernels, Winograd
 from lrcompile.devices.fusion import describe_all
-from lrcompile.devices.residual import family, features, in_blocks
+from lrcompile.devices.residual import family, features
 from lrcompile.graph.op import DTYPE_BYTES, AttentionShape, ConvShape, GemmShape, OpDesc, RecurrentShape
 
 Direction = Literal["forward", "data", "weight"]
@@ -31,22 +31,17 @@ _MIRRORED: dict[Direction, Direction] = {"forward": "data", "data": "forward", "
 _ACCUMULATOR_BYTES = 4  # partial sums of a split-K product are exchanged in fp32 or int32
 _SKINNY = 64  # the short side up to which kernels that stream both operands along K are slow
 _FEW_CHANNELS = 8
-LEAST_AMONG_OTHERS = 0.2  # of what an operation takes alone
 _POINTS = {3: 36, 5: 64}  # products of Winograd's F(4×4, k×k)
 _FUSED_POINTS, _FUSED_TILE, _TILE = 16, 2, 4
 
 
 @dataclass(frozen=True)
 class AnalyticCostModel:
-    """Prices operations on `device`: a forward pass, or with `training` the forward and backward passes.
-
-    A price is that within a network; with `alone` that of an operation which nothing comes before or after.
-    """
+    """Prices operations on `device`: a forward pass, or with `training` the forward and backward passes."""
 
     kind = "analytic"
     device: Device
     training: bool = False
-    alone: bool = False
     _known: dict[OpDesc, Cost] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def cost(self, op: OpDesc) -> Cost:
@@ -64,7 +59,7 @@ class AnalyticCostModel:
         between them (`correlation.py`).
         """
         fuses = frozenset() if self.training else self.device.fuses
-        ops_before, ops_after = describe_all(before, fuses), describe_all(after, fuses)
+        ops_before, ops_after = (describe_all(gm, fuses, self.device.lacks) for gm in (before, after))
         same = {name for name, op in ops_before.items() if ops_after.get(name) == op}
         old, new = (
             [(op, self.cost(op)) for name, op in ops.items() if name not in same and op.kind != "view"]
@@ -94,7 +89,7 @@ class AnalyticCostModel:
         elif op.recurrent is not None:
             latency_s = recurrent_latency_s(self.device, op.recurrent, op.dtype) * len(directions)
         else:
-            traffic = op.weight_bytes + op.activation_bytes
+            traffic = _traffic(op)
             latency_s = memory_latency_s(self.device, traffic)
             if self.training:
                 latency_s += memory_latency_s(self.device, 2 * traffic)
@@ -104,16 +99,11 @@ class AnalyticCostModel:
             correction, sigma = residuals.at(features(op))
             latency_s *= math.exp(correction)
         sigma_s = sigma * latency_s
-        if residuals is not None and op.conv is not None and self.device.alone and not self.alone:
-            latency_s = max(latency_s - alone_s(self.device.alone, op), LEAST_AMONG_OTHERS * latency_s)
+        if not self.training:
+            slower = self.device.network.get("slower", 1.0)
+            latency_s, sigma_s = slower * latency_s, slower * sigma_s
         flops = op.flops * len(directions)
         return Cost(latency_s, sigma_s, flops, op.weight_bytes, op.activation_bytes)
-
-
-def alone_s(figures: Mapping[str, float], op: OpDesc) -> float:
-    """What a convolution takes less among others, in s: values are in blocks of channels already, threads awake."""
-    moved = op.activation_bytes / figures["bytes_s"] if op.conv is not None and in_blocks(op.conv) else 0.0
-    return figures["launch_s"] + moved
 
 
 def eager_latency_s(device: Device, ops: Iterable[OpDesc]) -> float:
@@ -354,6 +344,10 @@ def _winograd_s(
         fused = products(_FUSED_TILE, _FUSED_POINTS)
         latency_s = min(latency_s, _product_s(device, faster, fused, dtype, element * (read + written + weight)))
     return latency_s
+
+
+def _traffic(op: OpDesc) -> float:
+    return op.weight_bytes + op.activation_bytes
 
 
 def _op_class(op: OpDesc) -> str:

@@ -6,29 +6,32 @@ import math
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date
 from itertools import islice
 from typing import Any
 
 import numpy as np
-from scipy.optimize import nnls
+from scipy.optimize import least_squares
+from torch import fx
 
 from lrcompile.devices.analytic import AnalyticCostModel
 from lrcompile.devices.cost import Cost
 from lrcompile.devices.device import Device
 from lrcompile.devices.fit import fit
+from lrcompile.devices.fusion import describe_all
 from lrcompile.devices.profile_text import profile_text
+from lrcompile.devices.repeated import encoder, in_a_row
 from lrcompile.devices.residual import Residuals, family, features, fitted
-from lrcompile.devices.sampling import chains, operations
+from lrcompile.devices.sampling import encoders, operations, rows
 from lrcompile.errors import DeviceError, InputError
-from lrcompile.graph.op import ConvShape, OpDesc, conv_op
+from lrcompile.graph.op import FUNCTIONS, OpDesc
 
 Progress = Callable[[str, int, int], None]
 RUNTIMES = ("onnxruntime", "torch")
-_SCALE = np.array([1e-5, 1e-10])  # of seconds an operation and a byte: for the solver
-CHAINS = 24
+_RUN_S = 1e-5  # of about which size that of a run is: for the solver
+NETWORKS = 20  # of convolutions, and as many transformers
 VISITS, CHUNK = 3, 60  # an operation is measured so often, each time after as many others
 NOISY = 0.1  # relative error above which a measurement does not count
 MOST_NOISY = 1 / 3  # share of such measurements above which the machine is called too busy
@@ -38,7 +41,7 @@ ROUNDS, POOL = 3, 6000
 AGREE = 0.03  # difference of two visits up to which there is no third
 FIT_TO = 300  # operations of a family that the formula's figures are fitted to
 FITTED = (  # in turn: families of operations, and the figures that are fitted to them with their places in a profile
-    (("memory",), {"launch_s.other": "launch.other", "bandwidth_bytes_s": "hardware.bandwidth_sustained"}),
+    (("copy",), {"launch_s.other": "launch.other", "bandwidth_bytes_s": "hardware.bandwidth_sustained"}),
     (
         ("gemm", "bmm"),
         {
@@ -58,8 +61,14 @@ FITTED = (  # in turn: families of operations, and the figures that are fitted t
     ),
     (("depthwise",), {"engines.avx2.depthwise_efficiency": "engine.avx2.depthwise_efficiency"}),
 )
+ROBUST = 1.4826  # of the median of absolute errors, for a normal distribution to have its standard deviation
 FEWEST = 5  # measurements of some families without which their figures stay as they are
-SIGMAS = {"gemm": ("gemm", "bmm"), "conv": ("pointwise", "conv", "depthwise"), "other": ("memory",)}
+SIGMAS: dict[str, tuple[str, ...]] = {
+    "gemm": ("gemm", "bmm", "attention"),
+    "conv": ("pointwise", "conv", "depthwise", "grouped", "volume"),
+    "recurrent": ("recurrent",),
+    "other": FUNCTIONS,
+}
 
 
 @dataclass(frozen=True)
@@ -87,7 +96,7 @@ class Measurement:
 class Calibration:
     """A device that was fitted, with residuals; what was measured; errors on operations left out, by family.
 
-    `places` are those of the fitted figures in a profile, `alone` is what convolutions take less among others.
+    `places` are those of the fitted figures in a profile, `network` is what networks take besides.
     """
 
     device: Device
@@ -96,10 +105,13 @@ class Calibration:
     measurements: tuple[Measurement, ...]
     noisy: int
     held_out: dict[str, np.ndarray] = field(repr=False)
-    alone: dict[str, float] = field(default_factory=dict)
+    network: dict[str, float] = field(default_factory=dict)
 
     def summary(self) -> list[dict[str, Any]]:
-        """By family: count, mean error on operations left out, share within 10 %, error of the formula alone."""
+        """By family: count, mean error on operations left out, share within 10 %, deviations, error of the formula.
+
+        Deviations are those of the errors' logarithms: the raw one, and a robust one that does not mind a few outliers.
+        """
         rows = []
         for name, errors in self.held_out.items():
             formula = _log_errors(self.device, [m for m in self.measurements if family(m.op) == name])
@@ -109,6 +121,8 @@ class Calibration:
                     "count": len(errors),
                     "error": float(np.abs(np.expm1(-errors)).mean()),
                     "within_10": float((np.abs(np.expm1(-errors)) <= 0.1).mean()),
+                    "sigma": self.sigma(name),
+                    "sigma_robust": ROBUST * float(np.median(np.abs(errors))),
                     "formula": float(np.abs(np.expm1(-formula)).mean()),
                 }
             )
@@ -145,15 +159,22 @@ def calibrate_here(
     if runtime not in RUNTIMES:
         raise InputError(f"unknown runtime {runtime!r}: expected {' or '.join(RUNTIMES)}, both on this machine's CPU")
     device, folders = local_device(), [default_cache_dir() / f"visit{i}" for i in range(VISITS)]
-    chain, version = None, f"PyTorch {torch.__version__}, eager"
+    network, version = None, f"PyTorch {torch.__version__}, eager"
     measured: list[Callable[[OpDesc], Cost]] = [TorchCostModel(folder).cost for folder in folders]
     if runtime == "onnxruntime":
         visits = [LocalCostModel(folder) for folder in folders]
-        measured, chain = [visit.cost for visit in visits], visits[0].chain
+        measured, network = [visit.cost for visit in visits], visits[0].network
         version = f"ONNX Runtime {onnxruntime.__version__}"
     else:
         device = replace(device, fuses=frozenset())  # eager calls are kernels of their own
-    found = calibrate(device, lambda op, visit: measured[visit](op), seconds, chain=chain, seed=seed, progress=progress)
+    found = calibrate(
+        device,
+        lambda op, visit: measured[visit](op),
+        seconds,
+        network=network,
+        seed=seed,
+        progress=progress,
+    )
     described = f"{cpu_name()}, {version}, {found.device.units} threads"
     source = f"measured here ({date.today().isoformat()}, {described}, {len(found.measurements)} operations)"
     made = f"Made by lrcompile calibrate --runtime {runtime} --minutes {seconds / 60:g} --seed {seed}."
@@ -165,7 +186,7 @@ def calibrate(
     measure: Callable[[OpDesc, int], Cost],
     seconds: float,
     *,
-    chain: Callable[[Sequence[ConvShape]], Cost] | None = None,
+    network: Callable[[fx.GraphModule], Cost] | None = None,
     seed: int = 0,
     progress: Progress = lambda stage, done, total: None,
     clock: Callable[[], float] = time.monotonic,
@@ -174,7 +195,7 @@ def calibrate(
 
     `measure` takes an operation and the number of the visit: each is measured two or three times with others between,
     so that what disturbs the machine for a while does not decide. The last part of the time goes where predictions of
-    operations left out are worst; `chain` measures convolutions in a row. What is remembered costs no time, so that a
+    operations left out are worst; `network` measures whole graphs. What is remembered costs no time, so that a
     calibration goes on where it was stopped.
 
     Raises:
@@ -205,7 +226,7 @@ def calibrate(
             taken = set(ops)
             pool = [op for op in pool if op not in taken]
             add(ops, seconds * share)
-    rows = [(shapes, chain(shapes).latency_s) for shapes in chains(seed, CHAINS)] if chain else []
+    measured = [(gm, network(gm).latency_s) for gm in networks(seed)] if network else []
     good = [m for m in found if not m.is_noisy]
     noisy = len(found) - len(good)
     if noisy > MOST_NOISY * len(found):
@@ -219,7 +240,7 @@ def calibrate(
         )
     progress("fit", 0, 1)
     found_here = fitted_to(device, good, noisy)
-    return replace(found_here, alone=_alone(found_here, rows)) if rows else found_here
+    return replace(found_here, network=_network(found_here, measured)) if measured else found_here
 
 
 def calibrated(found: Calibration, name: str, description: str, source: str) -> Device:
@@ -236,17 +257,24 @@ def calibrated(found: Calibration, name: str, description: str, source: str) -> 
         sources["hardware.bandwidth_peak"] = source
     sources |= {f"sigma.{key}": f"{source}; on operations left out" for key in sigma}
     sources |= {f"residuals.{key}": source for key in found.residuals}
-    if found.alone:
-        sources |= dict.fromkeys(("alone.conv_launch", "alone.conv_bandwidth"), f"{source}; of convolutions in a row")
+    if found.network:
+        sources |= {"network.run": source, "network.slower": f"{source}; on {2 * NETWORKS} networks"}
     return replace(
         device,
         name=name,
         description=description,
         sigma_relative={**device.sigma_relative, **sigma},
         residuals=found.residuals,
-        alone=found.alone,
+        network=found.network,
         provenance={**device.provenance, **sources},
     )
+
+
+def networks(seed: int) -> Iterator[fx.GraphModule]:
+    """Random networks of convolutions and transformers' encoders."""
+    yield from (in_a_row(shapes) for shapes in rows(seed, NETWORKS))
+    drawn = enumerate(encoders(seed, NETWORKS))
+    yield from (encoder(shape, layers, first=bool(i % 2)) for i, (shape, layers) in drawn)
 
 
 def _worst(device: Device, found: Sequence[Measurement], pool: Sequence[OpDesc]) -> list[OpDesc]:
@@ -285,21 +313,23 @@ def _agree(costs: Sequence[Cost]) -> bool:
     return max(latencies) - min(latencies) < AGREE * min(latencies)
 
 
-def _alone(found: Calibration, rows: Sequence[tuple[Sequence[ConvShape], float]]) -> dict[str, float]:
-    """What convolutions take less in a row than predicted alone: of each one, and of the data between them."""
-    model = AnalyticCostModel(replace(found.device, residuals=found.residuals), alone=True)
-    left, right = [], []
-    for shapes, latency_s in rows:
-        ops = [conv_op(shape, "fp32") for shape in shapes]
-        ends = 4.0 * (
-            shapes[0].batch * shapes[0].channels_in * math.prod(shapes[0].size_in)
-            + shapes[-1].batch * shapes[-1].channels_out * math.prod(shapes[-1].size_out)
-        )
-        moved = sum(op.activation_bytes for op in ops) - ends
-        left.append([(len(ops) - 1) / latency_s, moved / latency_s])
-        right.append(sum(model.cost(op).latency_s for op in ops) / latency_s - 1)
-    launch_s, s_byte = nnls(np.array(left) * _SCALE, np.array(right))[0] * _SCALE
-    return {"launch_s": float(launch_s), "bytes_s": 1 / max(float(s_byte), 1e-15)}
+def _network(found: Calibration, measured: Sequence[tuple[fx.GraphModule, float]]) -> dict[str, float]:
+    """What networks take besides the sum of their operations' prices: a run, and by how much operations are slower.
+
+    Their values and weights are not in the caches as those of one operation are that is measured again and again.
+    """
+    device = replace(found.device, residuals=found.residuals)
+    model = AnalyticCostModel(device)
+    sums = [
+        sum(model.cost(op).latency_s for op in describe_all(gm, device.fuses, device.lacks).values())
+        for gm, _ in measured
+    ]
+    summed, latencies = np.array(sums), np.array([latency_s for _, latency_s in measured])
+    best = least_squares(
+        lambda x: np.log((x[0] * _RUN_S + x[1] * summed) / latencies), [1.0, 1.1], bounds=([0.0, 1.0], np.inf),
+        loss="soft_l1", f_scale=0.1,
+    ).x  # fmt: skip
+    return {"run_s": float(best[0]) * _RUN_S, "slower": float(best[1])}
 
 
 def _some(measurements: Sequence[Measurement], most: int) -> list[Measurement]:

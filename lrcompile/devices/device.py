@@ -15,8 +15,9 @@ LAUNCH_CLASSES = ("gemm", "conv", "other")
 SIGMA_CLASSES = ("gemm", "conv", "recurrent", "other")
 FUSIONS = (
     "conv_normalization", "conv_activation", "conv_addition", "image_addition", "gemm_activation", "gemm_addition",
+    "conv_padding", "skip_layer_norm",
 )  # fmt: skip
-FEATURES = ("flash_attention", "grouped_conv", "rank5")
+FEATURES = ("flash_attention", "grouped_conv", "rank5", "strided_views", "product_bias")
 PROVENANCE = ("datasheet", "published measurement", "fitted", "assumed", "measured here")
 
 # Types that no profile lists: their arithmetic runs on the units of another type.
@@ -112,7 +113,8 @@ class Device:
     for the others. `fuses` names what its runtime runs as the last step of the operation before, of `FUSIONS`;
     "image_addition" is that of two maps of 2-D convolutions, where "conv_addition" takes any value.
     `residuals` are what the formula left of measurements, by family of operations, where there are any.
-    `alone` is what a convolution takes less among others than measured alone: `launch_s`, and its data at `bytes_s`.
+    `network` says what networks take besides, as measured: a run takes `run_s`, and operations are `slower` by a factor
+    than when they are measured again and again.
     `host_s` is what the host takes for each operation of an eager framework, 0 where nobody measured it.
     `provenance` holds the source of each figure under its dotted key in the profile.
     """
@@ -143,7 +145,7 @@ class Device:
     lacks: frozenset[str] = frozenset()
     fuses: frozenset[str] = frozenset()
     residuals: Mapping[str, Residuals] = field(default_factory=dict, repr=False)
-    alone: Mapping[str, float] = field(default_factory=dict)
+    network: Mapping[str, float] = field(default_factory=dict)
     provenance: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     def __hash__(self) -> int:

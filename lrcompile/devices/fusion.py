@@ -8,6 +8,7 @@ stands in its profile; the patterns are what runtimes have in common (our readin
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Set
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from lrcompile.graph.describe import describe
+from lrcompile.graph.describe import DTYPE_NAMES, describe
 from lrcompile.graph.graph import submodule
 from lrcompile.graph.op import OpDesc
 
@@ -26,6 +27,8 @@ _ACTIVATIONS = {
     "gemm": {aten.relu, aten.gelu},  # the epilogues of cuBLASLt
 }
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_PIECES = (aten.view, aten.reshape, aten.expand, aten.select, aten.unbind, aten.chunk, aten.split, aten.slice)
 _ORDER = ("normalization", "addition", "activation")  # each once, and none after a later one
 
 
@@ -41,18 +44,33 @@ class _Tail:
 _NONE = _Tail("")
 
 
-def describe_all(gm: fx.GraphModule, fuses: Set[str] = frozenset()) -> dict[str, OpDesc]:
-    """The operations of all nodes by name; those that are fused are of the kind "fused".
+def describe_all(gm: fx.GraphModule, fuses: Set[str] = frozenset(), lacks: Set[str] = frozenset()) -> dict[str, OpDesc]:
+    """The operations of all nodes by name, on a device that fuses and lacks what these name.
 
-    A fused addition still reads its other operand; `activation_bytes` says how much.
+    Those that are fused are of the kind "fused"; a fused addition still reads its other operand, and `activation_bytes`
+    says how much. A runtime that fuses anything computes what depends on no input once, when it opens the model.
     """
     found = {node.name: describe(gm, node) for node in gm.graph.nodes}
+    if "strided_views" in lacks:
+        found |= {node.name: _moved(node, found[node.name]) for node in gm.graph.nodes if node.op == "call_function"}
+    if "product_bias" in lacks:
+        found |= {f"{node.name}.bias": _bias(node) for node in gm.graph.nodes if _adds_bias_apart(gm, node)}
     if not fuses:
         return found
+    for node in _constants(gm):
+        found[node.name] = replace(found[node.name], kind="view")
+    for node in gm.graph.nodes if "skip_layer_norm" in fuses else ():
+        if (norm := _norm_of_sum(gm, node)) is not None:
+            moved = found[node.name].activation_bytes
+            found[node.name] = replace(found[node.name], kind="view")
+            found[norm.name] = replace(found[norm.name], activation_bytes=moved, function="skip_layer_norm")
     tails: dict[fx.Node, _Tail] = {}
     places = {node: i for i, node in enumerate(gm.graph.nodes)}
     for node in gm.graph.nodes:
         op = found[node.name]
+        if "conv_padding" in fuses and _is_padding_of_convolutions(gm, node):
+            found[node.name] = replace(op, kind="view")
+            continue
         if op.conv is not None or (op.gemm is not None and op.gemm.batch == 1):
             tails[node] = _Tail("gemm") if op.conv is None else _Tail("conv", len(op.conv.kernel))
             continue
@@ -70,6 +88,79 @@ def describe_all(gm: fx.GraphModule, fuses: Set[str] = frozenset()) -> dict[str,
             tails[node] = replace(tail, done=_ORDER.index(step) + 1)
             break
     return found
+
+
+def _moved(node: fx.Node, op: OpDesc) -> OpDesc:
+    """A view that has to be written out: a transpose that is neither part of attention nor of a product."""
+    if op.kind != "view" or op.function != "transpose" or not op.activation_bytes:
+        return op
+    source: Any = node.args[0]
+    readers = {getattr(user.target, "overloadpacket", None) for user in _behind_views(node)}
+    if readers and readers <= {aten.scaled_dot_product_attention}:
+        return op
+    if getattr(source.target, "overloadpacket", None) is aten.scaled_dot_product_attention:
+        return op
+    if op.row == 1 and readers <= {aten.matmul, aten.bmm, aten.mm}:
+        return op
+    return replace(op, kind="movement")
+
+
+def _behind_views(node: fx.Node) -> Iterator[fx.Node]:
+    """What reads a value, or a piece of it."""
+    for user in node.users:
+        if user.target is operator.getitem or getattr(user.target, "overloadpacket", None) in _PIECES:
+            yield from _behind_views(user)
+        else:
+            yield user
+
+
+def _adds_bias_apart(gm: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a linear layer adds its bias apart: on more than two axes, unless what follows takes it in."""
+    if node.op != "call_module" or not isinstance(linear := submodule(gm, node.target), nn.Linear):
+        return False
+    if linear.bias is None or node.meta["val"].dim() < 3:
+        return False
+    users = list(node.users)
+    return not (len(users) == 1 and _norm_of_sum(gm, users[0]))
+
+
+def _norm_of_sum(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
+    """The layer norm that alone reads a sum of two values of the same shape."""
+    if getattr(node.target, "overloadpacket", None) is not aten.add or len(node.users) != 1:
+        return None
+    sizes = [tuple(operand.meta["val"].shape) for operand in _operands(node)]
+    (user,) = node.users
+    is_norm = user.op == "call_module" and isinstance(submodule(gm, user.target), nn.LayerNorm)
+    return user if is_norm and len(sizes) == 2 and sizes[0] == sizes[1] else None
+
+
+def _bias(node: fx.Node) -> OpDesc:
+    value: Tensor = node.meta["val"]
+    row = value.shape[-1]
+    return OpDesc(
+        "elementwise", DTYPE_NAMES[value.dtype], value.numel(), row * value.element_size(), 2 * _bytes(node),
+        function="bias", row=row, label="bias",
+    )  # fmt: skip
+
+
+def _constants(gm: fx.GraphModule) -> Iterator[fx.Node]:
+    """The nodes that depend on no input."""
+    depend = set[fx.Node]()
+    for node in gm.graph.nodes:
+        if node.op == "placeholder" or any(source in depend for source in node.all_input_nodes):
+            depend.add(node)
+        elif node.op in ("call_function", "call_module"):
+            yield node
+
+
+def _is_padding_of_convolutions(gm: fx.GraphModule, node: fx.Node) -> bool:
+    """Zeros around a value that only convolutions read, which can add them themselves."""
+    if getattr(node.target, "overloadpacket", None) not in (aten.pad, aten.constant_pad_nd):
+        return False
+    rest = [*node.args[2:], *node.kwargs.values()]
+    return all(value in ("constant", None, 0, 0.0) for value in rest) and all(
+        user.op == "call_module" and isinstance(submodule(gm, user.target), _CONVOLUTIONS) for user in node.users
+    )
 
 
 def _step(gm: fx.GraphModule, node: fx.Node, host: str) -> str | None:

@@ -11,7 +11,7 @@ import os
 import platform
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -27,12 +27,13 @@ from lrcompile.devices.bench import ORT_ERRORS, Clock, Run, random_array, sessio
 from lrcompile.devices.cost import Cost
 from lrcompile.devices.device import Device
 from lrcompile.devices.onnx_graph import OPSET
-from lrcompile.devices.onnx_region import LoweredRegion, UnsupportedRegion, lower_chain, lower_op, lower_region
+from lrcompile.devices.onnx_region import LoweredRegion, UnsupportedRegion, lower_region
 from lrcompile.devices.profile import load_device
+from lrcompile.devices.repeated import copies_for, least_copies, repeated
 from lrcompile.devices.timings import Timing, default_cache_dir, key_of, recall, remember
 from lrcompile.errors import DeviceError
 from lrcompile.graph.describe import describe
-from lrcompile.graph.op import ConvShape, OpDesc
+from lrcompile.graph.op import OpDesc
 
 SAMPLE_S = 2e-4  # longer samples are hit by interference more often, shorter ones by the timer
 MIN_ROUNDS, MAX_ROUNDS = 6, 30
@@ -44,6 +45,7 @@ SIGMA_CONTENDED = 0.3
 HOPELESS = 1.3
 FEW = 1 << 14  # random values, repeated to fill an input: making them takes longer than running most operations
 CONFIDENCE = 0.9
+LEAST_S = 2e-8  # what any operation takes, where noise hides it
 
 
 @dataclass
@@ -93,27 +95,34 @@ class LocalCostModel:
         return self.counters.fallbacks
 
     def cost(self, op: OpDesc) -> Cost:
-        """The price of one operation on its own, alone in a session; views cost nothing."""
+        """The price of one operation among others: what some more of it take in a session; views cost nothing."""
         if op.kind == "view":
             return Cost()
-        region = lower_op(op)
-        if region is None:
+        least = least_copies(op)
+        copies = copies_for(op, _arithmetic_here().cost(op).latency_s)
+        graphs = [repeated(op, least + copies), repeated(op, least)]
+        try:
+            regions = [lower_region(gm, dynamic_batch=False, opset=self.opset) for gm in graphs if gm is not None]
+        except UnsupportedRegion as error:
+            return self._predicted(error.reason, _prior().cost(op))
+        if not regions:
             return self._predicted(f"operation {op.kind} in {op.dtype} has no ONNX form of its own", _prior().cost(op))
-        timings = self._timings((region,), worth=lambda: True)
+        timings = self._timings(regions)
         if isinstance(timings, str):
             return self._predicted(timings, _prior().cost(op))
-        assert timings is not None
-        return Cost(*timings[0], op.flops, op.weight_bytes, op.activation_bytes)
+        (all_s, sigma_s), (least_s, _) = timings
+        latency_s = max((all_s - least_s) / copies, LEAST_S)
+        return Cost(latency_s, sigma_s / copies, op.flops, op.weight_bytes, op.activation_bytes)
 
-    def chain(self, shapes: Sequence[ConvShape]) -> Cost:
-        """The price of convolutions in a row, in one session.
+    def network(self, graph: fx.GraphModule) -> Cost:
+        """The price of a whole graph on meta tensors, its start included.
 
         Raises:
-            DeviceError: ONNX Runtime cannot run them.
+            DeviceError: ONNX Runtime cannot run it.
         """
-        timings = self._timings((lower_chain(shapes),), worth=lambda: True)
-        if not isinstance(timings, tuple):
-            raise DeviceError(f"convolutions in a row cannot be measured here: {timings}")
+        timings = self._timings([lower_region(graph, opset=self.opset)])
+        if isinstance(timings, str):
+            raise DeviceError(f"a network cannot be measured here: {timings}")
         return Cost(*timings[0])
 
     def compare(self, before: fx.GraphModule, after: fx.GraphModule) -> tuple[Cost, Cost]:
@@ -128,10 +137,10 @@ class LocalCostModel:
             )
         except UnsupportedRegion as error:
             return self._predicted(error.reason, _prior().compare(before, after))
-        timings = self._timings(regions, worth=lambda: self.worth_measuring(before, after))
-        if timings is None:
+        if not self._is_known(regions) and not self.worth_measuring(before, after):
             self.counters.skipped += 1
             return _prior().compare(before, after)
+        timings = self._timings(regions)
         if isinstance(timings, str):
             return self._predicted(timings, _prior().compare(before, after))
         return _with_traffic(before, timings[0]), _with_traffic(after, timings[-1])
@@ -146,20 +155,29 @@ class LocalCostModel:
         sigma = math.hypot(new.sigma_s, HOPELESS * old.sigma_s)
         return Cost(excess, sigma).p_positive < CONFIDENCE
 
-    def _timings(self, regions: Sequence[LoweredRegion], worth: Callable[[], bool]) -> tuple[Timing, ...] | str | None:
-        """The timings of one or two regions, known or new; the reason where there are none; None if not worth it."""
+    def _is_known(self, regions: Sequence[LoweredRegion]) -> bool:
+        """Whether the timings of some regions, or that there are none, are remembered."""
+        signatures = list(dict.fromkeys(region.signature() for region in regions))
+        key = _key(signatures, self.threads)
+        return key in self._unmeasurable or self._recalled(key, len(signatures)) is not None
+
+    def _recalled(self, key: str, count: int) -> tuple[Timing, ...] | None:
+        known = self._memory.get(key) or recall(self.cache_dir, key, count)
+        if known is not None:
+            self._memory[key] = known
+        return known
+
+    def _timings(self, regions: Sequence[LoweredRegion]) -> tuple[Timing, ...] | str:
+        """The timings of one or two regions, known or new; the reason where there are none."""
         signatures = list(dict.fromkeys(region.signature() for region in regions))
         distinct = regions[: len(signatures)]  # a pair of equals is measured as one
         key = _key(signatures, self.threads)
         if key in self._unmeasurable:
             return self._unmeasurable[key]
-        known = self._memory.get(key) or recall(self.cache_dir, key, len(distinct))
+        known = self._recalled(key, len(distinct))
         if known is not None:
-            self._memory[key] = known
             self.counters.reused += 1
             return known
-        if not worth():
-            return None
         try:
             timings = measure([open_region(region, self.threads) for region in distinct], self.clock, self.waited)
         except ORT_ERRORS as error:
@@ -273,6 +291,12 @@ def _prior() -> AnalyticCostModel:
 @lru_cache(maxsize=1)
 def _arithmetic() -> AnalyticCostModel:
     device = load_device("x86-ort")
+    return AnalyticCostModel(replace(device, launch_s=dict.fromkeys(device.launch_s, 0.0)))
+
+
+@lru_cache(maxsize=1)
+def _arithmetic_here() -> AnalyticCostModel:
+    device = local_device()
     return AnalyticCostModel(replace(device, launch_s=dict.fromkeys(device.launch_s, 0.0)))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -77,7 +78,7 @@ class Weight:
 
     def _data(self) -> bytes:
         if self.tensor.is_meta or isinstance(self.tensor, FakeTensor):
-            return _substitute(self.shape, DTYPES[self.tensor.dtype], self.positive)
+            return _substitute(self.name, self.shape, DTYPES[self.tensor.dtype], self.positive)
         value = self.tensor.detach().cpu()
         value = (value.t() if self.transposed else value).contiguous()
         return value.reshape(-1).view(torch.uint8).numpy().tobytes()
@@ -247,12 +248,15 @@ def bind(node: fx.Node) -> dict[str, Any]:
     return bound
 
 
-def _substitute(shape: tuple[int, ...], elem_type: int, positive: bool) -> bytes:
-    """Deterministic values for a tensor without any: of one small size, so that none is zero or denormal."""
+def _substitute(name: str, shape: tuple[int, ...], elem_type: int, positive: bool) -> bytes:
+    """Deterministic values for a tensor without any: of one small size, so that none is zero or denormal.
+
+    They differ from name to name: ONNX Runtime computes only once what is done with equal weights.
+    """
     dtype = helper.tensor_dtype_to_np_dtype(elem_type)
     if elem_type not in (TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16, TensorProto.BFLOAT16):
         return np.zeros(shape, dtype).tobytes()
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(zlib.crc32(name.encode()))
     pool = rng.uniform(_SCALE / 2, 1.5 * _SCALE, 65537)
     if not positive:
         pool *= rng.choice([-1.0, 1.0], pool.shape)

@@ -11,6 +11,7 @@ from torch import fx, nn
 
 from lrcompile.devices.onnx_attention import lower_attention
 from lrcompile.devices.onnx_graph import Arguments, Builder, UnsupportedRegion, Value, tensor_of
+from lrcompile.devices.onnx_recurrent import lower_gru, lower_lstm
 
 ModuleHandler = Callable[[Builder, fx.Node, Any, str], str]
 FunctionHandler = Callable[[Builder, fx.Node, Arguments], Value]
@@ -439,10 +440,12 @@ FUNCTIONS: Mapping[str, FunctionHandler] = {
     "expand": _expand,
     "gelu": _gelu,
     "group_norm": _group_norm,
+    "gru": lower_gru,
     "hardsigmoid": _hardsigmoid,
     "instance_norm": _instance_norm,
     "layer_norm": _layer_norm,
     "leaky_relu": _leaky_relu,
+    "lstm": lower_lstm,
     "mean": _reduce("ReduceMean"),
     "mul": _binary("Mul"),
     "pow": _pow,

@@ -9,35 +9,26 @@ Gelu, with a dynamic batch into MatMul + BiasGelu.
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any
 
 import onnx
 import torch
-from onnx import TensorProto, helper
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from lrcompile.devices.onnx_graph import (
-    DTYPES,
     OPSET,
     Builder,
     LoweredRegion,
-    Port,
     UnsupportedRegion,
     Value,
-    Weight,
     bind,
 )
 from lrcompile.devices.onnx_ops import FUNCTIONS, MODULES, UNARY
 from lrcompile.graph.graph import attribute
-from lrcompile.graph.op import ConvShape, GemmShape, OpDesc
 
-__all__ = ["LoweredRegion", "UnsupportedRegion", "lower_chain", "lower_op", "lower_region", "region_to_onnx"]
+__all__ = ["LoweredRegion", "UnsupportedRegion", "lower_region", "region_to_onnx"]
 
 _PROTOBUF_BYTES = 2**31 - 2**20  # a serialised model must stay below 2 GiB
-_FLOATS = {"fp64": torch.float64, "fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16}
 
 
 def region_to_onnx(region: fx.GraphModule, *, dynamic_batch: bool = True, opset: int = OPSET) -> onnx.ModelProto:
@@ -126,84 +117,3 @@ def _function(builder: Builder, node: fx.Node) -> Value:
     if name not in FUNCTIONS:
         raise UnsupportedRegion(node, f"operator aten.{name}")
     return FUNCTIONS[name](builder, node, arguments)
-
-
-def lower_op(op: OpDesc) -> LoweredRegion | None:
-    """One described operation on its own, or None where it has no simple form.
-
-    Products and convolutions keep their shapes, and a product with a weight is a linear layer with its bias; what only
-    moves data becomes a Relu over as many bytes.
-    """
-    dtype = _FLOATS.get(op.dtype)
-    if op.gemm is not None and dtype is not None:
-        return _lower_gemm(op.gemm, dtype, weight=op.weight_bytes > 0)
-    if op.conv is not None and dtype is not None:
-        return _lower_conv(op.conv, dtype)
-    if op.kind in ("normalization", "reduction", "elementwise", "gather", "movement"):
-        elements = max(1, round((op.weight_bytes + op.activation_bytes) / 8))
-        node = helper.make_node("Relu", ["x0"], ["v0"])
-        port = Port("x0", TensorProto.FLOAT, (elements,))
-        return LoweredRegion([node], [port], [replace(port, name="v0")], dynamic_batch=False)
-    return None
-
-
-def lower_chain(shapes: Sequence[ConvShape]) -> LoweredRegion:
-    """Convolutions in fp32, each of the one before; ONNX Runtime then keeps values in blocks of channels."""
-    parts = [_lower_conv(shape, torch.float32) for shape in shapes]
-    region = LoweredRegion(list[onnx.NodeProto](), parts[0].inputs, dynamic_batch=False)
-    for i, part in enumerate(parts):
-        region.weights.append(replace(part.weights[0], name=f"w{i}"))
-        node = part.nodes[0]
-        del node.input[:], node.output[:]
-        node.input.extend([f"v{i - 1}" if i else "x0", f"w{i}"])
-        node.output.append(f"v{i}")
-        region.nodes.append(node)
-    region.outputs.append(replace(parts[-1].outputs[0], name=f"v{len(parts) - 1}"))
-    return region
-
-
-def _lower_gemm(shape: GemmShape, dtype: torch.dtype, *, weight: bool) -> LoweredRegion:
-    region = LoweredRegion(dynamic_batch=False)
-    batch = (shape.batch,) if shape.batch > 1 else ()
-    region.inputs.append(Port("x0", DTYPES[dtype], (*batch, shape.m, shape.k)))
-    sizes = (*batch, shape.k, shape.n)
-    if weight:
-        region.weights.append(Weight("w0", torch.empty(sizes, dtype=dtype, device="meta")))
-    else:
-        region.inputs.append(Port("w0", DTYPES[dtype], sizes))
-    if weight and not batch:  # a linear layer: nearly all have a bias, and adding it takes its time
-        region.weights.append(Weight("b0", torch.empty(shape.n, dtype=dtype, device="meta")))
-        region.nodes.append(helper.make_node("Gemm", ["x0", "w0", "b0"], ["v0"]))
-    else:
-        region.nodes.append(helper.make_node("MatMul", ["x0", "w0"], ["v0"]))
-    region.outputs.append(Port("v0", DTYPES[dtype], (*batch, shape.m, shape.n)))
-    return region
-
-
-def _lower_conv(shape: ConvShape, dtype: torch.dtype) -> LoweredRegion:
-    region = LoweredRegion(dynamic_batch=False)
-    first, second = shape.channels_out, shape.channels_in // shape.groups
-    if shape.transposed:
-        first, second = shape.channels_in, shape.channels_out // shape.groups
-    region.inputs.append(Port("x0", DTYPES[dtype], (shape.batch, shape.channels_in, *shape.size_in)))
-    region.weights.append(Weight("w0", torch.empty((first, second, *shape.kernel), dtype=dtype, device="meta")))
-    region.outputs.append(Port("v0", DTYPES[dtype], (shape.batch, shape.channels_out, *shape.size_out)))
-    options: dict[str, Any] = {
-        "dilations": list(shape.dilation),
-        "group": shape.groups,
-        "kernel_shape": list(shape.kernel),
-        "pads": [before for before, _ in shape.padding] + [after for _, after in shape.padding],
-        "strides": list(shape.stride),
-    }
-    if shape.transposed:
-        reach = [
-            (i - 1) * s - sum(p) + d * (k - 1) + 1
-            for i, s, p, d, k in zip(
-                shape.size_in, shape.stride, shape.padding, shape.dilation, shape.kernel, strict=True
-            )
-        ]
-        options["output_padding"] = [o - r for o, r in zip(shape.size_out, reach, strict=True)]
-    region.nodes.append(
-        helper.make_node("ConvTranspose" if shape.transposed else "Conv", ["x0", "w0"], ["v0"], **options)
-    )
-    return region

@@ -66,6 +66,9 @@ def _profile_folder() -> Path:
     return installed if installed.is_dir() else Path(__file__).resolve().parents[2] / "hardware_profiles"
 
 
+_OPTIONAL = ("lacks", "fuses", "residuals", "network")
+
+
 class _Reader:
     """Turns one parsed profile into a Device and says which key is wrong when it cannot."""
 
@@ -77,12 +80,7 @@ class _Reader:
     def device(self) -> Device:
         doc = self.document
         tables = ("hardware", "dtype", "engine", "launch", "sigma")
-        self.keys(
-            "",
-            doc,
-            ("description", "kind", "default_dtype", *tables),
-            optional=("lacks", "fuses", "residuals", "alone"),
-        )
+        self.keys("", doc, ("description", "kind", "default_dtype", *tables), optional=_OPTIONAL)
         hardware = self.table(doc, "", "hardware")
         keys = ("units", "clock", "bandwidth_peak", "bandwidth_sustained", "l2", "l2_bandwidth", "norm_exponent")
         self.keys("hardware", hardware, keys)
@@ -145,16 +143,16 @@ class _Reader:
             lacks=self.named("lacks", FEATURES),
             fuses=self.named("fuses", FUSIONS),
             residuals={name: self.residuals(name) for name in self.document.get("residuals", {})},
-            alone=self.alone() if "alone" in self.document else {},
+            network=self.network() if "network" in self.document else {},
             provenance=self.provenance,
         )
 
-    def alone(self) -> dict[str, float]:
-        table = self.table(self.document, "", "alone")
-        self.keys("alone", table, ("conv_launch", "conv_bandwidth"))
+    def network(self) -> dict[str, float]:
+        table = self.table(self.document, "", "network")
+        self.keys("network", table, ("run", "slower"))
         return {
-            "launch_s": self.figure(table, "alone", "conv_launch", "time", zero=True),
-            "bytes_s": self.figure(table, "alone", "conv_bandwidth", "bandwidth"),
+            "run_s": self.figure(table, "network", "run", "time", zero=True),
+            "slower": self.figure(table, "network", "slower", "number", least=1),
         }
 
     def engine(self, name: str) -> Engine:

@@ -65,10 +65,10 @@ def _lines(device: Device) -> Iterator[str]:
         if names:
             yield f"\n[{table}]"
             yield from (f"{key} = {{ source = {_quoted(source[f'{table}.{key}'])} }}" for key in sorted(names))
-    if device.alone:
-        yield "\n[alone]"
-        yield figure("alone", "conv_launch", device.alone["launch_s"] * 1e6, "us")
-        yield figure("alone", "conv_bandwidth", device.alone["bytes_s"] / 1e9, "GB/s")
+    if device.network:
+        yield "\n[network]"
+        yield figure("network", "run", device.network["run_s"] * 1e6, "us")
+        yield figure("network", "slower", device.network["slower"], "factor")
     for name, residuals in device.residuals.items():
         yield from _residuals(name, residuals, source[f"residuals.{name}"])
 

@@ -12,13 +12,18 @@ from scipy.linalg import cho_factor, cho_solve
 from scipy.optimize import minimize
 from scipy.spatial.distance import cdist
 
-from lrcompile.graph.op import ConvShape, GemmShape, OpDesc
+from lrcompile.graph.op import FUNCTIONS, AttentionShape, ConvShape, GemmShape, OpDesc, RecurrentShape
 
 ENOUGH = 600  # values to find reach, spread and noise by: the work grows with the cube of their number
 NEAREST = 160  # values that say something about a shape
 BLOCK = 16  # channels in a block of ONNX Runtime's convolutions on AVX-512, and a width of its products
-WIDTHS = {"gemm": 9, "bmm": 9, "pointwise": 16, "conv": 16, "depthwise": 16, "memory": 1}
+WIDTHS: dict[str, int] = {
+    "gemm": 9, "bmm": 9, "pointwise": 16, "conv": 16, "depthwise": 16, "grouped": 17, "volume": 9, "attention": 10,
+    "recurrent": 8,
+    **dict.fromkeys(FUNCTIONS, 2),
+}  # fmt: skip
 """How many features the families of operations have."""
+_WITH_ROWS = ("bias", "layer_norm", "skip_layer_norm", "group_norm", "transpose", "reduce")
 _REACH, _SPREAD, _NOISE = 16.0, 0.4, 0.03  # where the search starts
 _BOUNDS = ((0.05, 1e3), (0.01, 3.0), (0.01, 0.3))  # of each
 _HELD = 0.04  # how strongly reaches are held to where the search starts, in a logarithm's variance
@@ -115,25 +120,37 @@ def family(op: OpDesc) -> str | None:
         return None
     if op.conv is not None:
         shape = op.conv
-        if len(shape.kernel) != 2 or shape.transposed:
+        if shape.transposed or len(shape.kernel) == 1:
             return None
+        if len(shape.kernel) == 3:
+            return "volume"
         if shape.groups > 1:
-            return "depthwise" if min(shape.channels_in, shape.channels_out) == shape.groups else None
+            return "depthwise" if min(shape.channels_in, shape.channels_out) == shape.groups else "grouped"
         return "pointwise" if set(shape.kernel) == {1} else "conv"
     if op.gemm is not None:
         return "gemm" if op.weight_bytes else "bmm"
+    if op.attention is not None:
+        return "attention"
+    if op.recurrent is not None:
+        return "recurrent"
     if op.kind in ("elementwise", "normalization", "movement", "reduction", "gather"):
-        return "memory"
+        return op.function
     return None
 
 
 def features(op: OpDesc) -> list[float]:
     """What an operation's residual depends on: logarithms of sizes to the base of two, and conditions that jump."""
     if op.conv is not None:
-        return _of_conv(op.conv)
+        if len(op.conv.kernel) == 3:
+            return _of_volume(op.conv)
+        return [*_of_conv(op.conv), _log2(op.conv.groups)] if family(op) == "grouped" else _of_conv(op.conv)
     if op.gemm is not None:
         return _of_gemm(op.gemm)
-    return [_log2(op.weight_bytes + op.activation_bytes)]
+    if op.attention is not None:
+        return _of_attention(op.attention)
+    if op.recurrent is not None:
+        return _of_recurrent(op.recurrent)
+    return [_log2(op.weight_bytes + op.activation_bytes), _log2(op.row) if op.function in _WITH_ROWS else 0.0]
 
 
 def sizes(op: OpDesc) -> list[float]:
@@ -153,6 +170,30 @@ def _of_gemm(shape: GemmShape) -> list[float]:
     work = shape.m * shape.n * shape.k * shape.batch
     extents = [_log2(size) for size in (shape.m, shape.n, shape.k, shape.batch, work)]
     return [*extents, _empty(shape.n, BLOCK), _empty(shape.n, 2 * BLOCK), _empty(shape.m, 12), float(shape.m == 1)]
+
+
+def _of_volume(shape: ConvShape) -> list[float]:
+    """Sizes alone: ONNX Runtime unfolds windows and multiplies."""
+    voxels, taps, per_group = math.prod(shape.size_out), math.prod(shape.kernel), shape.channels_in // shape.groups
+    work = voxels * shape.batch * shape.channels_out * per_group * taps
+    sizes = (voxels, shape.batch, per_group, shape.channels_out, taps, math.prod(shape.stride), shape.groups, work)
+    return [*map(_log2, sizes), float(taps == 1)]
+
+
+def _of_attention(shape: AttentionShape) -> list[float]:
+    """Sizes, work, and what mask there is."""
+    heads = shape.batch * shape.heads
+    work = heads * shape.queries * shape.keys * shape.head_dim
+    sizes = (shape.batch, shape.heads, shape.heads / shape.heads_kv, shape.queries, shape.keys, shape.head_dim, work)
+    return [*map(_log2, sizes), float(shape.mask != "none"), float(shape.mask == "boolean"), float(shape.causal)]
+
+
+def _of_recurrent(shape: RecurrentShape) -> list[float]:
+    """Sizes and work."""
+    calls = shape.layers * shape.directions
+    work = calls * shape.batch * shape.steps * shape.hidden_size * (shape.input_size + shape.hidden_size) * shape.gates
+    sizes = (shape.batch, shape.steps, shape.input_size, shape.hidden_size, shape.layers, shape.directions)
+    return [*map(_log2, (*sizes, shape.gates, work))]
 
 
 def _of_conv(shape: ConvShape) -> list[float]:

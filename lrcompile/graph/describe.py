@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,7 +13,17 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from lrcompile.graph.graph import submodule
-from lrcompile.graph.op import AttentionShape, ConvShape, Kind, Layout, OpDesc, RecurrentShape, conv_op, gemm_op
+from lrcompile.graph.op import (
+    AttentionShape,
+    ConvShape,
+    Function,
+    Kind,
+    Layout,
+    OpDesc,
+    RecurrentShape,
+    conv_op,
+    gemm_op,
+)
 
 aten = torch.ops.aten
 
@@ -44,12 +55,54 @@ def describe(gm: fx.GraphModule, node: fx.Node) -> OpDesc:
     packet = node.target.overloadpacket
     if packet in _SPECIAL:
         return _SPECIAL[packet](node)
+    if packet in _TRANSPOSES:
+        return _transpose(node)
+    if packet in (aten.to, aten._to_copy) and _dtype(_value(node.args[0])) == _dtype(_value(node)):
+        return _plain("view", node, 0.0)
     if packet in _RESHAPES and _is_repeated(node.args[0]):
         return _plain("movement", node, 0.0)
-    if packet in _KINDS:
-        kind, per_element = _KINDS[packet]
-        return _plain(kind, node, per_element)
-    return _plain("elementwise", node, 1.0)
+    kind, per_element = _KINDS.get(packet, ("elementwise", 1.0))
+    return replace(_plain(kind, node, per_element), function=_function(packet, node), row=_row(packet, node))
+
+
+def _function(packet: Any, node: fx.Node) -> Function:
+    """What an operation that is priced by its traffic computes."""
+    if packet in _FUNCTIONS:
+        return _FUNCTIONS[packet]
+    if packet not in (aten.add, aten.sub, aten.mul, aten.div):
+        return "copy"
+    shapes = [tuple(v.shape) for v in map(_value, node.all_input_nodes) if isinstance(v, Tensor)]
+    if len(shapes) < 2:
+        return "copy"
+    return "binary" if shapes[0] == shapes[1] else "bias"
+
+
+def _row(packet: Any, node: fx.Node) -> int:
+    """Over how many elements it does so: the last axis where nothing else is known."""
+    x, y = (_value(node.args[0]) if node.args else None), node.meta.get("val")
+    if not isinstance(x, Tensor) or not isinstance(y, Tensor) or not x.dim():
+        return 1
+    function = _FUNCTIONS.get(packet)
+    if function == "reduce":
+        return max(1, x.numel() // max(1, y.numel()))
+    if packet in (aten.group_norm, aten.instance_norm):
+        groups: Any = node.args[1] if packet is aten.group_norm else x.shape[1]
+        return max(1, x.numel() // max(1, x.shape[0] * groups))
+    if packet is aten.layer_norm:
+        return math.prod(node.args[1])  # type: ignore[arg-type]
+    return max(1, y.shape[-1] if y.dim() else 1)
+
+
+def _transpose(node: fx.Node) -> OpDesc:
+    """A view with other strides, described by what a runtime moves that has to write it out."""
+    y: Tensor = node.target(torch.empty(_value(node.args[0]).shape, device="meta"), *node.args[1:], **node.kwargs)  # type: ignore[operator]
+    run = 1
+    for size, step in zip(reversed(y.shape), reversed(y.stride()), strict=True):
+        if size > 1 and step != run:
+            break
+        run *= size
+    moved = 2.0 * _bytes(_value(node)) if run < y.numel() else 0.0
+    return replace(_plain("view", node, 0.0), activation_bytes=moved, function="transpose", row=max(1, run))
 
 
 def _is_repeated(source: Any) -> bool:
@@ -79,7 +132,9 @@ def _describe_module(module: nn.Module, node: fx.Node) -> OpDesc:
         case nn.BatchNorm1d() | nn.BatchNorm2d() | nn.BatchNorm3d():
             return replace(_plain("normalization", node, 2.0), weight_bytes=weight_bytes, label=label)
         case nn.LayerNorm():
-            return replace(_plain("normalization", node, 8.0), weight_bytes=weight_bytes, label=label)
+            row = math.prod(module.normalized_shape)
+            op = replace(_plain("normalization", node, 8.0), weight_bytes=weight_bytes, label=label)
+            return replace(op, function="layer_norm", row=row)
     return replace(_plain("elementwise", node, 1.0), weight_bytes=weight_bytes, label=label)
 
 
@@ -134,6 +189,9 @@ def _attention(node: fx.Node) -> OpDesc:
     shape = AttentionShape(batch, heads, heads_kv, q.shape[-2], k.shape[-2], q.shape[-1], causal)
     products = 4.0 * batch * heads * q.shape[-2] * k.shape[-2] * q.shape[-1]
     inputs = sum(_bytes(v) for v in (q, k, _value(node.args[2])))
+    given: Any = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
+    if given is not None:
+        shape = replace(shape, mask="boolean" if _dtype(_value(given)) == "bool" else "number")
     return OpDesc("attention", _dtype(y), products, 0.0, inputs + _bytes(y), attention=shape, label="attention")
 
 
@@ -185,11 +243,11 @@ _SPECIAL: dict[Any, Callable[[fx.Node], OpDesc]] = {
 
 _RESHAPES = (aten.reshape, aten.flatten, aten.contiguous, aten.clone)
 _VIEWS = [
-    "view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "expand", "slice", "select", "t", "alias",
+    "view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "expand", "slice", "select", "alias",
     "detach", "sym_size", "sym_numel", "sym_stride", "split", "split_with_sizes", "chunk", "unbind", "narrow",
     "view_as", "expand_as", "_unsafe_view", "arange", "zeros", "ones", "full", "empty", "lift_fresh_copy",
-    "lift_fresh", "scalar_tensor", "item", "_local_scalar_dense", "contiguous", "dropout", "transpose", "permute",
-    "movedim", "swapaxes", "zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full",
+    "lift_fresh", "scalar_tensor", "item", "_local_scalar_dense", "contiguous", "dropout", "zeros_like",
+    "ones_like", "full_like", "new_zeros", "new_ones", "new_full",
 ]  # fmt: skip
 _MOVEMENTS = [
     "cat", "stack", "pad", "constant_pad_nd", "reflection_pad2d", "replication_pad2d", "roll", "flip", "clone",
@@ -205,6 +263,16 @@ _NORMALIZATIONS = [
     "native_layer_norm",
 ]  # fmt: skip
 _GATHERS = ["embedding", "index", "index_select", "gather", "scatter", "index_put", "take_along_dim"]
+_TRANSPOSES = {aten.t, aten.mT, aten.numpy_T, aten.transpose, aten.permute, aten.movedim, aten.swapaxes}
+_FUNCTIONS: dict[Any, Function] = {
+    aten.gelu: "gelu",
+    aten.silu: "silu",
+    **dict.fromkeys((aten.sigmoid, aten.tanh, aten.exp, aten.erf), "sigmoid"),
+    **dict.fromkeys((aten.softmax, aten._softmax, aten.log_softmax, aten.layer_norm, aten.rms_norm), "layer_norm"),
+    **dict.fromkeys((aten.group_norm, aten.instance_norm), "group_norm"),
+    **dict.fromkeys((aten.sum, aten.mean, aten.amax, aten.amin, aten.var, aten.adaptive_avg_pool2d), "reduce"),
+    **dict.fromkeys((aten.adaptive_avg_pool1d, aten.adaptive_avg_pool3d), "reduce"),
+}
 _HEAVY = {
     "gelu": 12.0, "tanh": 8.0, "sigmoid": 6.0, "silu": 6.0, "exp": 6.0, "erf": 8.0, "sin": 8.0, "cos": 8.0, "pow": 6.0,
 }  # fmt: skip

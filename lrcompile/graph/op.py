@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 Kind = Literal[
     "gemm",  # matrix product; `gemm` holds its dimensions
@@ -80,7 +80,10 @@ class ConvShape:
 
 @dataclass(frozen=True)
 class AttentionShape:
-    """softmax(QKᵀ)V with `heads` query heads and `heads_kv` key/value heads."""
+    """softmax(QKᵀ)V with `heads` query heads and `heads_kv` key/value heads.
+
+    `mask` says what kind of mask is given besides a causal one: a boolean one has to be turned into numbers.
+    """
 
     batch: int
     heads: int
@@ -89,6 +92,7 @@ class AttentionShape:
     keys: int
     head_dim: int
     causal: bool = False
+    mask: Literal["none", "number", "boolean"] = "none"
 
 
 @dataclass(frozen=True)
@@ -104,12 +108,29 @@ class RecurrentShape:
     gates: int
 
 
+Function = Literal[
+    "copy",  # anything that reads and writes each value once and computes little: relu, concatenate, gather
+    "binary",  # of two values of the same shape
+    "bias",  # adds or multiplies a vector of `row` elements to each row
+    "gelu",
+    "silu",
+    "sigmoid",  # and others with an exponential: tanh, exp, erf
+    "layer_norm",  # over `row` elements; also softmax
+    "skip_layer_norm",  # of the sum of two values
+    "group_norm",  # over `row` elements, for each channel its own scale; also instance norm
+    "transpose",  # in runs of `row` elements that stay together
+    "reduce",  # of `row` elements to one; also pooling
+]
+FUNCTIONS: tuple[Function, ...] = get_args(Function)
+
+
 @dataclass(frozen=True)
 class OpDesc:
     """One operation: its kind, sizes and traffic.
 
     `flops` counts a multiply-add as two. `weight_bytes` are constant operands, `activation_bytes` what is
-    read and written besides them. `label` names the operation for people and decides nothing.
+    read and written besides them. Of what only moves data or maps elements, `function` says what it computes, and
+    over how many elements, `row`. `label` names the operation for people and decides nothing.
     """
 
     kind: Kind
@@ -121,6 +142,8 @@ class OpDesc:
     conv: ConvShape | None = None
     attention: AttentionShape | None = None
     recurrent: RecurrentShape | None = None
+    function: Function = "copy"
+    row: int = 1
     label: str = ""
 
 
@@ -167,6 +190,26 @@ def conv_op(shape: ConvShape, dtype: str, *, label: str = "conv") -> OpDesc:
         conv=shape,
         label=label,
     )
+
+
+def attention_op(shape: AttentionShape, dtype: str) -> OpDesc:
+    """The description of attention of the given shape."""
+    size = DTYPE_BYTES[dtype] * shape.batch * shape.head_dim
+    moved = 2 * size * (shape.queries * shape.heads + shape.keys * shape.heads_kv)
+    flops = 4.0 * shape.batch * shape.heads * shape.queries * shape.keys * shape.head_dim
+    return OpDesc("attention", dtype, flops, 0.0, moved, attention=shape, label="attention")
+
+
+def recurrent_op(shape: RecurrentShape, dtype: str) -> OpDesc:
+    """The description of a recurrent call of the given shape, with biases."""
+    size, gates = DTYPE_BYTES[dtype], shape.gates * shape.hidden_size
+    wide = shape.hidden_size * shape.directions
+    inputs = [shape.input_size] + [wide] * (shape.layers - 1)
+    products = shape.directions * gates * sum(width + shape.hidden_size for width in inputs)
+    weights = products + 2 * shape.directions * gates * shape.layers
+    values = shape.batch * (shape.steps * (shape.input_size + wide) + 2 * wide * shape.layers)
+    flops = 2.0 * products * shape.batch * shape.steps
+    return OpDesc("recurrent", dtype, flops, weights * size, values * size, recurrent=shape, label="recurrent")
 
 
 def _product(sizes: tuple[int, ...]) -> int:

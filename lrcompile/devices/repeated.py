@@ -1,0 +1,310 @@
+"""One described operation several times over, as a graph: measured so, it runs as it does in a network.
+
+Alone in a session an operation also pays for the start of a run, for waking the threads that the last run left asleep,
+and a convolution for laying its values out in blocks of channels and back, which a network pays once. Two graphs that
+differ by some copies of the operation have all of that in common.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from lrcompile.graph.op import AttentionShape, ConvShape, GemmShape, OpDesc, RecurrentShape
+
+aten = torch.ops.aten
+COPIES_S = 6e-4  # how long all copies should take
+MOST_COPIES = 40
+MOST_BYTES = 3e7  # of all copies together, so that they fit into the caches if one of them does
+WAKING = 128  # extents of a product that several threads share
+_DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16}
+_CONVOLUTIONS: dict[tuple[int, bool], Any] = {
+    (1, False): nn.Conv1d, (2, False): nn.Conv2d, (3, False): nn.Conv3d,
+    (1, True): nn.ConvTranspose1d, (2, True): nn.ConvTranspose2d, (3, True): nn.ConvTranspose3d,
+}  # fmt: skip
+_OF_TWO = ("binary", "skip_layer_norm")
+_RECURRENT: dict[int, Callable[..., Any]] = {4: aten.lstm.input, 3: aten.gru.input}
+_CHAINED: dict[str, Callable[..., Any]] = {
+    "copy": aten.relu.default, "gelu": aten.gelu.default, "silu": aten.silu.default, "sigmoid": aten.sigmoid.default,
+}  # fmt: skip
+
+
+def copies_for(op: OpDesc, latency_s: float) -> int:
+    """How many copies to measure of an operation that takes about so long."""
+    fit = MOST_BYTES / max(op.weight_bytes + op.activation_bytes, 1.0)
+    least = 2 if op.conv is not None and op.conv.groups > 1 else 1  # of which the blocks take most of the time
+    return max(least, round(min(COPIES_S / max(latency_s, 1e-9), fit, MOST_COPIES)))
+
+
+def least_copies(op: OpDesc) -> int:
+    """Of the graph that others are compared with: one convolution lays values out in blocks."""
+    return int(op.conv is not None and len(op.conv.kernel) == 2)
+
+
+def repeated(op: OpDesc, copies: int, *, wake: bool = True) -> fx.GraphModule | None:
+    """A graph of `copies` of an operation in fp64, fp32 or fp16, on meta tensors; None where it has no such form.
+
+    With `wake` it starts with a product that several threads share. Copies have weights of their own, and where they
+    have none, inputs of their own or the result of the one before, so that none is computed once for all.
+    """
+    dtype = _DTYPES.get(op.dtype)
+    if dtype is None:
+        return None
+    make = _Maker(dtype)
+    if wake:
+        _wake(make)
+    if op.gemm is not None:
+        _gemms(make, op.gemm, copies, weight=op.weight_bytes > 0)
+    elif op.conv is not None:
+        if not _convolutions(make, op.conv, copies):
+            return None
+    elif op.attention is not None:
+        _attentions(make, op.attention, copies)
+    elif op.recurrent is not None and op.recurrent.gates in _RECURRENT:
+        _recurrents(make, op.recurrent, copies)
+    elif op.kind in ("normalization", "reduction", "elementwise", "gather", "movement"):
+        _functions(make, op, copies)
+    else:
+        return None
+    return make.done()
+
+
+def in_a_row(shapes: Sequence[ConvShape]) -> fx.GraphModule:
+    """Convolutions one after the other, each with a bias and ReLU."""
+    make = _Maker(torch.float32)
+    x = make.input(shapes[0].batch, shapes[0].channels_in, *shapes[0].size_in)
+    for shape in shapes:
+        x = make.call(aten.relu.default, make.layer(_convolution(shape), x))
+    make.output(x)
+    return make.done()
+
+
+def encoder(shape: AttentionShape, layers: int, *, first: bool) -> fx.GraphModule:
+    """A transformer's encoder of four times as wide hidden layers; norms stand first in each half, or at its end."""
+    make, width = _Maker(torch.float32), shape.heads * shape.head_dim
+    x = make.input(shape.batch, shape.queries, width)
+
+    def norm(x: fx.Node) -> fx.Node:
+        return make.layer(nn.LayerNorm(width, device="meta"), x)
+
+    def linear(x: fx.Node, out: int) -> fx.Node:
+        return make.layer(nn.Linear(x.meta["val"].shape[-1], out, device="meta"), x)
+
+    for _ in range(layers):
+        for half in (0, 1):
+            y = norm(x) if first else x
+            if half:
+                y = linear(make.call(aten.gelu.default, linear(y, 4 * width)), width)
+            else:
+                y = linear(_attended(make, shape, [linear(y, width) for _ in range(3)], None), width)
+            x = make.call(aten.add.Tensor, x, y)
+            x = x if first else norm(x)
+    make.output(x)
+    return make.done()
+
+
+def _wake(make: _Maker) -> None:
+    make.output(make.call(aten.matmul.default, make.input(WAKING, WAKING), make.weight(WAKING, WAKING)))
+
+
+class _Maker:
+    """A graph under construction, every node with its shape."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.root = nn.Module()
+        self.graph = fx.Graph()
+        self.outputs: list[fx.Node] = []
+        self.inputs = self.weights = 0
+
+    def input(self, *shape: int, dtype: torch.dtype | None = None) -> fx.Node:
+        node = self.graph.placeholder(f"x{self.inputs}")
+        self.inputs += 1
+        node.meta["val"] = torch.empty(shape, dtype=dtype or self.dtype, device="meta")
+        return node
+
+    def weight(self, *shape: int) -> fx.Node:
+        name = f"w{self.weights}"
+        self.weights += 1
+        self.root.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=self.dtype, device="meta")))
+        node = self.graph.get_attr(name)
+        node.meta["val"] = self.root.get_parameter(name)
+        return node
+
+    def layer(self, module: nn.Module, x: fx.Node) -> fx.Node:
+        name = f"m{self.weights}"
+        self.weights += 1
+        self.root.add_module(name, module.to(self.dtype).eval())
+        node = self.graph.call_module(name, (x,))
+        node.meta["val"] = module(x.meta["val"])
+        return node
+
+    def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+        node = self.graph.call_function(target, args, kwargs)
+        node.meta["val"] = target(
+            *fx.node.map_arg(args, lambda n: n.meta["val"]), **fx.node.map_arg(kwargs, lambda n: n.meta["val"])
+        )
+        return node
+
+    def output(self, node: fx.Node) -> None:
+        self.outputs.append(node)
+
+    def done(self) -> fx.GraphModule:
+        self.graph.output(tuple(self.outputs))
+        return fx.GraphModule(self.root, self.graph)
+
+
+def _gemms(make: _Maker, shape: GemmShape, copies: int, *, weight: bool) -> None:
+    batch = (shape.batch,) if shape.batch > 1 else ()
+    x = make.input(*batch, shape.m, shape.k) if copies else None
+    for _ in range(copies):
+        second = (make.weight if weight else make.input)(*batch, shape.k, shape.n)
+        make.output(make.call(aten.matmul.default, x, second))
+
+
+def _convolutions(make: _Maker, shape: ConvShape, copies: int) -> bool:
+    """Of images, each adds what the one before gave: values stay in blocks of channels. With bias and ReLU."""
+    if _conv_options(shape) is None:
+        return False
+    x = make.input(shape.batch, shape.channels_in, *shape.size_in) if copies else None
+    last = None
+    for _ in range(copies):
+        assert x is not None
+        y = make.layer(_convolution(shape), x)
+        if len(shape.kernel) == 2 and last is not None:
+            y = make.call(aten.add.Tensor, y, last)
+        last = make.call(aten.relu.default, y)
+        if len(shape.kernel) != 2:
+            make.output(last)
+    if len(shape.kernel) == 2 and last is not None:
+        make.output(last)
+    return True
+
+
+def _convolution(shape: ConvShape) -> nn.Module:
+    kind = _CONVOLUTIONS[len(shape.kernel), shape.transposed]
+    with torch.device("meta"):
+        module: nn.Module = kind(
+            shape.channels_in, shape.channels_out, shape.kernel, shape.stride, dilation=shape.dilation,
+            groups=shape.groups, **(_conv_options(shape) or {}),
+        )  # fmt: skip
+    return module
+
+
+def _conv_options(shape: ConvShape) -> dict[str, Any] | None:
+    if any(before != after for before, after in shape.padding):
+        return None
+    padding = tuple(before for before, _ in shape.padding)
+    if not shape.transposed:
+        return {"padding": padding}
+    reach = (
+        (i - 1) * s - 2 * p + d * (k - 1) + 1
+        for i, s, p, d, k in zip(shape.size_in, shape.stride, padding, shape.dilation, shape.kernel, strict=True)
+    )
+    return {"padding": padding, "output_padding": tuple(o - r for o, r in zip(shape.size_out, reach, strict=True))}
+
+
+def _attentions(make: _Maker, shape: AttentionShape, copies: int) -> None:
+    """With heads taken out of the width before, and put back after."""
+    mask, wide = None, [(shape.queries, shape.heads), (shape.keys, shape.heads_kv), (shape.keys, shape.heads_kv)]
+    if shape.mask != "none" and copies:
+        kind = torch.bool if shape.mask == "boolean" else make.dtype
+        mask = make.input(shape.batch, 1, shape.queries, shape.keys, dtype=kind)
+    for _ in range(copies):
+        values = [make.input(shape.batch, length, count * shape.head_dim) for length, count in wide]
+        make.output(_attended(make, shape, values, mask))
+
+
+def _attended(make: _Maker, shape: AttentionShape, values: Sequence[fx.Node], mask: fx.Node | None) -> fx.Node:
+    split = []
+    for x, count in zip(values, (shape.heads, shape.heads_kv, shape.heads_kv), strict=True):
+        x = make.call(aten.view.default, x, [shape.batch, -1, count, shape.head_dim])
+        split.append(make.call(aten.transpose.int, x, 1, 2))
+    options: dict[str, Any] = {"enable_gqa": True} if shape.heads != shape.heads_kv else {}
+    causal = shape.causal and mask is None
+    y = make.call(aten.scaled_dot_product_attention.default, *split, mask, 0.0, causal, **options)
+    y = make.call(aten.transpose.int, y, 1, 2)
+    return make.call(aten.reshape.default, y, [shape.batch, shape.queries, shape.heads * shape.head_dim])
+
+
+def _recurrents(make: _Maker, shape: RecurrentShape, copies: int) -> None:
+    """With biases, from a state that is given, over the batch first."""
+    if not copies:
+        return
+    x, gates = make.input(shape.batch, shape.steps, shape.input_size), shape.gates * shape.hidden_size
+    states = [make.input(shape.layers * shape.directions, shape.batch, shape.hidden_size) for _ in range(2)]
+    for _ in range(copies):
+        weights = []
+        for layer in range(shape.layers):
+            width = shape.input_size if layer == 0 else shape.hidden_size * shape.directions
+            for _ in range(shape.directions):
+                sizes = ((gates, width), (gates, shape.hidden_size), (gates,), (gates,))
+                weights += [make.weight(*size) for size in sizes]
+        state = states if shape.gates == 4 else states[0]
+        given = (state, weights, True, shape.layers, 0.0, False, shape.directions == 2, True)
+        y = make.call(_RECURRENT[shape.gates], x, *given)
+        make.output(make.call(operator.getitem, y, 0))
+
+
+def _functions(make: _Maker, op: OpDesc, copies: int) -> None:
+    """Whatever only moves data or maps elements, over as many bytes; one takes the result of the one before."""
+    size = make.dtype.itemsize
+    elements = max(1, round((op.weight_bytes + op.activation_bytes) / size / (3 if op.function in _OF_TWO else 2)))
+    row = min(max(1, op.row), elements)
+    rows = max(1, elements // row)
+    if not copies:
+        return
+    if op.function == "transpose":
+        few = math.gcd(rows, 8) if rows % 8 else 8
+        for _ in range(copies):
+            x = make.input(few, max(1, rows // few), row)
+            make.output(make.call(aten.clone.default, x) if rows == 1 else make.call(aten.transpose.int, x, 0, 1))
+    elif op.function == "reduce":
+        for _ in range(copies):
+            make.output(make.call(aten.mean.dim, make.input(max(1, rows), row), [-1]))
+    else:
+        shape = {"group_norm": (1, 2 * rows, max(1, row // 2)), "copy": (elements,)}.get(op.function, (rows, row))
+        x = make.input(*shape)
+        other = make.input(*shape) if op.function in _OF_TWO else None
+        for _ in range(copies):
+            x = _function(make, op.function, x, other, row)
+        make.output(x)
+
+
+def _function(make: _Maker, name: str, x: fx.Node, other: fx.Node | None, row: int) -> fx.Node:
+    shape = x.meta["val"].shape
+    match name:
+        case "binary":
+            return make.call(aten.add.Tensor, x, other)
+        case "bias":
+            return make.call(aten.add.Tensor, x, make.weight(row))
+        case "skip_layer_norm":
+            x = make.call(aten.add.Tensor, x, other)
+            return make.call(aten.layer_norm.default, x, [row], make.weight(row), make.weight(row))
+        case "layer_norm":
+            return make.call(aten.layer_norm.default, x, [row], make.weight(row), make.weight(row))
+        case "group_norm":
+            weights = make.weight(shape[1]), make.weight(shape[1])
+            return make.call(aten.group_norm.default, x, max(1, shape[1] // 2), *weights)
+    return make.call(_CHAINED[name], x)
+
+
+def call_of(gm: fx.GraphModule) -> Callable[[], Any]:
+    """A call that runs the graph once in PyTorch, on random values; it was run once when this returns."""
+    gm = gm.to_empty(device="cpu")
+    for parameter in gm.parameters():
+        nn.init.normal_(parameter, std=0.02)
+    values = [node.meta["val"] for node in gm.graph.nodes if node.op == "placeholder"]
+    inputs = [_random(value) for value in values]
+    run = torch.inference_mode()(lambda: gm(*inputs))
+    run()
+    return run
+
+
+def _random(value: Tensor) -> Tensor:
+    return torch.ones(value.shape, dtype=torch.bool) if value.dtype == torch.bool else torch.randn(value.shape)
