@@ -96,7 +96,7 @@ def test_the_report_says_how_good_it_is(calibration: Calibration) -> None:
     assert set(summary) == set(WEIGHTS)
     assert sum(row["count"] for row in summary.values()) == len(calibration.measurements)
     assert summary["gemm"]["error"] < 0.05
-    assert all(row["sigma_robust"] < 1.5 * row["sigma"] for row in summary.values())  # a few errors are large
+    assert summary["conv"]["sigma_robust"] < summary["conv"]["sigma"]  # a few errors are large
     assert summary["conv"]["error"] < summary["conv"]["formula"]  # it does not know of narrow ones
 
 
