@@ -20,6 +20,7 @@ import torch
 import typer.main
 
 from lrcompile import cli
+from tests.test_calibrate import use_made_up_machine
 
 ROOT = Path(__file__).parents[1]
 PLUGIN = ROOT / "tests" / "plugin"
@@ -67,6 +68,7 @@ def one_thread() -> Iterator[None]:
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("page", PAGES)
 def test_code_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_made_up_machine(monkeypatch)  # a calibration takes the minutes that it is given
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(PLUGIN)
     monkeypatch.syspath_prepend(tmp_path)

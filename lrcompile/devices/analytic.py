@@ -89,7 +89,7 @@ class AnalyticCostModel:
         elif op.recurrent is not None:
             latency_s = recurrent_latency_s(self.device, op.recurrent, op.dtype) * len(directions)
         else:
-            traffic = _traffic(op)
+            traffic = op.weight_bytes + op.activation_bytes
             latency_s = memory_latency_s(self.device, traffic)
             if self.training:
                 latency_s += memory_latency_s(self.device, 2 * traffic)
@@ -344,10 +344,6 @@ def _winograd_s(
         fused = products(_FUSED_TILE, _FUSED_POINTS)
         latency_s = min(latency_s, _product_s(device, faster, fused, dtype, element * (read + written + weight)))
     return latency_s
-
-
-def _traffic(op: OpDesc) -> float:
-    return op.weight_bytes + op.activation_bytes
 
 
 def _op_class(op: OpDesc) -> str:

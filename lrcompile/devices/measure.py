@@ -137,10 +137,12 @@ class LocalCostModel:
             )
         except UnsupportedRegion as error:
             return self._predicted(error.reason, _prior().compare(before, after))
-        if not self._is_known(regions) and not self.worth_measuring(before, after):
+        key, distinct = self._identified(regions)
+        timings = self._known(key, len(distinct))
+        if timings is None and not self.worth_measuring(before, after):
             self.counters.skipped += 1
             return _prior().compare(before, after)
-        timings = self._timings(regions)
+        timings = timings or self._measured(key, distinct)
         if isinstance(timings, str):
             return self._predicted(timings, _prior().compare(before, after))
         return _with_traffic(before, timings[0]), _with_traffic(after, timings[-1])
@@ -155,31 +157,29 @@ class LocalCostModel:
         sigma = math.hypot(new.sigma_s, HOPELESS * old.sigma_s)
         return Cost(excess, sigma).p_positive < CONFIDENCE
 
-    def _is_known(self, regions: Sequence[LoweredRegion]) -> bool:
-        """Whether the timings of some regions, or that there are none, are remembered."""
-        signatures = list(dict.fromkeys(region.signature() for region in regions))
-        key = _key(signatures, self.threads)
-        return key in self._unmeasurable or self._recalled(key, len(signatures)) is not None
+    def _timings(self, regions: Sequence[LoweredRegion]) -> tuple[Timing, ...] | str:
+        """The timings of one or two regions, known or new; the reason where there are none."""
+        key, distinct = self._identified(regions)
+        return self._known(key, len(distinct)) or self._measured(key, distinct)
 
-    def _recalled(self, key: str, count: int) -> tuple[Timing, ...] | None:
+    def _identified(self, regions: Sequence[LoweredRegion]) -> tuple[str, Sequence[LoweredRegion]]:
+        """What the timings of regions are remembered by, and which are measured: a pair of equals as one."""
+        signatures = list(dict.fromkeys(region.signature() for region in regions))
+        return _key(signatures, self.threads), regions[: len(signatures)]
+
+    def _known(self, key: str, count: int) -> tuple[Timing, ...] | str | None:
+        """Remembered timings, or the reason why there are none; None where nothing is remembered."""
+        if key in self._unmeasurable:
+            return self._unmeasurable[key]
         known = self._memory.get(key) or recall(self.cache_dir, key, count)
         if known is not None:
             self._memory[key] = known
+            self.counters.reused += 1
         return known
 
-    def _timings(self, regions: Sequence[LoweredRegion]) -> tuple[Timing, ...] | str:
-        """The timings of one or two regions, known or new; the reason where there are none."""
-        signatures = list(dict.fromkeys(region.signature() for region in regions))
-        distinct = regions[: len(signatures)]  # a pair of equals is measured as one
-        key = _key(signatures, self.threads)
-        if key in self._unmeasurable:
-            return self._unmeasurable[key]
-        known = self._recalled(key, len(distinct))
-        if known is not None:
-            self.counters.reused += 1
-            return known
+    def _measured(self, key: str, regions: Sequence[LoweredRegion]) -> tuple[Timing, ...] | str:
         try:
-            timings = measure([open_region(region, self.threads) for region in distinct], self.clock, self.waited)
+            timings = measure([open_region(region, self.threads) for region in regions], self.clock, self.waited)
         except ORT_ERRORS as error:
             lines = str(error).strip().splitlines()
             self._unmeasurable[key] = f"ONNX Runtime: {lines[0][:200] if lines else type(error).__name__}"

@@ -171,17 +171,17 @@ def _convolutions(make: _Maker, shape: ConvShape, copies: int) -> bool:
     """Of images, each adds what the one before gave: values stay in blocks of channels. With bias and ReLU."""
     if _conv_options(shape) is None:
         return False
-    x = make.input(shape.batch, shape.channels_in, *shape.size_in) if copies else None
-    last = None
+    if not copies:
+        return True
+    x, last, images = make.input(shape.batch, shape.channels_in, *shape.size_in), None, len(shape.kernel) == 2
     for _ in range(copies):
-        assert x is not None
         y = make.layer(_convolution(shape), x)
-        if len(shape.kernel) == 2 and last is not None:
+        if images and last is not None:
             y = make.call(aten.add.Tensor, y, last)
         last = make.call(aten.relu.default, y)
-        if len(shape.kernel) != 2:
+        if not images:
             make.output(last)
-    if len(shape.kernel) == 2 and last is not None:
+    if images and last is not None:
         make.output(last)
     return True
 
