@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -86,3 +87,8 @@ def test_rewrites_are_compared_with_what_is_measured(monkeypatch: pytest.MonkeyP
         assert "100.0% of them are faster" in found.line
     monkeypatch.setattr(LocalCostModel, "compare", lambda self, before, after: MODEL.compare(before, after))
     assert "0 of 0 rewrites" in check_pairs(DEVICE, 6, None).line  # what is predicted does not count
+
+
+def test_layers_take_what_they_are_given() -> None:
+    for module, example in islice(check_calibration.layers(0), 40):
+        assert module(example).numel()

@@ -185,11 +185,11 @@ class Recording:
 
 
 def layers(seed: int) -> Iterator[tuple[nn.Module, torch.Tensor]]:
-    """Linear layers and convolutions that are large enough to be split, without end."""
+    """Linear layers and convolutions of images that are large enough to be split, without end."""
     for op in operations(seed):
         if op.flops < 2e6:
             continue
-        if op.conv is not None and op.conv.groups == 1:
+        if op.conv is not None and family(op) in ("pointwise", "conv"):
             c = op.conv
             module = nn.Conv2d(c.channels_in, c.channels_out, c.kernel[0], c.stride[0], c.padding[0][0])  # all square
             yield module.eval(), torch.randn(c.batch, c.channels_in, *c.size_in)
