@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from lrcompile.planning.budget import Budget
     from lrcompile.planning.plan import Plan
     from lrcompile.plugins import discover, select
+    from lrcompile.recover import recover
+    from lrcompile.recovery.settings import Recovery
     from lrcompile.report.report import Report
 
 _HOMES = {
@@ -40,6 +42,8 @@ _HOMES = {
     "planning.budget": "Budget",
     "planning.plan": "Plan",
     "plugins": "discover select",
+    "recover": "recover",
+    "recovery.settings": "Recovery",
     "report.report": "Report",
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
@@ -56,6 +60,7 @@ __all__ = [
     "Pass",
     "Plan",
     "Prepared",
+    "Recovery",
     "Refusal",
     "Report",
     "Result",
@@ -71,6 +76,7 @@ __all__ = [
     "load_calibration",
     "load_device",
     "prepare_model",
+    "recover",
     "replay",
     "resolve_target",
     "select",
@@ -85,11 +91,11 @@ def __getattr__(name: str) -> Any:
 
 
 class _Package(ModuleType):
-    """Keeps `lrcompile.compile` the function: importing the module of that name would put the module there."""
+    """Keeps `compile` and `recover` the functions: importing a module of that name would put the module there."""
 
     def __setattr__(self, name: str, value: object) -> None:
-        if name == "compile" and isinstance(value, ModuleType):
-            value = value.compile
+        if name in ("compile", "recover") and isinstance(value, ModuleType):
+            value = getattr(value, name)
         super().__setattr__(name, value)
 
 

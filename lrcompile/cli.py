@@ -96,6 +96,10 @@ def compile_command(
     plan: Annotated[Path | None, typer.Option(help="Replay this plan.")] = None,
     plan_out: Annotated[Path | None, typer.Option(help="Save the plan here.")] = None,
     report_json: Annotated[Path | None, typer.Option(help="Save the report here.")] = None,
+    recover: Annotated[int | None, typer.Option(help="Train what was rewritten, so many steps, on --calib.")] = None,
+    recover_minutes: Annotated[float | None, typer.Option(help="The same, for so many minutes.")] = None,
+    recover_data: Annotated[str | None, typer.Option(help="Inputs to train on instead, read as --calib is.")] = None,
+    labels: Annotated[str | None, typer.Option(help="Labels to train on too: .npy, .npz, .pt or .safetensors.")] = None,
     as_json: Json = False,
 ) -> None:
     """Compiles a model for a target; the word `compile` may be left out."""
@@ -107,7 +111,8 @@ def compile_command(
         max_error=max_error, size=size,
         speedup=speedup, max_latency=max_latency, confidence=confidence, passes=passes,
         options=tuple(options or ()), skip=tuple(skip or ()), seed=seed, plan=plan, plan_out=plan_out,
-        report_json=report_json,
+        report_json=report_json, recover=recover, recover_minutes=recover_minutes, recover_data=recover_data,
+        labels=labels,
     )  # fmt: skip
     from lrcompile.report.progress import ProgressDisplay
     from lrcompile.report.terminal import print_report

@@ -167,7 +167,7 @@ def prepare_model(
     target = target.for_model(traced.dynamic_batch, opset)
     reference = Reference.of(traced) if target.is_local else None
     keep, skipped = _keeper(traced.graph, skip)
-    batches = _batches(traced, calibration)
+    batches = model_batches(traced, calibration)
     with clock("canonicalize"):
         context = Context(target.device, dtype)
         graph, canonical, refusals = canonicalize(traced.graph, transforms, context, keep)
@@ -321,7 +321,7 @@ def replay(
         traced = to_rank(traced, plan.max_rank, plan.io_rank, rounding(dtype))
     traced = replace(traced, opset=check_opset(plan.opset if opset is None else opset))
     plan.check_fits(fingerprint(traced.graph.gm), calibration.digest if calibration else None)
-    batches = _batches(traced, calibration)
+    batches = model_batches(traced, calibration)
     context = Context(target.device, dtype)
     canonical_names = {name for name, transform in by_name.items() if transform.stage is Stage.CANONICALIZE}
     count = next(
@@ -351,11 +351,17 @@ def replay(
         sites=[Decision.from_json(site) for site in plan.sites],
         verification={"torch_vs_original": error, "onnx_vs_torch": None},
         timings_s=dict(clock.seconds),
-        notes=(*problems, *traced.notes, "replayed from a plan"),
+        notes=(*problems, *traced.notes, "replayed from a plan", *_untrained(plan)),
         rewrites=plan.rewrites,
         settings={"dtype": dtype, "batch": batch_size(traced.flat), "seed": plan.seed},
     )
     return Result(graph_after.gm, plan, report, traced)
+
+
+def _untrained(plan: Plan) -> list[str]:
+    if plan.recovery is None:
+        return []
+    return [f"the plan's model was trained for {plan.recovery['steps']} steps; this one is not: give --recover"]
 
 
 def _passes(passes: Sequence[Pass] | None) -> tuple[tuple[Pass, ...], tuple[str, ...]]:
@@ -383,7 +389,7 @@ def _with_options(passes: Mapping[str, Pass], plan: Plan) -> dict[str, Pass]:
     return result
 
 
-def _batches(traced: Traced, calibration: CalibrationData | None) -> list[tuple[Any, ...]]:
+def model_batches(traced: Traced, calibration: CalibrationData | None) -> list[tuple[Any, ...]]:
     """Flat inputs to run the graph on: the calibration batches, or the example inputs alone."""
     if calibration is None:
         return [traced.flat]

@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from importlib.metadata import EntryPoint, entry_points
+from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from lrcompile.errors import InputError, PluginError
@@ -85,16 +86,24 @@ def configure(passes: Sequence[Pass], settings: Sequence[str]) -> tuple[Pass, ..
             raise InputError(f"--option got {setting!r}; expected PASS.OPTION=VALUE; `lrcompile passes` lists them")
         if name not in by_name:
             raise InputError(f"--option {setting}: {_unknown('pass', name, by_name)}")
-        transform = by_name[name]
-        hints = get_type_hints(type(transform))
-        known = [f.name for f in fields(transform)]
-        if option not in known:
-            raise InputError(f"--option {setting}: {_unknown(f'option of {name}', option, known)}")
-        try:
-            by_name[name] = replace(transform, **{option: _parsed(text.strip(), hints[option])})
-        except ValueError as error:
-            raise InputError(f"--option {setting}: {error}") from error
+        by_name[name] = replace(by_name[name], **parsed_option(type(by_name[name]), name, option, text))
     return tuple(by_name.values())
+
+
+def parsed_option(kind: type, name: str, option: str, text: str) -> dict[str, Any]:
+    """A field of a dataclass and its value, from words; `name` is what messages call the dataclass.
+
+    Raises:
+        InputError: there is no such field, or the text is no value of it.
+    """
+    setting = f"--option {name}.{option}={text}"
+    known = [f.name for f in fields(kind)]
+    if option not in known:
+        raise InputError(f"{setting}: {_unknown(f'option of {name}', option, known)}")
+    try:
+        return {option: _parsed(text.strip(), get_type_hints(kind)[option])}
+    except ValueError as error:
+        raise InputError(f"{setting}: {error}") from error
 
 
 def _parsed(text: str, kind: Any) -> Any:
@@ -106,6 +115,8 @@ def _parsed(text: str, kind: Any) -> Any:
         if text not in choices:
             raise ValueError(f"expected one of {', '.join(map(repr, choices))}, got {text!r}")
         return choices[text]
+    if get_origin(kind) is UnionType and type(None) in get_args(kind):
+        return _parsed(text, next(part for part in get_args(kind) if part is not type(None)))
     if kind is bool:
         return _parsed(text.lower(), Literal["true", "false"]) == "true"
     if kind not in (int, float, str):

@@ -13,13 +13,15 @@ from torch.utils import _pytree as pytree
 from lrcompile.compile import compile as compile_model
 from lrcompile.emit.write import check_writable, write_text
 from lrcompile.errors import InputError
-from lrcompile.frontend.calibration_data import CalibrationData, load_calibration
+from lrcompile.frontend.calibration_data import CalibrationData, load_calibration, load_labels
 from lrcompile.frontend.export import batch_size
 from lrcompile.frontend.inputs import call_inputs, example_inputs, input_names, parse_inputs
 from lrcompile.frontend.load import Source, load
 from lrcompile.planning.budget import Budget, parse_latency, parse_size
 from lrcompile.planning.plan import Plan
-from lrcompile.plugins import configure, discover, select
+from lrcompile.plugins import configure, discover, parsed_option, select
+from lrcompile.recover import recover
+from lrcompile.recovery.settings import Recovery
 from lrcompile.report.plots import check_plottable, plot_calibration
 from lrcompile.report.report import Report
 
@@ -55,6 +57,10 @@ class Request:
     plan: Path | None
     plan_out: Path | None
     report_json: Path | None
+    recover: int | None
+    recover_minutes: float | None
+    recover_data: str | None
+    labels: str | None
 
 
 def compile_files(request: Request, progress: Callable[[str, int, int], None]) -> Report:
@@ -71,10 +77,15 @@ def compile_files(request: Request, progress: Callable[[str, int, int], None]) -
     plan = Plan.load(request.plan) if request.plan else None
     budget = _budget(request)
     found = discover()
-    passes = configure(found.passes, request.options)
+    recovery, options = _recovery(request)
+    passes = configure(found.passes, options)
     passes = select(passes, request.passes.split(",")) if request.passes else passes
     source = load(request.model, arch=request.arch, trust_pickle=request.trust_pickle)
-    calibration = _calibration(request, source)
+    calibration = _calibration(request, source, request.calib)
+    training = _calibration(request, source, request.recover_data) or calibration
+    labels = load_labels(request.labels) if request.labels is not None else None
+    if recovery is not None and training is None:
+        raise InputError("--recover has no inputs to learn from; give --calib, or --recover-data, which it alone reads")
     args, kwargs = _inputs(request, source, calibration)
     result = compile_model(
         source.program, args, kwargs, target=request.target, budget=budget, calibration=calibration, passes=passes,
@@ -82,6 +93,8 @@ def compile_files(request: Request, progress: Callable[[str, int, int], None]) -
         max_rank=request.max_rank, io_rank=request.io_rank, opset=request.opset, seed=request.seed,
         progress=progress,
     )  # fmt: skip
+    if recovery is not None and training is not None:
+        result = recover(result, training, recovery, labels=labels, progress=progress)
     report = replace(result.report, notes=[*found.problems, *result.report.notes])
     if request.out is not None:
         progress("emit", 0, 0)
@@ -104,11 +117,32 @@ def _budget(request: Request) -> Budget:
     return Budget(**options)
 
 
-def _calibration(request: Request, source: Source) -> CalibrationData | None:
-    if request.calib is None:
+def _recovery(request: Request) -> tuple[Recovery | None, list[str]]:
+    """(what is asked of a recovery, the options that are of passes)."""
+    ours = [word for word in request.options if word.startswith("recover.")]
+    others = [word for word in request.options if not word.startswith("recover.")]
+    asked = request.recover is not None or request.recover_minutes is not None
+    for given, name in (
+        (ours, "--option recover.…"),
+        (request.recover_data, "--recover-data"),
+        (request.labels, "--labels"),
+    ):
+        if given and not asked:
+            raise InputError(f"{name} belongs to a recovery; give --recover STEPS or --recover-minutes MINUTES too")
+    if not asked:
+        return None, others
+    settings: dict[str, Any] = {"steps": request.recover, "minutes": request.recover_minutes, "seed": request.seed}
+    for word in ours:
+        place, _, text = word.partition("=")
+        settings |= parsed_option(Recovery, "recover", place.strip().removeprefix("recover."), text)
+    return Recovery(**settings), others
+
+
+def _calibration(request: Request, source: Source, path: str | None) -> CalibrationData | None:
+    if path is None:
         return None
     example = batch_size(pytree.tree_leaves((source.args, source.kwargs)))
-    return load_calibration(request.calib, input_names(source.program), request.batch or example or 8)
+    return load_calibration(path, input_names(source.program), request.batch or example or 8)
 
 
 def _inputs(

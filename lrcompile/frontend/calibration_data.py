@@ -116,6 +116,26 @@ def calibration_from(
     return CalibrationData(batches, source, _digest(batches), batch * len(batches))
 
 
+def load_labels(text: str) -> Tensor:
+    """Reads the labels of samples, integers [samples, …], from a file that holds one array.
+
+    Raises:
+        InputError: the file cannot be read, or holds something else.
+    """
+    path = Path(text)
+    expected = "expected a .npy, .npz, .pt or .safetensors file with one array of whole numbers, one or more a sample"
+    with open_input(path, f"labels: {expected}") as file:
+        content = _read(file, path)
+    if isinstance(content, Mapping) and len(content) == 1:
+        content = next(iter(content.values()))
+    if not _is_array(content):
+        raise InputError(f"{path} holds a {type(content).__name__} of {len(content)} items; {expected}")
+    labels = _tensor(content, "labels", str(path))
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool or not labels.dim():
+        raise InputError(f"{path} holds {_short(labels.dtype)} of shape {tuple(labels.shape)}; {expected}")
+    return labels.long()
+
+
 # -------------------------------------------------------------------------------------------------------- reading
 
 

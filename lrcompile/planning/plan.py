@@ -21,6 +21,7 @@ class Plan:
 
     `fingerprint` is that of the traced graph with its weights; `calibration` is the digest of the calibration data,
     None where there were none; `options` holds the fields of every pass in use; `sites` is the decision table.
+    `recovery` holds the figures of the training that followed, which a replay does not repeat.
     `max_rank` and `io_rank` limit the rank of values inside the graph and at its ends: the graph that is meant, and
     that the fingerprint is of, is the lowered one. `opset` is that of ONNX output, None for the usual one.
     """
@@ -38,6 +39,7 @@ class Plan:
     max_rank: int | None = None
     io_rank: int | None = None
     opset: int | None = None
+    recovery: Mapping[str, Any] | None = None
 
     def dumps(self) -> str:
         """The plan as JSON text; the same plan gives the same text."""
@@ -55,6 +57,7 @@ class Plan:
             "budget": self.budget.to_json(),
             "options": {name: dict(options) for name, options in sorted(self.options.items())},
             "rewrites": [rewrite.to_json() for rewrite in self.rewrites],
+            "recovery": None if self.recovery is None else dict(self.recovery),
             "sites": list(self.sites),
         }
         return json.dumps(data, indent=1) + "\n"
@@ -88,6 +91,7 @@ class Plan:
                 max_rank=data.get("max_rank"),
                 io_rank=data.get("io_rank"),
                 opset=data.get("opset"),
+                recovery=data.get("recovery"),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise PlanError(

@@ -19,6 +19,8 @@ WORDS = {
     "choose": "choosing within the budget",
     "confirm": "measuring the whole model",
     "apply": "applying the plan",
+    "rates": "trying learning rates",
+    "recover": "training what was rewritten",
     "emit": "writing and verifying",
     "bench": "measuring",
 }

@@ -68,6 +68,7 @@ class Report:
     notes: Sequence[str] = ()
     rewrites: Sequence[Rewrite] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
+    recovery: Mapping[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain JSON values."""
@@ -82,6 +83,7 @@ class Report:
                 "sites": [decision.to_json() for decision in self.sites],
                 "rewrites": [rewrite.to_json() for rewrite in self.rewrites],
                 "verification": dict(self.verification),
+                "recovery": None if self.recovery is None else dict(self.recovery),
                 "timings_s": dict(self.timings_s),
                 "notes": list(self.notes),
             }

@@ -28,6 +28,13 @@ def print_report(console: Console, report: Report) -> None:
     )
     limit = f", budget {error['budget']:g}" if error["budget"] is not None else ""
     console.print(f"error     {error['measured']:.3g} {error['metric']} (measured; {error['basis']}{limit})")
+    if report.recovery:
+        trained = report.recovery
+        console.print(
+            f"recovery  error {trained['error'][0]:.3g} → {trained['error'][1]:.3g} in {trained['steps']} steps, "
+            f"{trained['seconds'] / 60:.1f} min, {trained['epochs']:.2g} epochs of {trained['samples']} samples "
+            f"(measured on {trained['judged_by']} samples kept out)"
+        )
     onnx = report.verification.get("onnx_vs_torch")
     if onnx is not None:
         console.print(f"verified  ONNX Runtime against the rewritten model: {onnx:.1e} relative")

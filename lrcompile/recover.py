@@ -1,0 +1,95 @@
+"""Recovery of a compiled model: the rewritten graph is trained to do again what the original does."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lrcompile.compile import Result, model_batches
+from lrcompile.errors import InputError
+from lrcompile.frontend.calibration_data import CalibrationData
+from lrcompile.graph.graph import Graph, fingerprint
+from lrcompile.planning.sensitivity import Evaluator
+from lrcompile.recovery.checkpoint import Checkpoint
+from lrcompile.recovery.pair import pair
+from lrcompile.recovery.samples import samples_of
+from lrcompile.recovery.settings import DEFAULT_BATCH, Recovery
+from lrcompile.recovery.train import Progress, train
+
+
+def recover(
+    result: Result,
+    data: CalibrationData,
+    recovery: Recovery | None = None,
+    *,
+    labels: Tensor | None = None,
+    checkpoints: Path | None = None,
+    progress: Progress = lambda stage, done, total: None,
+    **settings: Any,
+) -> Result:
+    """Trains a compiled model on inputs, to agree with the original or with labels; `result` is not changed.
+
+    `settings` are the fields of `Recovery`: `recover(result, data, minutes=15)`. `labels` [samples, …] are classes of
+    the first output, whose last axis they count on. A tenth of the batches is kept out to judge by; what is judged
+    worse than what was there is not kept. A training that was stopped goes on where it was when it is started again;
+    `checkpoints` is the folder that it is kept in until then.
+
+    Raises:
+        InputError: the settings, the data or the labels cannot be used.
+    """
+    recovery = Recovery(**settings) if recovery is None else replace(recovery, **settings)
+    teacher, student = result.traced.graph, Graph(result.model, result.traced.graph.fake_mode)
+    if not result.plan.rewrites or all(rewrite.exact for rewrite in result.plan.rewrites):
+        note = "nothing to recover: no lossy rewrite was made"
+        return replace(result, report=replace(result.report, notes=[*result.report.notes, note]))
+    start = time.perf_counter()
+    batches = model_batches(result.traced, data)
+    size = (recovery.batch or DEFAULT_BATCH) if result.traced.dynamic_batch else None
+    if size is None and recovery.batch is not None:
+        raise InputError("recovery: the model takes batches of one size only, so its batch cannot be set")
+    samples = samples_of(batches, labels, size)
+    couple = pair(teacher, student, batches[0])
+    facts = (fingerprint(teacher.gm), fingerprint(student.gm), data.digest, _digest(labels), recovery.to_json())
+    trained = train(couple, samples, recovery, Checkpoint.of(*facts, folder=checkpoints), progress)
+    for parameter in couple.trained.gm.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
+        parameter.grad = None
+    evaluator = Evaluator(teacher, [batch.inputs for batch in samples.judging])
+    before, after = evaluator.error(student), evaluator.error(couple.trained)
+    figures = {
+        "steps": trained.steps, "epochs": trained.steps / samples.steps_an_epoch, "seconds": trained.seconds,
+        "samples": samples.count, "judged_by": sum(len(batch) for batch in samples.judging),
+        "rate": trained.rate, "kept_step": trained.kept_step, "rolled_back": trained.rolled_back,
+        "values_inside": len(couple.inside), "settings": recovery.to_json(),
+        "loss": [trained.loss_before, trained.loss_after], "error": [before, after],
+    }  # fmt: skip
+    basis = f"{figures['judged_by']} samples kept out of the recovery"
+    report = replace(
+        result.report,
+        error={**result.report.error, "measured": after, "basis": basis},
+        recovery=figures,
+        timings_s={**result.report.timings_s, "recover": time.perf_counter() - start},
+        notes=[*result.report.notes, *trained.notes, *_remarks(trained.kept_step)],
+    )
+    return replace(result, model=couple.trained.gm, report=report, plan=replace(result.plan, recovery=figures))
+
+
+def _remarks(kept_step: int) -> Sequence[str]:
+    if kept_step == 0:
+        return ["recovery made nothing better on the data that it is judged by: the weights are as they were"]
+    return ["the weights were trained: the plan replays the rewrites, not the training"]
+
+
+def _digest(labels: Tensor | None) -> list[Any] | None:
+    """What tells labels from others."""
+    if labels is None:
+        return None
+    data = labels.detach().cpu().contiguous()
+    return [list(data.shape), hashlib.sha256(data.view(torch.uint8).numpy().tobytes()).hexdigest()]

@@ -1,0 +1,1 @@
+"""Recovery: training that gives back what rewrites lost."""

@@ -1,0 +1,67 @@
+"""What a recovery makes smaller: the distance from the original, and from labels where there are any."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lrcompile.errors import InputError
+from lrcompile.recovery.pair import Pair
+from lrcompile.recovery.samples import IGNORED, Batch
+from lrcompile.recovery.settings import Recovery
+
+
+class Loss:
+    """The loss of each sample of a batch. `scores` are the first outputs of the batch that was last seen."""
+
+    def __init__(self, pair: Pair, recovery: Recovery) -> None:
+        self.pair = pair
+        self.recovery = recovery
+        self.scores: Tensor | None = None
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """[samples].
+
+        Raises:
+            InputError: a label is no class of the model.
+        """
+        settings = self.recovery
+        if batch.labels is not None and not settings.teacher:
+            (self.scores, *_), _ = self.pair.student(*batch.inputs)
+            return _of_labels(self.scores, batch.labels, settings.smoothing)
+        expected = self.pair.expected(batch.inputs)
+        of_outputs, of_inside, got = self.pair.differences(batch.inputs, expected, settings.outputs)
+        self.scores = got[0]
+        loss = of_outputs + settings.hidden * of_inside
+        if batch.labels is None:
+            return loss
+        return settings.teacher * loss + _of_labels(self.scores, batch.labels, settings.smoothing)
+
+
+def _of_labels(scores: Tensor, labels: Tensor, smoothing: float) -> Tensor:
+    """Cross-entropy of each sample, [samples]; scores [samples × … × classes], labels [samples × …]."""
+    classes = scores.shape[-1] if scores.dim() else 0
+    if scores.shape[:-1] != labels.shape:
+        raise InputError(
+            f"labels have shape {tuple(labels.shape)}, but the first output {tuple(scores.shape)}; "
+            "expected one label for each of its positions, the last axis being the classes"
+        )
+    wrong = labels[(labels != IGNORED) & ((labels < 0) | (labels >= classes))]
+    if len(wrong):
+        raise InputError(f"label {int(wrong[0])} is out of range: the model has {classes} classes, 0 to {classes - 1}")
+    each = nn.functional.cross_entropy(
+        scores.float().flatten(0, -2), labels.long().flatten(), label_smoothing=smoothing, ignore_index=IGNORED,
+        reduction="none",
+    )  # fmt: skip
+    return each.reshape(len(labels), -1).mean(1)
+
+
+def probabilities_off(scores: Tensor, labels: Tensor) -> Tensor:
+    """‖softmax(scores) − one-hot(labels)‖ of each sample, [samples]: EL2N (arXiv 2107.07075)."""
+    wanted = nn.functional.one_hot(labels.long().clamp_min(0), scores.shape[-1])
+    return (scores.float().softmax(-1) - wanted).norm(dim=-1).reshape(len(labels), -1).mean(1)
+
+
+def right(scores: Tensor, labels: Tensor) -> Tensor:
+    """Whether the highest score is that of the label, [samples × …]."""
+    return torch.eq(scores.argmax(-1), labels)

@@ -1,0 +1,129 @@
+"""The original and the rewritten model side by side, and how far the one is from the other."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from lrcompile.graph.graph import Graph, rebuild, share
+from lrcompile.recovery.settings import Outputs
+
+UNRELATED = 1.0  # relative squared difference from which two values are taken for values of different things
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """Two graphs that take flat inputs and give (outputs, values inside), the same ones in both.
+
+    `trained` is the rewritten graph whose weights `student` uses. `inside` names the values, as the original does.
+    """
+
+    teacher: fx.GraphModule
+    student: fx.GraphModule
+    trained: Graph
+    inside: tuple[str, ...]
+
+    def expected(self, batch: Sequence[Any]) -> tuple[list[Tensor], list[Tensor]]:
+        """What the original makes of flat inputs: (outputs, values inside)."""
+        with torch.no_grad():
+            return self.teacher(*batch)  # type: ignore[no-any-return]
+
+    def differences(
+        self, batch: Sequence[Any], expected: tuple[list[Tensor], list[Tensor]], outputs: Outputs
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """(of outputs, of values inside, the outputs): the mean differences of each sample, [samples] each."""
+        got, inside = self.student(*batch)
+        samples = next(value.shape[0] for value in batch if isinstance(value, Tensor) and value.dim())
+        floating = [(y, z) for y, z in zip(expected[0], got, strict=True) if y.is_floating_point()]
+        of_outputs = [difference(y, z, samples, outputs) for y, z in floating]
+        of_inside = [difference(y, z, samples, "mse") for y, z in zip(expected[1], inside, strict=True)]
+        nothing = got[0].new_zeros(samples, dtype=torch.float32)
+        return _mean(of_outputs, nothing), _mean(of_inside, nothing), got
+
+
+def pair(teacher: Graph, student: Graph, probe: Sequence[Any]) -> Pair:
+    """The pair of an original and a rewritten graph; `student` is left as it is, its copy is trained.
+
+    The values inside that are compared are those that a rewrite put others in the place of, and that differ by less
+    than themselves on `probe`, flat inputs.
+    """
+    trained = independent(student)
+    by_name = {node.name: node for node in teacher.nodes}
+    found = []
+    for node in trained.nodes:
+        original = next((by_name[name] for name in node.meta.get("stands_for", ()) if name in by_name), None)
+        if original is not None and _comparable(original, node):
+            found.append((original, node))
+    with torch.no_grad():
+        given = _observed(teacher.gm, [t for t, _ in found])(*probe)[1]
+        got = _observed(trained.gm, [s for _, s in found])(*probe)[1]
+    kept = [
+        nodes for nodes, y, z in zip(found, given, got, strict=True)
+        if float(difference(y, z, 1, "mse")) < UNRELATED
+    ]  # fmt: skip
+    return Pair(
+        _observed(teacher.gm, [t for t, _ in kept]),
+        _observed(trained.gm, [s for _, s in kept]),
+        trained,
+        tuple(t.name for t, _ in kept),
+    )
+
+
+def independent(graph: Graph) -> Graph:
+    """A copy whose weights are its own, trainable ones; those that are shared inside stay shared."""
+    root = copy.deepcopy(share(graph.gm))
+    new = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    old_output = next(node for node in reversed(graph.gm.graph.nodes) if node.op == "output")
+    output = new.output(new.graph_copy(graph.gm.graph, env))
+    output.meta = dict(old_output.meta)
+    new.set_codegen(graph.gm.graph._codegen)
+    for old, copied in env.items():
+        copied.meta = dict(old.meta)
+    result = rebuild(root, new)
+    for parameter in result.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
+    return Graph(result, graph.fake_mode)
+
+
+def difference(expected: Tensor, got: Tensor, samples: int, form: Outputs) -> Tensor:
+    """How far values are from those expected, a figure for each sample, [samples].
+
+    "mse": squared difference over the mean square of what is expected; "kl": divergence of the softmax over the last
+    axis, in nats. Where the first axis holds no whole number of values a sample, every sample gets the mean.
+    """
+    y, z = expected.float(), got.float()
+    if form == "kl":
+        each = nn.functional.kl_div(z.log_softmax(-1), y.log_softmax(-1), log_target=True, reduction="none").sum(-1)
+        scale = torch.tensor(1.0)
+    else:
+        each, scale = (z - y).square(), y.square().mean().clamp_min(1e-12)
+    if not each.dim() or each.shape[0] % samples:
+        return (each.mean() / scale).expand(samples)
+    return each.reshape(samples, -1).mean(1) / scale
+
+
+def _comparable(original: fx.Node, node: fx.Node) -> bool:
+    given, got = original.meta.get("val"), node.meta.get("val")
+    if not (isinstance(given, Tensor) and isinstance(got, Tensor)):
+        return False
+    return given.shape == got.shape and given.is_floating_point() and got.is_floating_point() and given.dim() > 0
+
+
+def _observed(gm: fx.GraphModule, nodes: Iterable[fx.Node]) -> fx.GraphModule:
+    """A graph over the same weights that takes flat inputs and gives ([outputs], [values of nodes])."""
+    new = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    outputs = pytree.tree_leaves(new.graph_copy(gm.graph, env))
+    new.output(([y for y in outputs if isinstance(y, fx.Node)], [env[node] for node in nodes]))
+    return fx.GraphModule(gm, new)
+
+
+def _mean(values: Sequence[Tensor], nothing: Tensor) -> Tensor:
+    return torch.stack(list(values)).mean(0) if values else nothing

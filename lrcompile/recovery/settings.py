@@ -1,0 +1,68 @@
+"""What the user asks of a recovery."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
+
+from lrcompile.errors import InputError
+
+Outputs = Literal["mse", "kl"]
+Freeze = Literal["none", "regular", "sequential"]
+
+RATES = (1e-4, 3e-4, 1e-3, 3e-3)
+DEFAULT_BATCH = 32
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """How a rewritten model is trained; one of `steps` and `minutes` says for how long.
+
+    Without labels the model learns from the original: its outputs, compared by `outputs` ("mse": relative squared
+    difference; "kl": divergence of the softmax over the last axis), and, weighted by `hidden`, the values inside that
+    both compute. With labels it learns those by cross-entropy with `smoothing`, and the original besides, weighted by
+    `teacher`.
+
+    `batch` is the number of samples in a step, where the model takes any; `rate` the highest rate of AdamW, which is
+    otherwise chosen among `RATES` by trying. `freeze`: "regular" trains the inner factor of each split only,
+    "sequential" inner and outer factors in turn, an epoch each (arXiv 2309.03824). `sam` is the radius of
+    sharpness-aware minimisation, `centralize` takes the mean out of gradients of matrices, `ema` is the decay of a
+    running mean of the weights, 0 each for none. `subset` is the share of samples that is trained on, those of
+    highest loss (SwiftLearn). `seed` orders the samples.
+    """
+
+    steps: int | None = None
+    minutes: float | None = None
+    batch: int | None = None
+    rate: float | None = None
+    outputs: Outputs = "mse"
+    hidden: float = 1.0
+    teacher: float = 1.0
+    smoothing: float = 0.0
+    freeze: Freeze = "none"
+    subset: float = 1.0
+    sam: float = 0.0
+    centralize: bool = False
+    ema: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if (self.steps is None) == (self.minutes is None):
+            raise InputError("recovery needs a length: give either --recover STEPS or --recover-minutes MINUTES")
+        for name, low, high in (
+            ("steps", 1, math.inf), ("minutes", 1e-3, math.inf), ("batch", 1, math.inf), ("rate", 1e-12, 10),
+            ("hidden", 0, math.inf), ("teacher", 0, math.inf), ("smoothing", 0, 0.99), ("subset", 1e-3, 1),
+            ("sam", 0, 10), ("ema", 0, 0.99999),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, int | float) and low <= value <= high):
+                limits = f"from {low:g} to {high:g}" if math.isfinite(high) else f"of at least {low:g}"
+                raise InputError(f"recovery: {name} is {value!r}; expected a number {limits}")
+        for name, known in (("outputs", get_args(Outputs)), ("freeze", get_args(Freeze))):
+            if getattr(self, name) not in known:
+                raise InputError(f"recovery: {name} is {getattr(self, name)!r}; expected one of {', '.join(known)}")
+
+    def to_json(self) -> dict[str, Any]:
+        """The settings as plain values."""
+        return asdict(self)

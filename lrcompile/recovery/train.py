@@ -1,0 +1,290 @@
+"""The training loop of a recovery: it can be stopped and goes on where it was, and never ends worse than it began."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lrcompile.errors import InputError
+from lrcompile.recovery.checkpoint import Checkpoint
+from lrcompile.recovery.freeze import factors_of, frozen_in, set_frozen
+from lrcompile.recovery.importance import Importance
+from lrcompile.recovery.loss import Loss
+from lrcompile.recovery.optimise import (
+    LARGEST_GRADIENT,
+    RunningMean,
+    adamw,
+    centralise,
+    rate_at,
+    sharpness_aware,
+)  # fmt: skip
+from lrcompile.recovery.pair import Pair
+from lrcompile.recovery.samples import Batch, Samples
+from lrcompile.recovery.settings import RATES, Recovery
+
+JUDGEMENTS = 20  # over the whole training
+TRIAL_SHARE = 0.03  # of the time, for each rate that is tried
+TRIAL_STEPS = (20, 50)  # at least and at most
+MOST_ROLLED_BACK = 6
+MARGIN = 1.08  # of the time of a step, for judging and for a machine that slows down
+SAVED_EVERY_S = 60.0
+
+Progress = Callable[[str, int, int], None]
+Weights = list[Tensor]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a training came to. Losses are those of what it is judged by; the weights of `kept_step` are left."""
+
+    steps: int
+    seconds: float
+    rate: float
+    loss_before: float
+    loss_after: float
+    kept_step: int
+    rolled_back: int
+    notes: tuple[str, ...] = ()
+
+
+@dataclass
+class _State:
+    """Everything that a training needs to go on."""
+
+    steps: int = 0
+    step: int = 0
+    epoch: int = 0
+    place: int = 0  # in the epoch
+    rate: float = 0.0
+    seconds: float = 0.0
+    rolled_back: int = 0
+    loss_before: float = math.inf
+    best_loss: float = math.inf
+    best_step: int = 0
+    best: Weights = field(default_factory=list)
+    good: Weights = field(default_factory=list)
+    weights: Weights = field(default_factory=list)
+    optimizer: dict[str, Any] = field(default_factory=dict)
+    mean: dict[str, Any] = field(default_factory=dict)
+    kept: Tensor | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+def train(
+    pair: Pair,
+    samples: Samples,
+    recovery: Recovery,
+    checkpoint: Checkpoint | None = None,
+    progress: Progress = lambda stage, done, total: None,
+) -> Trained:
+    """Trains the rewritten model of a pair in place, and leaves the best weights that were judged.
+
+    Raises:
+        InputError: labels are out of range, or the loss is not finite to begin with.
+    """
+    return _Training(pair, samples, recovery, checkpoint, progress).run()
+
+
+class _Training:
+    def __init__(
+        self, pair: Pair, samples: Samples, recovery: Recovery, checkpoint: Checkpoint | None, progress: Progress
+    ) -> None:
+        self.samples, self.recovery, self.checkpoint, self.progress = samples, recovery, checkpoint, progress
+        self.loss = Loss(pair, recovery)
+        self.parameters = [p for p in pair.trained.gm.parameters() if p.is_floating_point()]
+        self.outer, self.inner = factors_of(pair.trained)
+        self.importance = Importance(recovery, samples) if recovery.subset < 1 else None
+        self.optimizer = adamw(self.parameters, RATES[0])
+        self.mean = RunningMean(self.parameters, recovery.ema)
+        self.state = _State()
+        self.started = self.saved = time.monotonic()
+
+    def run(self) -> Trained:
+        state = self.state
+        if not self._resumed():
+            self._begin()
+        order = self._order()
+        every = max(1, state.steps // JUDGEMENTS)
+        while state.step < state.steps and not self._late():
+            self.progress("recover", state.step, state.steps)
+            if state.place >= len(order):
+                state.epoch, state.place = state.epoch + 1, 0
+                self._choose_samples()
+                order = self._order()
+            finite = self._step(self.samples.batch(order[state.place]), rate_at(state.step / state.steps))
+            state.step, state.place = state.step + 1, state.place + 1
+            if not finite and not self._rolled_back():
+                break
+            if finite and (state.step % every == 0 or state.step == state.steps):
+                self._judge()
+            self._save()
+        if state.step % every:
+            self._judge()
+        self.progress("recover", state.steps, state.steps)
+        self._put(state.best)
+        if self.checkpoint:
+            self.checkpoint.drop()
+        return Trained(
+            state.step, self._seconds(), state.rate, state.loss_before, state.best_loss, state.best_step,
+            state.rolled_back, tuple(state.notes),
+        )  # fmt: skip
+
+    # ------------------------------------------------------------------------------------------ begin and go on
+
+    def _begin(self) -> None:
+        """Judges what is there, tries rates, and says how many steps there will be."""
+        state, settings = self.state, self.recovery
+        state.loss_before = state.best_loss = self._judged()
+        if not math.isfinite(state.loss_before):
+            raise InputError("recovery: the rewritten model's loss is not finite; allow less error, and try again")
+        state.best = state.good = self._weights()
+        order = self._order()
+        state.steps, state.rate = settings.steps or 0, settings.rate or 0.0
+        seconds = 0.0 if state.steps else self._timed(order)
+        most = state.steps or max(1, int((settings.minutes or 0) * 60 / seconds))
+        if not state.rate:
+            length = min(max(int(TRIAL_SHARE * most), TRIAL_STEPS[0]), TRIAL_STEPS[1])
+            state.rate = self._best_rate(order, length) if most > 4 * len(RATES) * TRIAL_STEPS[0] else RATES[1]
+        if settings.minutes is not None:
+            state.steps = max(1, int((settings.minutes * 60 - self._seconds()) / (MARGIN * seconds)))
+
+    def _timed(self, order: Sequence[Tensor]) -> float:
+        """Seconds that a step takes: the least of two, after one that does not count."""
+        taken = []
+        for _ in range(3):
+            start = time.monotonic()
+            self._step(self.samples.batch(order[0]), 0.0)
+            taken.append(time.monotonic() - start)
+        self._start_again()
+        return min(taken[1:])
+
+    def _best_rate(self, order: Sequence[Tensor], length: int) -> float:
+        """The rate that leads to the least loss in a short training of its own."""
+        losses: dict[float, float] = {}
+        for rate in RATES:
+            self.state.rate = rate
+            finite = True
+            for number in range(length):
+                self.progress("rates", len(losses) * length + number, len(RATES) * length)
+                rate_now = rate_at((number + 1) / (length + 1))
+                finite = finite and self._step(self.samples.batch(order[number % len(order)]), rate_now)
+            losses[rate] = self._judged() if finite else math.inf
+            self._start_again()
+        return min(RATES, key=lambda rate: losses[rate] if math.isfinite(losses[rate]) else math.inf)
+
+    def _start_again(self) -> None:
+        self._put(self.state.best)
+        self.optimizer = adamw(self.parameters, RATES[0])
+        self.mean = RunningMean(self.parameters, self.recovery.ema)
+
+    def _resumed(self) -> bool:
+        """Takes up what a checkpoint holds, if there is one that fits."""
+        stored = self.checkpoint.load() if self.checkpoint else None
+        if stored is None or len(stored.get("weights", ())) != len(self.parameters):
+            return False
+        for name, value in stored.items():
+            setattr(self.state, name, value)
+        self._put(self.state.weights)
+        self.optimizer.load_state_dict(self.state.optimizer)
+        self.mean.load(self.state.mean)
+        return True
+
+    def _save(self) -> None:
+        if self.checkpoint is None or time.monotonic() - self.saved < SAVED_EVERY_S:
+            return
+        state = self.state
+        held = {name: getattr(state, name) for name in asdict(_State())}
+        held |= {"weights": self._weights(), "optimizer": self.optimizer.state_dict(), "mean": self.mean.state()}
+        self.checkpoint.save(held | {"seconds": self._seconds()})
+        self.saved = time.monotonic()
+
+    # ------------------------------------------------------------------------------------------------- one step
+
+    def _step(self, batch: Batch, rate: float) -> bool:
+        """One step at a share of the highest rate; whether loss and gradients were finite, else nothing is changed."""
+
+        def backward() -> Tensor:
+            loss = self.loss(batch).mean()
+            loss.backward()  # type: ignore[no-untyped-call]
+            return loss.detach()
+
+        self.optimizer.zero_grad(set_to_none=True)
+        value = backward()
+        trained = [p for p in self.parameters if p.grad is not None]
+        if self.recovery.sam:
+            sharpness_aware(trained, self.recovery.sam, backward)
+        if self.recovery.centralize:
+            centralise(trained)
+        norm = torch.nn.utils.clip_grad_norm_(trained, LARGEST_GRADIENT)
+        if not (torch.isfinite(value) and torch.isfinite(norm)):
+            self.optimizer.zero_grad(set_to_none=True)
+            return False
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.state.rate * rate
+        self.optimizer.step()
+        if self.recovery.ema:
+            self.mean.update()
+        return True
+
+    def _rolled_back(self) -> bool:
+        """Goes back to the last weights that were judged, at half the rate; False when that did not help often."""
+        state = self.state
+        state.rolled_back += 1
+        self._put(state.good)
+        self.optimizer = adamw(self.parameters, RATES[0])
+        state.rate /= 2
+        if state.rolled_back < MOST_ROLLED_BACK:
+            return True
+        state.notes.append(f"the loss stopped being finite {state.rolled_back} times: training ended there")
+        return False
+
+    # ------------------------------------------------------------------------------------------- epochs, judging
+
+    def _order(self) -> list[Tensor]:
+        """The steps of the epoch at hand; its weights are frozen and thawed."""
+        state = self.state
+        set_frozen(self.parameters, frozen_in(state.epoch, self.recovery.freeze, self.outer, self.inner))
+        return self.samples.order(state.epoch, self.recovery.seed, state.kept)
+
+    def _choose_samples(self) -> None:
+        if self.importance and self.importance.is_due(self.state.epoch):
+            self.state.kept, note = self.importance.choose(self.loss, self.state.epoch)
+            if note and note not in self.state.notes:
+                self.state.notes.append(note)
+
+    def _judge(self) -> None:
+        """Keeps the weights if they are the best so far, and as what to go back to if they are finite."""
+        state = self.state
+        with self.mean.in_place() if self.recovery.ema else nullcontext():
+            loss = self._judged()
+            weights = self._weights()
+        if loss < state.best_loss:
+            state.best_loss, state.best_step, state.best = loss, state.step, weights
+        if math.isfinite(loss):
+            state.good = self._weights()
+
+    def _judged(self) -> float:
+        with torch.no_grad():
+            parts = [self.loss(batch) for batch in self.samples.judging]
+        return float(torch.cat(parts).mean())
+
+    def _weights(self) -> Weights:
+        return [parameter.detach().clone() for parameter in self.parameters]
+
+    def _put(self, weights: Weights) -> None:
+        with torch.no_grad():
+            for parameter, value in zip(self.parameters, weights, strict=True):
+                parameter.copy_(value)
+
+    def _seconds(self) -> float:
+        return self.state.seconds + time.monotonic() - self.started
+
+    def _late(self) -> bool:
+        return self.recovery.minutes is not None and self._seconds() > self.recovery.minutes * 60

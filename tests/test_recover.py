@@ -1,0 +1,450 @@
+"""Recovery: what it learns, what it leaves alone, how it goes on after a stop, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lrcompile
+from lrcompile import Budget, CalibrationData, Recovery, Result, calibration_from
+from lrcompile.cli import run
+from lrcompile.errors import InputError
+from lrcompile.graph.graph import Graph
+from lrcompile.recovery import train as training
+from lrcompile.recovery.freeze import factors_of
+from lrcompile.recovery.importance import most_important
+from lrcompile.recovery.loss import Loss
+from lrcompile.recovery.optimise import RunningMean, centralise, rate_at, sharpness_aware
+from lrcompile.recovery.pair import difference, independent, pair
+from lrcompile.recovery.samples import samples_of
+
+WIDTH = 96
+
+
+class Net(nn.Module):
+    """Three layers of which the first two can be split, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.second(self.first(x).relu()).relu())
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return Net().eval()
+
+
+def data(samples: int = 960, seed: int = 1) -> CalibrationData:
+    x = torch.randn(samples, WIDTH, generator=torch.Generator().manual_seed(seed))
+    return calibration_from({"x": x}, ["x"], 8)
+
+
+@pytest.fixture(scope="module")
+def compiled() -> Result:
+    result = lrcompile.compile(
+        net(), (torch.randn(8, WIDTH),), target="rpi5", budget=Budget(size=0.6), calibration=data()
+    )
+    assert any(not rewrite.exact for rewrite in result.plan.rewrites)
+    return result
+
+
+def weights(result: Result) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in result.model.state_dict().items()}
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def recovered(compiled: Result, tmp_path: Path, **settings: Any) -> Result:
+    settings = {"steps": 60, "rate": 1e-3} | settings
+    return lrcompile.recover(compiled, data(), checkpoints=tmp_path, **settings)
+
+
+def test_it_lowers_the_error_on_samples_kept_out(compiled: Result, tmp_path: Path) -> None:
+    before = weights(compiled)
+    result = recovered(compiled, tmp_path, steps=300, rate=3e-3)
+    figures = result.report.recovery
+    assert figures is not None
+    assert figures["error"][1] < 0.9 * figures["error"][0]
+    assert figures["loss"][1] < figures["loss"][0]
+    assert same(before, weights(compiled))  # the compiled model is as it was
+    assert not same(before, weights(result))
+    assert result.plan.recovery == figures
+    assert not list(tmp_path.iterdir())  # a checkpoint is not kept beyond the end
+
+
+def test_unseen_data_gain_too(compiled: Result, tmp_path: Path) -> None:
+    x = data(seed=2).batches[0]["x"]
+    expected = net()(x)
+    result = lrcompile.recover(compiled, data(), steps=300, rate=3e-3, checkpoints=tmp_path)
+    with torch.no_grad():
+        errors = [float((model(x) - expected).norm()) for model in (compiled.model, result.model)]
+    assert errors[1] < 0.8 * errors[0]
+
+
+def test_what_is_judged_worse_is_not_kept(compiled: Result, tmp_path: Path) -> None:
+    result = recovered(compiled, tmp_path, steps=20, rate=10.0)
+    figures = result.report.recovery
+    assert figures is not None
+    assert figures["kept_step"] == 0
+    assert same(weights(compiled), weights(result))
+    assert any("made nothing better" in note for note in result.report.notes)
+
+
+def test_a_rate_is_chosen(compiled: Result, tmp_path: Path) -> None:
+    figures = recovered(compiled, tmp_path, steps=400, rate=None).report.recovery
+    assert figures is not None
+    least, most = (recovered(compiled, tmp_path, steps=400, rate=rate).report.recovery for rate in (1e-5, 1.0))
+    assert least is not None
+    assert most is not None
+    assert figures["loss"][1] < min(least["loss"][1], most["loss"][1])
+
+
+@pytest.mark.parametrize("settings", [{}, {"ema": 0.9}, {"subset": 0.5}, {"freeze": "sequential"}, {"rate": None}])
+def test_a_stopped_training_ends_as_one_that_was_not(
+    compiled: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
+) -> None:
+    whole = recovered(compiled, tmp_path / "whole", steps=90, **settings)
+    monkeypatch.setattr(training, "SAVED_EVERY_S", 0.0)
+
+    def stop(stage: str, done: int, total: int) -> None:
+        if stage == "recover" and done == 47:
+            raise KeyboardInterrupt
+
+    settings = {"steps": 90, "rate": 1e-3} | settings
+    with pytest.raises(KeyboardInterrupt):
+        lrcompile.recover(compiled, data(), checkpoints=tmp_path / "cut", progress=stop, **settings)
+    assert len(list((tmp_path / "cut").iterdir())) == 1
+    steps = []
+    again = lrcompile.recover(
+        compiled, data(), checkpoints=tmp_path / "cut", progress=lambda s, done, total: steps.append(done), **settings
+    )
+    assert steps[0] == 47
+    assert same(weights(whole), weights(again))
+
+
+def test_a_damaged_checkpoint_is_as_none(compiled: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "SAVED_EVERY_S", 0.0)
+
+    def stop(stage: str, done: int, total: int) -> None:
+        if done == 10:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        lrcompile.recover(compiled, data(), steps=60, rate=1e-3, checkpoints=tmp_path, progress=stop)
+    (file,) = tmp_path.iterdir()
+    file.write_bytes(file.read_bytes()[:100])
+    whole = recovered(compiled, tmp_path / "other")
+    assert same(weights(whole), weights(recovered(compiled, tmp_path)))
+
+
+# --------------------------------------------------------------------------------------------- what is compared
+
+
+def test_values_inside_are_those_of_rewritten_layers(compiled: Result) -> None:
+    x = data().batches[0]["x"]
+    couple = pair(compiled.traced.graph, Graph(compiled.model, compiled.traced.graph.fake_mode), (x,))
+    sites = {rewrite.site[0] for rewrite in compiled.plan.rewrites}
+    assert len(couple.inside) == len(sites)
+    with torch.no_grad():
+        expected = couple.expected((x,))
+        of_outputs, of_inside, got = couple.differences((x,), expected, "mse")
+        assert torch.allclose(got[0], compiled.model(x))
+    assert torch.allclose(expected[0][0], net()(x))
+    assert of_outputs.shape == of_inside.shape == (8,)
+    assert 0 < float(of_inside.mean()) < 1
+
+
+def test_the_trained_copy_shares_no_memory_and_keeps_ties() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding = nn.Embedding(20, 16)
+            self.head = nn.Linear(16, 20, bias=False)
+            self.head.weight = self.embedding.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.embedding(x))
+
+    prepared = lrcompile.prepare_model(Tied().eval(), (torch.zeros(2, 3, dtype=torch.long),))
+    copied = independent(prepared.graph)
+    ours, theirs = ({p.data_ptr() for p in graph.gm.parameters()} for graph in (prepared.graph, copied))
+    assert len(ours) == len(theirs) == 1
+    assert not ours & theirs
+
+
+def test_differences() -> None:
+    y, z = torch.randn(4, 6), torch.randn(4, 6)
+    each = difference(y, z, 4, "mse")
+    assert torch.allclose(each.mean(), (z - y).square().sum() / y.square().sum())
+    assert torch.allclose(difference(y.flatten(), z.flatten(), 4, "mse"), each)
+    uneven = difference(y.flatten()[:23], z.flatten()[:23], 4, "mse")
+    assert uneven.shape == (4,)
+    assert float(uneven.std()) == 0
+    p, q = y.softmax(-1), z.softmax(-1)
+    assert torch.allclose(difference(y, z, 4, "kl"), (p * (p / q).log()).sum(-1), atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------------- freezing
+
+
+def test_factors(compiled: Result) -> None:
+    graph = Graph(compiled.model, compiled.traced.graph.fake_mode)
+    outer, inner = factors_of(graph)
+    named = {id(parameter): name for name, parameter in compiled.model.named_parameters()}
+    sites = {rewrite.site[0] for rewrite in compiled.plan.rewrites if not rewrite.exact}
+    assert {named[id(p)] for p in outer} == {f"{site}.0.weight" for site in sites}
+    assert {named[id(p)] for p in inner} == {f"{site}.1.weight" for site in sites}
+
+
+@pytest.mark.parametrize("freeze", ["regular", "sequential"])
+def test_frozen_factors_are_bit_identical_over_their_epoch(compiled: Result, freeze: str) -> None:
+    x = data()
+    batches = [(batch["x"],) for batch in x.batches]
+    samples = samples_of(batches, None, 16)
+    couple = pair(compiled.traced.graph, Graph(compiled.model, compiled.traced.graph.fake_mode), batches[0])
+    outer, inner = factors_of(couple.trained)
+    seen: list[tuple[list[Tensor], list[Tensor]]] = []
+
+    def watch(stage: str, done: int, total: int) -> None:
+        if done % samples.steps_an_epoch == 0 and len(seen) < 5:
+            seen.append(([p.detach().clone() for p in outer], [p.detach().clone() for p in inner]))
+
+    steps = 4 * samples.steps_an_epoch
+    settings = Recovery(steps=steps, rate=1e-3, freeze=freeze)  # type: ignore[arg-type]
+    training.train(couple, samples, settings, progress=watch)
+    for epoch in range(3):
+        kept = [all(map(torch.equal, seen[epoch][side], seen[epoch + 1][side])) for side in (0, 1)]
+        assert kept == ([True, False] if freeze == "regular" or epoch % 2 == 0 else [False, True]), epoch
+
+
+# ------------------------------------------------------------------------------------------ what is laid over AdamW
+
+
+def test_a_sharpness_aware_step_is_that_of_the_worst_point_near_by() -> None:
+    matrix = torch.tensor([[3.0, 1.0], [1.0, 2.0]], dtype=torch.float64)
+    w = nn.Parameter(torch.tensor([0.5, -1.0], dtype=torch.float64))
+
+    def backward() -> Tensor:
+        loss = 0.5 * w @ matrix @ w
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss
+
+    backward()
+    start = w.detach().clone()
+    g = matrix @ start
+    expected = matrix @ (start + 0.05 * g / g.norm())
+    sharpness_aware([w], 0.05, backward)
+    assert w.grad is not None
+    assert torch.allclose(w.grad, expected, atol=1e-9)
+    assert torch.allclose(w.detach(), start, atol=1e-12)
+
+
+def test_centralised_gradients_have_no_mean() -> None:
+    kernel, bias = nn.Parameter(torch.randn(4, 3, 5, 5)), nn.Parameter(torch.randn(4))
+    kernel.grad, bias.grad = torch.randn(4, 3, 5, 5), torch.ones(4)
+    centralise([kernel, bias])
+    assert float(kernel.grad.mean((1, 2, 3)).abs().max()) < 1e-7
+    assert torch.equal(bias.grad, torch.ones(4))
+
+
+def test_a_running_mean_is_unbiased_and_leaves_the_weights() -> None:
+    w = nn.Parameter(torch.tensor([1.0]))
+    mean = RunningMean([w], 0.9)
+    for value in (1.0, 2.0):
+        w.data.fill_(value)
+        mean.update()
+    with mean.in_place():
+        assert w.item() == pytest.approx((0.9 * 0.1 * 1 + 0.1 * 2) / 0.19)
+    assert w.item() == 2.0
+
+
+def test_the_rate_rises_and_falls() -> None:
+    rates = [rate_at(step / 200) for step in range(201)]
+    top = rates.index(max(rates))
+    assert rates[top] == pytest.approx(1.0)
+    assert top == 10
+    assert rates[: top + 1] == sorted(rates[: top + 1])
+    assert rates[top:] == sorted(rates[top:], reverse=True)
+    assert 0 < rates[-1] <= 0.011
+
+
+@pytest.mark.parametrize(
+    "settings", [{"sam": 0.05}, {"centralize": True}, {"ema": 0.9}, {"outputs": "kl"}, {"hidden": 0}]
+)
+def test_each_option_trains(compiled: Result, tmp_path: Path, settings: dict[str, Any]) -> None:
+    result = recovered(compiled, tmp_path, **settings)
+    assert result.report.recovery is not None
+    before, after = result.report.recovery["loss"]
+    assert after < before
+
+
+# --------------------------------------------------------------------------------------------- labels, importance
+
+
+def labels() -> Tensor:
+    """What the original says of `data`."""
+    with torch.no_grad():
+        return torch.cat([net()(batch["x"]).argmax(-1) for batch in data().batches])
+
+
+def test_labels_are_learned(compiled: Result, tmp_path: Path) -> None:
+    given = labels()
+    result = lrcompile.recover(
+        compiled, data(), labels=given, steps=200, rate=3e-3, teacher=0.0, smoothing=0.05, checkpoints=tmp_path
+    )
+    x = torch.cat([batch["x"] for batch in data().batches])
+    hits = [float((model(x).argmax(-1) == given).float().mean()) for model in (compiled.model, result.model)]
+    assert hits[1] > hits[0]
+
+
+def bad_label(given: Tensor) -> Tensor:
+    given[3] = 5
+    return given
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (bad_label, "label 5 is out of range: the model has 5 classes, 0 to 4"),
+        (lambda given: given[:50], "there are 50 labels for 960 samples"),
+        (lambda given: given.unsqueeze(1).expand(-1, 3), "expected one label for each of its positions"),
+    ],
+)
+def test_bad_labels(compiled: Result, tmp_path: Path, change: Callable[[Tensor], Tensor], says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        lrcompile.recover(compiled, data(), labels=change(labels()), steps=60, rate=1e-3, checkpoints=tmp_path)
+
+
+def test_the_most_important_are_kept_by_class() -> None:
+    importance = torch.arange(20.0)
+    classes = torch.tensor([0] * 10 + [1] * 10)
+    assert most_important(importance, 0.3, classes, 0.0, 0).tolist() == [7, 8, 9, 17, 18, 19]
+    assert most_important(importance, 0.3, None, 0.0, 0).tolist() == [14, 15, 16, 17, 18, 19]
+    mixed = most_important(importance, 0.4, None, 0.5, 0).tolist()
+    assert len(set(mixed)) == 8
+    assert {16, 17, 18, 19} <= set(mixed)
+    assert min(mixed) < 16
+
+
+def test_hard_tasks_draw_at_random_and_say_so(compiled: Result, tmp_path: Path) -> None:
+    noise = torch.randint(5, (960,), generator=torch.Generator().manual_seed(0))
+    result = lrcompile.recover(
+        compiled, data(), labels=noise, steps=130, rate=1e-3, subset=0.25, batch=16, checkpoints=tmp_path
+    )
+    assert any("of the training samples are learned" in note for note in result.report.notes)
+    learned = lrcompile.recover(
+        compiled, data(), labels=labels(), steps=400, rate=3e-3, subset=0.25, batch=16, checkpoints=tmp_path
+    )
+    assert not any("of the training samples are learned" in note for note in learned.report.notes)
+
+
+# ------------------------------------------------------------------------------------------------------ bad input
+
+
+def test_a_loss_that_is_no_number_goes_back(compiled: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    plain = Loss.__call__
+
+    def sometimes(self: Loss, batch: Any) -> Tensor:
+        calls.append(batch)
+        loss = plain(self, batch)
+        return loss * math.nan if len(calls) in (30, 31) and torch.is_grad_enabled() else loss
+
+    monkeypatch.setattr(Loss, "__call__", sometimes)
+    result = recovered(compiled, tmp_path, rate=4e-3)
+    figures = result.report.recovery
+    assert figures is not None
+    assert figures["rolled_back"] == 2
+    assert figures["rate"] == 1e-3
+    assert figures["loss"][1] < figures["loss"][0]
+
+
+def test_a_loss_that_stays_no_number_ends_it(compiled: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = Loss.__call__
+    monkeypatch.setattr(
+        Loss, "__call__", lambda self, batch: plain(self, batch) * (math.nan if torch.is_grad_enabled() else 1)
+    )
+    result = recovered(compiled, tmp_path)
+    assert same(weights(compiled), weights(result))
+    assert any("stopped being finite 6 times" in note for note in result.report.notes)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({}, "give either --recover STEPS or --recover-minutes"),
+        ({"steps": 5, "minutes": 1}, "give either"),
+        ({"steps": 0}, "steps is 0; expected a number of at least 1"),
+        ({"minutes": math.nan}, "minutes is nan"),
+        ({"steps": 5, "ema": 1.0}, "ema is 1.0; expected a number from 0"),
+        ({"steps": 5, "freeze": "all"}, "expected one of none, regular, sequential"),
+    ],
+)
+def test_bad_settings(settings: dict[str, Any], says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        Recovery(**settings)
+
+
+def test_one_batch_is_too_few(compiled: Result) -> None:
+    with pytest.raises(InputError, match="one batch of 8 samples"):
+        lrcompile.recover(compiled, data(8), steps=5)
+
+
+def test_nothing_lossy_needs_nothing() -> None:
+    result = lrcompile.compile(net(), (torch.randn(8, WIDTH),), target="rpi5", budget=Budget(max_error=0))
+    same_one = lrcompile.recover(result, data(), steps=5)
+    assert same_one.model is result.model
+    assert any("nothing to recover" in note for note in same_one.report.notes)
+
+
+def test_minutes_end_in_time(compiled: Result, tmp_path: Path) -> None:
+    result = lrcompile.recover(compiled, data(), minutes=0.02, checkpoints=tmp_path)
+    figures = result.report.recovery
+    assert figures is not None
+    assert figures["steps"] > 1
+    assert figures["seconds"] < 60
+
+
+def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    x = torch.randn(8, WIDTH)
+    torch.export.save(torch.export.export(net(), (x,), dynamic_shapes=({0: torch.export.Dim.AUTO},)), "net.pt2")
+    np.savez("calib.npz", x=torch.cat([batch["x"] for batch in data().batches]).numpy())
+    np.save("labels.npy", labels().numpy())
+    common = ["net.pt2", "--target", "rpi5", "--size", "0.6", "--calib", "calib.npz"]
+    code = run(
+        [*common, "--recover", "80", "--labels", "labels.npy", "--option", "recover.rate=0.003", "--out", "out.onnx",
+         "--plan-out", "plan.json", "--report-json", "report.json"]
+    )  # fmt: skip
+    assert code == 0
+    assert "recovery  error" in capsys.readouterr().out
+    report = json.loads(Path("report.json").read_text())
+    assert report["recovery"]["error"][1] < report["recovery"]["error"][0]
+    assert report["verification"]["onnx_vs_torch"] < 1e-4
+    assert json.loads(Path("plan.json").read_text())["recovery"]["steps"] == 80
+    assert run(["net.pt2", "--plan", "plan.json", "--calib", "calib.npz", "--out", "again.onnx"]) == 0
+    assert "was trained" in " ".join(capsys.readouterr().out.split())
+    for words, says in (
+        (["--labels", "labels.npy"], "belongs to a recovery"),
+        (["--recover", "5", "--option", "recover.freez=none"], "did you mean 'freeze'"),
+        (["--recover", "5", "--option", "recover.rate=fast"], "expected a number, got 'fast'"),
+        (["--recover", "5", "--labels", "calib.npz"], "holds float32"),
+    ):
+        assert run([*common, *words]) == 2
+        assert says in " ".join(capsys.readouterr().err.split())
+    assert run(["net.pt2", "--target", "rpi5", "--recover", "5"]) == 2
+    assert "no inputs to learn from" in " ".join(capsys.readouterr().err.split())
