@@ -22,7 +22,7 @@ from lrcompile.recovery import train as training
 from lrcompile.recovery.freeze import factors_of
 from lrcompile.recovery.importance import most_important
 from lrcompile.recovery.loss import Loss
-from lrcompile.recovery.optimise import RunningMean, centralise, rate_at, sharpness_aware
+from lrcompile.recovery.optimise import Masters, RunningMean, centralise, rate_at, sharpness_aware
 from lrcompile.recovery.pair import difference, independent, pair
 from lrcompile.recovery.samples import samples_of
 
@@ -262,13 +262,36 @@ def test_centralised_gradients_have_no_mean() -> None:
 
 def test_a_running_mean_is_unbiased_and_leaves_the_weights() -> None:
     w = nn.Parameter(torch.tensor([1.0]))
-    mean = RunningMean([w], 0.9)
+    mean = RunningMean(Masters([w]), 0.9)
     for value in (1.0, 2.0):
         w.data.fill_(value)
         mean.update()
     with mean.in_place():
         assert w.item() == pytest.approx((0.9 * 0.1 * 1 + 0.1 * 2) / 0.19)
     assert w.item() == 2.0
+
+
+def test_steps_too_small_for_half_precision_add_up() -> None:
+    w = nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+    masters = Masters([w])
+    optimizer = torch.optim.SGD(masters.weights, lr=1e-4)
+    for _ in range(200):
+        w.grad = -torch.ones_like(w)
+        masters.step(optimizer)
+    assert w.tolist() == pytest.approx([1.02] * 3, abs=0.004)
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_models_in_half_precision(tmp_path: Path, dtype: str) -> None:
+    result = lrcompile.compile(
+        net(), (torch.randn(8, WIDTH),), target="rpi5", budget=Budget(size=0.6), calibration=data(), dtype=dtype
+    )
+    after = recovered(result, tmp_path, steps=200)
+    figures = after.report.recovery
+    assert figures is not None
+    assert figures["error"][1] < 0.95 * figures["error"][0]
+    kind = {"fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
+    assert {parameter.dtype for parameter in after.model.parameters()} == {kind}
 
 
 def test_the_rate_rises_and_falls() -> None:
@@ -282,7 +305,8 @@ def test_the_rate_rises_and_falls() -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{"sam": 0.05}, {"centralize": True}, {"ema": 0.9}, {"outputs": "kl"}, {"hidden": 0}]
+    "settings",
+    [{"sam": 0.05}, {"centralize": True}, {"ema": 0.9}, {"outputs": "kl"}, {"hidden": 0}, {"precision": "bf16"}],
 )
 def test_each_option_trains(compiled: Result, tmp_path: Path, settings: dict[str, Any]) -> None:
     result = recovered(compiled, tmp_path, **settings)
@@ -345,8 +369,10 @@ def test_hard_tasks_draw_at_random_and_say_so(compiled: Result, tmp_path: Path) 
         compiled, data(), labels=noise, steps=130, rate=1e-3, subset=0.25, batch=16, checkpoints=tmp_path
     )
     assert any("of the training samples are learned" in note for note in result.report.notes)
+    with torch.no_grad():
+        own = torch.cat([compiled.model(batch["x"]).argmax(-1) for batch in data().batches])
     learned = lrcompile.recover(
-        compiled, data(), labels=labels(), steps=400, rate=3e-3, subset=0.25, batch=16, checkpoints=tmp_path
+        compiled, data(), labels=own, steps=130, rate=1e-5, subset=0.25, batch=16, checkpoints=tmp_path
     )
     assert not any("of the training samples are learned" in note for note in learned.report.notes)
 

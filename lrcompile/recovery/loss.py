@@ -20,11 +20,16 @@ class Loss:
         self.scores: Tensor | None = None
 
     def __call__(self, batch: Batch) -> Tensor:
-        """[samples].
+        """[samples]; products in bfloat16, if that is asked for, where gradients are wanted.
 
         Raises:
             InputError: a label is no class of the model.
         """
+        low = self.recovery.in_bfloat16 and torch.is_grad_enabled()
+        with torch.autocast("cpu", torch.bfloat16, enabled=low):
+            return self._of(batch)
+
+    def _of(self, batch: Batch) -> Tensor:
         settings = self.recovery
         if batch.labels is not None and not settings.teacher:
             (self.scores, *_), _ = self.pair.student(*batch.inputs)

@@ -20,6 +20,38 @@ def adamw(parameters: Iterable[nn.Parameter], rate: float) -> torch.optim.AdamW:
     return torch.optim.AdamW(list(parameters), lr=rate, weight_decay=0.0, betas=(0.9, 0.98))
 
 
+class Masters:
+    """Weights in single precision that are stepped in the place of those of a model in half precision.
+
+    Small steps would be lost in half precision. Weights that are in single or double precision are their own.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        self.pairs = [(p, p if p.dtype.itemsize >= 4 else nn.Parameter(p.detach().float())) for p in parameters]
+
+    @property
+    def weights(self) -> list[nn.Parameter]:
+        """What the optimiser steps."""
+        return [master for _, master in self.pairs]
+
+    def step(self, optimizer: torch.optim.Optimizer) -> None:
+        """A step by the gradients of the model's weights."""
+        halves = [(parameter, master) for parameter, master in self.pairs if parameter is not master]
+        for parameter, master in halves:
+            master.grad = None if parameter.grad is None else parameter.grad.float()
+        optimizer.step()
+        with torch.no_grad():
+            for parameter, master in halves:
+                parameter.copy_(master)
+
+    def put(self, values: Sequence[Tensor]) -> None:
+        """Sets weights, in both precisions."""
+        with torch.no_grad():
+            for (parameter, master), value in zip(self.pairs, values, strict=True):
+                master.copy_(value)
+                parameter.copy_(value)
+
+
 def rate_at(progress: float) -> float:
     """The rate over the highest one, from 0 done to 1: a short rise, then half a cosine."""
     if progress < WARM_UP:
@@ -56,17 +88,17 @@ def sharpness_aware(parameters: Sequence[nn.Parameter], radius: float, backward:
 class RunningMean:
     """An exponential mean of weights, unbiased from the first step."""
 
-    def __init__(self, parameters: Sequence[nn.Parameter], decay: float) -> None:
-        self.parameters = parameters
+    def __init__(self, masters: Masters, decay: float) -> None:
+        self.masters = masters
         self.decay = decay
-        self.sums = [torch.zeros_like(parameter) for parameter in parameters] if decay else []
+        self.sums = [torch.zeros_like(weight) for weight in masters.weights] if decay else []
         self.weight = 0.0
 
     def update(self) -> None:
         """Takes in the weights as they are."""
         self.weight = self.decay * self.weight + 1 - self.decay
-        for mean, parameter in zip(self.sums, self.parameters, strict=True):
-            mean.mul_(self.decay).add_(parameter.detach(), alpha=1 - self.decay)
+        for mean, weight in zip(self.sums, self.masters.weights, strict=True):
+            mean.mul_(self.decay).add_(weight.detach(), alpha=1 - self.decay)
 
     def state(self) -> dict[str, Any]:
         """What `load` takes up."""
@@ -79,14 +111,9 @@ class RunningMean:
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """Inside, the mean stands in the place of the weights."""
-        own = [parameter.detach().clone() for parameter in self.parameters]
-        self._put([mean / self.weight for mean in self.sums] if self.weight else own)
+        own = [weight.detach().clone() for weight in self.masters.weights]
+        self.masters.put([mean / self.weight for mean in self.sums] if self.weight else own)
         try:
             yield
         finally:
-            self._put(own)
-
-    def _put(self, values: Sequence[Tensor]) -> None:
-        with torch.no_grad():
-            for parameter, value in zip(self.parameters, values, strict=True):
-                parameter.copy_(value)
+            self.masters.put(own)

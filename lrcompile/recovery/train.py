@@ -19,6 +19,7 @@ from lrcompile.recovery.importance import Importance
 from lrcompile.recovery.loss import Loss
 from lrcompile.recovery.optimise import (
     LARGEST_GRADIENT,
+    Masters,
     RunningMean,
     adamw,
     centralise,
@@ -101,8 +102,9 @@ class _Training:
         self.parameters = [p for p in pair.trained.gm.parameters() if p.is_floating_point()]
         self.outer, self.inner = factors_of(pair.trained)
         self.importance = Importance(recovery, samples) if recovery.subset < 1 else None
-        self.optimizer = adamw(self.parameters, RATES[0])
-        self.mean = RunningMean(self.parameters, recovery.ema)
+        self.masters = Masters(self.parameters)
+        self.optimizer = adamw(self.masters.weights, RATES[0])
+        self.mean = RunningMean(self.masters, recovery.ema)
         self.state = _State()
         self.started = self.saved = time.monotonic()
 
@@ -128,7 +130,7 @@ class _Training:
         if state.step % every:
             self._judge()
         self.progress("recover", state.steps, state.steps)
-        self._put(state.best)
+        self.masters.put(state.best)
         if self.checkpoint:
             self.checkpoint.drop()
         return Trained(
@@ -180,9 +182,9 @@ class _Training:
         return min(RATES, key=lambda rate: losses[rate] if math.isfinite(losses[rate]) else math.inf)
 
     def _start_again(self) -> None:
-        self._put(self.state.best)
-        self.optimizer = adamw(self.parameters, RATES[0])
-        self.mean = RunningMean(self.parameters, self.recovery.ema)
+        self.masters.put(self.state.best)
+        self.optimizer = adamw(self.masters.weights, RATES[0])
+        self.mean = RunningMean(self.masters, self.recovery.ema)
 
     def _resumed(self) -> bool:
         """Takes up what a checkpoint holds, if there is one that fits."""
@@ -191,7 +193,7 @@ class _Training:
             return False
         for name, value in stored.items():
             setattr(self.state, name, value)
-        self._put(self.state.weights)
+        self.masters.put(self.state.weights)
         self.optimizer.load_state_dict(self.state.optimizer)
         self.mean.load(self.state.mean)
         return True
@@ -228,7 +230,7 @@ class _Training:
             return False
         for group in self.optimizer.param_groups:
             group["lr"] = self.state.rate * rate
-        self.optimizer.step()
+        self.masters.step(self.optimizer)
         if self.recovery.ema:
             self.mean.update()
         return True
@@ -237,8 +239,8 @@ class _Training:
         """Goes back to the last weights that were judged, at half the rate; False when that did not help often."""
         state = self.state
         state.rolled_back += 1
-        self._put(state.good)
-        self.optimizer = adamw(self.parameters, RATES[0])
+        self.masters.put(state.good)
+        self.optimizer = adamw(self.masters.weights, RATES[0])
         state.rate /= 2
         if state.rolled_back < MOST_ROLLED_BACK:
             return True
@@ -276,12 +278,7 @@ class _Training:
         return float(torch.cat(parts).mean())
 
     def _weights(self) -> Weights:
-        return [parameter.detach().clone() for parameter in self.parameters]
-
-    def _put(self, weights: Weights) -> None:
-        with torch.no_grad():
-            for parameter, value in zip(self.parameters, weights, strict=True):
-                parameter.copy_(value)
+        return [weight.detach().clone() for weight in self.masters.weights]
 
     def _seconds(self) -> float:
         return self.state.seconds + time.monotonic() - self.started
