@@ -10,7 +10,7 @@ import pytest
 
 from lrcompile.devices import predict
 from lrcompile.devices.analytic import AnalyticCostModel
-from lrcompile.devices.predict import predict_csv, predict_rows
+from lrcompile.devices.predict import describe_rows, predict_csv, predict_rows
 from lrcompile.devices.profile import load_device
 from lrcompile.errors import DeviceError, InputError
 from lrcompile.graph.op import gemm_op
@@ -63,6 +63,9 @@ def test_other_operations() -> None:
     memory = rows_of("op,rows,cols\nadd,4096,4096\nrelu,4096,4096\nln,4096,4096\nsoftmax,4096,4096\n")
     (add, _), (relu, _), (norm, _), (softmax, _) = predict_rows(memory, V100, "fp32")
     assert add > relu == norm == softmax > 2 * 4 * 4096 * 4096 / 775e9 * 1e3
+    described = describe_rows(memory, "fp32")
+    assert [op.function for op in described] == ["binary", "copy", "layer_norm", "layer_norm"]
+    assert {op.row for op in described} == {4096}
     steps = rows_of("op,hidden,batch,timesteps\nlstm_fwd,512,16,25\ngru_fwd,512,16,25\n")
     (lstm, _), (gru, _) = predict_rows(steps, V100, "fp32")
     assert lstm > gru > 25 * 8e-3

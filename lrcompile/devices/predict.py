@@ -11,11 +11,14 @@ from pathlib import Path
 from lrcompile.devices.analytic import AnalyticCostModel, Direction, conv_latency_s
 from lrcompile.devices.device import Device
 from lrcompile.errors import DeviceError, InputError
-from lrcompile.graph.op import DTYPE_BYTES, ConvShape, Layout, OpDesc, RecurrentShape, conv_op, gemm_op
+from lrcompile.graph.op import DTYPE_BYTES, ConvShape, Function, Layout, OpDesc, RecurrentShape, conv_op, gemm_op
 
 _GEMM_OPS = ("gemm", "linear", "bmm")
 _CONV_OPS: dict[str, Direction] = {"conv2d_fwd": "forward", "conv2d_bwd_data": "data", "conv2d_bwd_weight": "weight"}
-_MEMORY_OPS = {"add": 3, "mul": 3, "relu": 2, "gelu": 2, "softmax": 2, "ln": 2}  # arrays read and written
+_MEMORY_OPS: dict[str, tuple[int, Function]] = {  # arrays read and written, what is computed
+    "add": (3, "binary"), "mul": (3, "binary"), "relu": (2, "copy"), "gelu": (2, "gelu"),
+    "softmax": (2, "layer_norm"), "ln": (2, "layer_norm"),
+}  # fmt: skip
 _RECURRENT_OPS = {"lstm_fwd": 4, "gru_fwd": 3, "vanilla_fwd": 1}  # gates
 _COLUMNS = {"gemm": ("m", "n", "k"), "conv2d_fwd": ("n", "c", "h", "w", "k", "r", "s")}
 _LAYOUTS: dict[str, Layout] = {"TN": "TN", "NN": "NN", "NT": "NT", "TT": "NT"}
@@ -175,8 +178,11 @@ def _conv(row: _Row) -> ConvShape:
 
 def _memory(row: _Row, op: str, dtype: str) -> OpDesc:
     row.require("rows", "cols")
-    elements = row.whole("rows") * row.whole("cols")
-    return OpDesc("elementwise", dtype, elements, 0, _MEMORY_OPS[op] * elements * DTYPE_BYTES[dtype])
+    columns = row.whole("cols")
+    elements = row.whole("rows") * columns
+    arrays, function = _MEMORY_OPS[op]
+    traffic = arrays * elements * DTYPE_BYTES[dtype]
+    return OpDesc("elementwise", dtype, elements, 0, traffic, function=function, row=columns)
 
 
 def _recurrent(row: _Row, op: str, dtype: str) -> OpDesc:
