@@ -19,9 +19,12 @@ from lrcompile.graph.graph import Graph, fingerprint
 from lrcompile.planning.sensitivity import Evaluator
 from lrcompile.recovery.checkpoint import Checkpoint
 from lrcompile.recovery.pair import pair
-from lrcompile.recovery.samples import samples_of
+from lrcompile.recovery.refit import refit
+from lrcompile.recovery.samples import Samples, samples_of
 from lrcompile.recovery.settings import DEFAULT_BATCH, Recovery
 from lrcompile.recovery.train import Progress, train
+
+REFIT_SAMPLES = 1024
 
 
 def recover(
@@ -55,19 +58,21 @@ def recover(
     if size is None and recovery.batch is not None:
         raise InputError("recovery: the model takes batches of one size only, so its batch cannot be set")
     samples = samples_of(batches, labels, size)
-    couple = pair(teacher, student, batches[0])
-    facts = (fingerprint(teacher.gm), fingerprint(student.gm), data.digest, _digest(labels), recovery.to_json())
+    evaluator = Evaluator(teacher, [batch.inputs for batch in samples.judging])
+    before = evaluator.error(student)
+    fitted, refitted = _refitted(teacher, student, samples, evaluator, before) if recovery.refit else (student, ())
+    couple = pair(teacher, fitted, batches[0])
+    facts = (fingerprint(teacher.gm), fingerprint(fitted.gm), data.digest, _digest(labels), recovery.to_json())
     trained = train(couple, samples, recovery, Checkpoint.of(*facts, folder=checkpoints), progress)
     for parameter in couple.trained.gm.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
         parameter.grad = None
-    evaluator = Evaluator(teacher, [batch.inputs for batch in samples.judging])
-    before, after = evaluator.error(student), evaluator.error(couple.trained)
+    after = evaluator.error(couple.trained)
     figures = {
         "steps": trained.steps, "epochs": trained.steps / samples.steps_an_epoch, "seconds": trained.seconds,
         "samples": samples.count, "judged_by": sum(len(batch) for batch in samples.judging),
         "rate": trained.rate, "kept_step": trained.kept_step, "rolled_back": trained.rolled_back,
-        "values_inside": len(couple.inside), "settings": recovery.to_json(),
+        "values_inside": len(couple.inside), "refitted": list(refitted), "settings": recovery.to_json(),
         "loss": [trained.loss_before, trained.loss_after], "error": [before, after],
     }  # fmt: skip
     basis = f"{figures['judged_by']} samples kept out of the recovery"
@@ -76,15 +81,25 @@ def recover(
         error={**result.report.error, "measured": after, "basis": basis},
         recovery=figures,
         timings_s={**result.report.timings_s, "recover": time.perf_counter() - start},
-        notes=[*result.report.notes, *trained.notes, *_remarks(trained.kept_step)],
+        notes=[*result.report.notes, *trained.notes, *_remarks(trained.kept_step, refitted)],
     )
     return replace(result, model=couple.trained.gm, report=report, plan=replace(result.plan, recovery=figures))
 
 
-def _remarks(kept_step: int) -> Sequence[str]:
-    if kept_step == 0:
+def _refitted(
+    teacher: Graph, student: Graph, samples: Samples, evaluator: Evaluator, before: float
+) -> tuple[Graph, tuple[str, ...]]:
+    """The rewritten graph with layers fitted anew, and which, if that makes it better on what it is judged by."""
+    count = max(1, min(REFIT_SAMPLES, samples.count) // samples.size)
+    batches = [samples.batch(numbers).inputs for numbers in samples.order(0, 0)[:count]]
+    fitted, paths = refit(teacher, student, batches)
+    return (fitted, paths) if paths and evaluator.error(fitted) < before else (student, ())
+
+
+def _remarks(kept_step: int, refitted: Sequence[str]) -> Sequence[str]:
+    if kept_step == 0 and not refitted:
         return ["recovery made nothing better on the data that it is judged by: the weights are as they were"]
-    return ["the weights were trained: the plan replays the rewrites, not the training"]
+    return ["the weights were recovered: the plan replays the rewrites, not the recovery"]
 
 
 def _digest(labels: Tensor | None) -> list[Any] | None:

@@ -24,6 +24,7 @@ from lrcompile.recovery.importance import most_important
 from lrcompile.recovery.loss import Loss
 from lrcompile.recovery.optimise import Masters, RunningMean, centralise, rate_at, sharpness_aware
 from lrcompile.recovery.pair import difference, independent, pair
+from lrcompile.recovery.refit import fitted, refit
 from lrcompile.recovery.samples import samples_of
 
 WIDTH = 96
@@ -68,7 +69,7 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 
 def recovered(compiled: Result, tmp_path: Path, **settings: Any) -> Result:
-    settings = {"steps": 60, "rate": 1e-3} | settings
+    settings = {"steps": 60, "rate": 1e-3, "refit": False} | settings
     return lrcompile.recover(compiled, data(), checkpoints=tmp_path, **settings)
 
 
@@ -123,7 +124,7 @@ def test_a_stopped_training_ends_as_one_that_was_not(
         if stage == "recover" and done == 47:
             raise KeyboardInterrupt
 
-    settings = {"steps": 90, "rate": 1e-3} | settings
+    settings = {"steps": 90, "rate": 1e-3, "refit": False} | settings
     with pytest.raises(KeyboardInterrupt):
         lrcompile.recover(compiled, data(), checkpoints=tmp_path / "cut", progress=stop, **settings)
     assert len(list((tmp_path / "cut").iterdir())) == 1
@@ -143,7 +144,7 @@ def test_a_damaged_checkpoint_is_as_none(compiled: Result, tmp_path: Path, monke
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        lrcompile.recover(compiled, data(), steps=60, rate=1e-3, checkpoints=tmp_path, progress=stop)
+        lrcompile.recover(compiled, data(), steps=60, rate=1e-3, refit=False, checkpoints=tmp_path, progress=stop)
     (file,) = tmp_path.iterdir()
     file.write_bytes(file.read_bytes()[:100])
     whole = recovered(compiled, tmp_path / "other")
@@ -195,6 +196,47 @@ def test_differences() -> None:
     assert float(uneven.std()) == 0
     p, q = y.softmax(-1), z.softmax(-1)
     assert torch.allclose(difference(y, z, 4, "kl"), (p * (p / q).log()).sum(-1), atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------- fitting anew
+
+
+def test_layers_fitted_anew_lower_the_error_on_unseen_data(compiled: Result, tmp_path: Path) -> None:
+    before = weights(compiled)
+    result = lrcompile.recover(compiled, data(3000, seed=3), steps=0, checkpoints=tmp_path)
+    figures = result.report.recovery
+    assert figures is not None
+    assert figures["steps"] == 0
+    assert set(figures["refitted"]) == {"first.1", "second.1", "head"}
+    assert figures["error"][1] < 0.95 * figures["error"][0]
+    assert same(before, weights(compiled))
+    x = data(seed=2).batches[0]["x"]
+    with torch.no_grad():
+        expected = net()(x)
+        errors = [float((model(x) - expected).norm()) for model in (compiled.model, result.model)]
+    assert errors[1] < 0.95 * errors[0]
+
+
+def test_a_fitted_layer_is_the_least_squares_solution() -> None:
+    torch.manual_seed(0)
+    layer, wanted = nn.Linear(7, 5), nn.Linear(7, 5)
+    inputs = [torch.randn(40, 7) for _ in range(3)]
+    with torch.no_grad():
+        found = fitted(layer, inputs, [wanted(x) for x in inputs], ridge=0.0)
+    assert torch.allclose(found.weight, wanted.weight, atol=1e-5)
+    assert torch.allclose(found.bias, wanted.bias, atol=1e-5)
+    held = fitted(layer, inputs, [wanted(x) for x in inputs], ridge=1e9)
+    assert torch.allclose(held.weight, layer.weight, atol=1e-5)
+    kernel = nn.Conv2d(7, 5, 1, bias=False)
+    images = [torch.randn(4, 7, 6, 6)]
+    goal = nn.Conv2d(7, 5, 1, bias=False)
+    with torch.no_grad():
+        assert torch.allclose(fitted(kernel, images, [goal(images[0])], ridge=0.0).weight, goal.weight, atol=1e-5)
+
+
+def test_what_nothing_was_lost_before_is_not_fitted() -> None:
+    graph = lrcompile.prepare_model(net(), (torch.randn(8, WIDTH),)).graph
+    assert refit(graph, graph, [(torch.randn(8, WIDTH),)])[1] == ()
 
 
 # ------------------------------------------------------------------------------------------------------- freezing
@@ -413,7 +455,7 @@ def test_a_loss_that_stays_no_number_ends_it(compiled: Result, tmp_path: Path, m
     [
         ({}, "give either --recover STEPS or --recover-minutes"),
         ({"steps": 5, "minutes": 1}, "give either"),
-        ({"steps": 0}, "steps is 0; expected a number of at least 1"),
+        ({"steps": -1}, "steps is -1; expected a number of at least 0"),
         ({"minutes": math.nan}, "minutes is nan"),
         ({"steps": 5, "ema": 1.0}, "ema is 1.0; expected a number from 0"),
         ({"steps": 5, "freeze": "all"}, "expected one of none, regular, sequential"),

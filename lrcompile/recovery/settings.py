@@ -20,7 +20,9 @@ DEFAULT_BATCH = 32
 
 @dataclass(frozen=True)
 class Recovery:
-    """How a rewritten model is trained; one of `steps` and `minutes` says for how long.
+    """How a rewritten model is trained; one of `steps`, from 0, and `minutes` says for how long.
+
+    With `refit`, layers are fitted anew in closed form before, which takes as long as a few dozen steps.
 
     Without labels the model learns from the original: its outputs, compared by `outputs` ("mse": relative squared
     difference; "kl": divergence of the softmax over the last axis), and, weighted by `hidden`, the values inside that
@@ -44,6 +46,7 @@ class Recovery:
     hidden: float = 1.0
     teacher: float = 1.0
     smoothing: float = 0.0
+    refit: bool = True
     freeze: Freeze = "none"
     subset: float = 1.0
     sam: float = 0.0
@@ -56,7 +59,7 @@ class Recovery:
         if (self.steps is None) == (self.minutes is None):
             raise InputError("recovery needs a length: give either --recover STEPS or --recover-minutes MINUTES")
         for name, low, high in (
-            ("steps", 1, math.inf), ("minutes", 1e-3, math.inf), ("batch", 1, math.inf), ("rate", 1e-12, 10),
+            ("steps", 0, math.inf), ("minutes", 1e-3, math.inf), ("batch", 1, math.inf), ("rate", 1e-12, 10),
             ("hidden", 0, math.inf), ("teacher", 0, math.inf), ("smoothing", 0, 0.99), ("subset", 1e-3, 1),
             ("sam", 0, 10), ("ema", 0, 0.99999),
         ):  # fmt: skip

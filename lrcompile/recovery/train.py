@@ -149,6 +149,8 @@ class _Training:
         state.best = state.good = self._weights()
         order = self._order()
         state.steps, state.rate = settings.steps or 0, settings.rate or 0.0
+        if settings.steps == 0:
+            return
         seconds = 0.0 if state.steps else self._timed(order)
         most = state.steps or max(1, int((settings.minutes or 0) * 60 / seconds))
         if not state.rate:
