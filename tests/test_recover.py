@@ -210,7 +210,7 @@ def test_layers_fitted_anew_lower_the_error_on_unseen_data(compiled: Result, tmp
     assert set(figures["refitted"]) == {"first.1", "second.1", "head"}
     assert figures["error"][1] < figures["error"][0]
     assert same(before, weights(compiled))
-    x = data(seed=2).batches[0]["x"]
+    x = torch.cat([batch["x"] for batch in data(seed=2).batches])
     with torch.no_grad():
         expected = net()(x)
         errors = [float((model(x) - expected).norm()) for model in (compiled.model, result.model)]
