@@ -14,7 +14,7 @@ setup: $(READY)  ## make .venv and install lrcompile with everything that tests 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else f"needs Python 3.11 or later, got {sys.version.split()[0]}; set PYTHON=")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,models,plot]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,models,plot,many]'
 	@touch $@
 
 demo: $(READY)  ## compile a trained model for a V100 and for this machine, and measure it

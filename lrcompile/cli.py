@@ -119,6 +119,8 @@ def compile_command(
 
     with ProgressDisplay(Console(stderr=True)) as progress:
         report = compile_files(request, progress)
+    if report is None:
+        return
     if as_json:
         _print_json(report.to_json())
         return

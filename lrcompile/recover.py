@@ -19,6 +19,7 @@ from lrcompile.graph.graph import Graph, fingerprint
 from lrcompile.planning.sensitivity import Evaluator
 from lrcompile.recovery.checkpoint import Checkpoint
 from lrcompile.recovery.pair import pair
+from lrcompile.recovery.processes import Processes
 from lrcompile.recovery.refit import refit
 from lrcompile.recovery.samples import Samples, samples_of
 from lrcompile.recovery.settings import DEFAULT_BATCH, Recovery
@@ -63,13 +64,15 @@ def recover(
     fitted, refitted = _refitted(teacher, student, samples, evaluator, before) if recovery.refit else (student, ())
     couple = pair(teacher, fitted, batches[0])
     facts = (fingerprint(teacher.gm), fingerprint(fitted.gm), data.digest, _digest(labels), recovery.to_json())
-    trained = train(couple, samples, recovery, Checkpoint.of(*facts, folder=checkpoints), progress)
+    processes = Processes.here()
+    trained = train(couple, samples, recovery, Checkpoint.of(*facts, folder=checkpoints), progress, processes)
     for parameter in couple.trained.gm.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
         parameter.grad = None
     after = evaluator.error(couple.trained)
     figures = {
-        "steps": trained.steps, "epochs": trained.steps / samples.steps_an_epoch, "seconds": trained.seconds,
+        "processes": processes.count, "steps": trained.steps, "epochs": trained.steps / samples.steps_an_epoch,
+        "seconds": trained.seconds,
         "samples": samples.count, "judged_by": sum(len(batch) for batch in samples.judging),
         "rate": trained.rate, "kept_step": trained.kept_step, "rolled_back": trained.rolled_back,
         "values_inside": len(couple.inside), "refitted": list(refitted), "settings": recovery.to_json(),

@@ -21,6 +21,7 @@ from lrcompile.planning.budget import Budget, parse_latency, parse_size
 from lrcompile.planning.plan import Plan
 from lrcompile.plugins import configure, discover, parsed_option, select
 from lrcompile.recover import recover
+from lrcompile.recovery.processes import Processes
 from lrcompile.recovery.settings import Recovery
 from lrcompile.report.plots import check_plottable, plot_calibration
 from lrcompile.report.report import Report
@@ -63,8 +64,10 @@ class Request:
     labels: str | None
 
 
-def compile_files(request: Request, progress: Callable[[str, int, int], None]) -> Report:
+def compile_files(request: Request, progress: Callable[[str, int, int], None]) -> Report | None:
     """Compiles as asked and writes what was asked for; nothing is written unless all of it succeeds.
+
+    None in a process that trains along with another, which writes and reports.
 
     Raises:
         LrcompileError: the one of its kinds that says what the user can do.
@@ -84,6 +87,12 @@ def compile_files(request: Request, progress: Callable[[str, int, int], None]) -
     calibration = _calibration(request, source, request.calib)
     training = _calibration(request, source, request.recover_data) or calibration
     labels = load_labels(request.labels) if request.labels is not None else None
+    processes = Processes.here() if recovery is not None else Processes()
+    if processes.count > 1 and plan is None:
+        raise InputError(
+            "several processes were launched, and each would decide for itself; compile in one with --plan-out "
+            "plan.json, then launch them with --plan plan.json and --recover"
+        )
     if recovery is not None and training is None:
         raise InputError("--recover has no inputs to learn from; give --calib, or --recover-data, which it alone reads")
     args, kwargs = _inputs(request, source, calibration)
@@ -96,6 +105,8 @@ def compile_files(request: Request, progress: Callable[[str, int, int], None]) -
     if recovery is not None and training is not None:
         result = recover(result, training, recovery, labels=labels, progress=progress)
     report = replace(result.report, notes=[*found.problems, *result.report.notes])
+    if not processes.first:
+        return None
     if request.out is not None:
         progress("emit", 0, 0)
         report = replace(result, report=report).save(request.out)

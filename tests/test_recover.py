@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -516,3 +519,33 @@ def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
         assert says in " ".join(capsys.readouterr().err.split())
     assert run(["net.pt2", "--target", "rpi5", "--recover", "5"]) == 2
     assert "no inputs to learn from" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("accelerate")
+    monkeypatch.chdir(tmp_path)
+    torch.export.save(
+        torch.export.export(net(), (torch.randn(8, WIDTH),), dynamic_shapes=({0: torch.export.Dim.AUTO},)), "net.pt2"
+    )
+    np.savez("calib.npz", x=torch.cat([batch["x"] for batch in data().batches]).numpy())
+    assert run(["net.pt2", "--size", "0.6", "--calib", "calib.npz", "--plan-out", "plan.json", "--target", "rpi5"]) == 0
+    words = ["-m", "lrcompile", "net.pt2", "--plan", "plan.json", "--calib", "calib.npz", "--recover", "60"]
+    words += ["--option", "recover.rate=0.001", "--option", "recover.precision=fp32"]
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    for name, command in (("one", [sys.executable]), ("two", launch)):
+        more = ["--out", f"{name}", "--report-json", f"{name}.json"]
+        done = subprocess.run([*command, *words, *more], env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("recovery  error") == 1
+    one, two = (json.loads(Path(f"{name}.json").read_text())["recovery"] for name in ("one", "two"))
+    assert [figures["processes"] for figures in (one, two)] == [1, 2]
+    assert one["steps"] == two["steps"] == 60
+    assert two["error"][1] < two["error"][0]
+    assert two["error"][1] == pytest.approx(one["error"][1], rel=0.01)
+    refused = subprocess.run(
+        [*launch, "-m", "lrcompile", "net.pt2", "--calib", "calib.npz", "--recover", "5"],
+        env=environment, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert "each would decide for itself" in refused.stdout + refused.stderr

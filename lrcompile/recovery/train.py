@@ -27,7 +27,8 @@ from lrcompile.recovery.optimise import (
     sharpness_aware,
 )  # fmt: skip
 from lrcompile.recovery.pair import Pair
-from lrcompile.recovery.samples import Batch, Samples
+from lrcompile.recovery.processes import Processes
+from lrcompile.recovery.samples import Samples
 from lrcompile.recovery.settings import RATES, Recovery
 
 JUDGEMENTS = 20  # over the whole training
@@ -84,21 +85,30 @@ def train(
     recovery: Recovery,
     checkpoint: Checkpoint | None = None,
     progress: Progress = lambda stage, done, total: None,
+    processes: Processes | None = None,
 ) -> Trained:
     """Trains the rewritten model of a pair in place, and leaves the best weights that were judged.
+
+    `processes` train together, each with a pair of its own.
 
     Raises:
         InputError: labels are out of range, or the loss is not finite to begin with.
     """
-    return _Training(pair, samples, recovery, checkpoint, progress).run()
+    return _Training(pair, samples, recovery, checkpoint, progress, processes or Processes()).run()
 
 
 class _Training:
     def __init__(
-        self, pair: Pair, samples: Samples, recovery: Recovery, checkpoint: Checkpoint | None, progress: Progress
+        self,
+        pair: Pair,
+        samples: Samples,
+        recovery: Recovery,
+        checkpoint: Checkpoint | None,
+        progress: Progress,
+        processes: Processes,
     ) -> None:
         self.samples, self.recovery, self.checkpoint, self.progress = samples, recovery, checkpoint, progress
-        self.loss = Loss(pair, recovery)
+        self.loss, self.processes = Loss(pair, recovery), processes
         self.parameters = [p for p in pair.trained.gm.parameters() if p.is_floating_point()]
         self.outer, self.inner = factors_of(pair.trained)
         self.importance = Importance(recovery, samples) if recovery.subset < 1 else None
@@ -120,7 +130,7 @@ class _Training:
                 state.epoch, state.place = state.epoch + 1, 0
                 self._choose_samples()
                 order = self._order()
-            finite = self._step(self.samples.batch(order[state.place]), rate_at(state.step / state.steps))
+            finite = self._step(order[state.place], rate_at(state.step / state.steps))
             state.step, state.place = state.step + 1, state.place + 1
             if not finite and not self._rolled_back():
                 break
@@ -131,7 +141,7 @@ class _Training:
             self._judge()
         self.progress("recover", state.steps, state.steps)
         self.masters.put(state.best)
-        if self.checkpoint:
+        if self.checkpoint and self.processes.first:
             self.checkpoint.drop()
         return Trained(
             state.step, self._seconds(), state.rate, state.loss_before, state.best_loss, state.best_step,
@@ -157,17 +167,18 @@ class _Training:
             length = min(max(int(TRIAL_SHARE * most), TRIAL_STEPS[0]), TRIAL_STEPS[1])
             state.rate = self._best_rate(order, length) if most > 4 * len(RATES) * TRIAL_STEPS[0] else RATES[1]
         if settings.minutes is not None:
-            state.steps = max(1, int((settings.minutes * 60 - self._seconds()) / (MARGIN * seconds)))
+            left_s = self.processes.mean([settings.minutes * 60 - self._seconds()])[0]
+            state.steps = max(1, int(left_s / (MARGIN * seconds)))
 
     def _timed(self, order: Sequence[Tensor]) -> float:
         """Seconds that a step takes: the least of two, after one that does not count."""
         taken = []
         for _ in range(3):
             start = time.monotonic()
-            self._step(self.samples.batch(order[0]), 0.0)
+            self._step(order[0], 0.0)
             taken.append(time.monotonic() - start)
         self._start_again()
-        return min(taken[1:])
+        return self.processes.mean([min(taken[1:])])[0]
 
     def _best_rate(self, order: Sequence[Tensor], length: int) -> float:
         """The rate that leads to the least loss in a short training of its own."""
@@ -178,7 +189,7 @@ class _Training:
             for number in range(length):
                 self.progress("rates", len(losses) * length + number, len(RATES) * length)
                 rate_now = rate_at((number + 1) / (length + 1))
-                finite = finite and self._step(self.samples.batch(order[number % len(order)]), rate_now)
+                finite = finite and self._step(order[number % len(order)], rate_now)
             losses[rate] = self._judged() if finite else math.inf
             self._start_again()
         return min(RATES, key=lambda rate: losses[rate] if math.isfinite(losses[rate]) else math.inf)
@@ -191,7 +202,8 @@ class _Training:
     def _resumed(self) -> bool:
         """Takes up what a checkpoint holds, if there is one that fits."""
         stored = self.checkpoint.load() if self.checkpoint else None
-        if stored is None or len(stored.get("weights", ())) != len(self.parameters):
+        fits = stored is not None and len(stored.get("weights", ())) == len(self.parameters)
+        if stored is None or self.processes.mean([float(fits)])[0] < 1:  # all of them go on, or none
             return False
         for name, value in stored.items():
             setattr(self.state, name, value)
@@ -201,7 +213,7 @@ class _Training:
         return True
 
     def _save(self) -> None:
-        if self.checkpoint is None or time.monotonic() - self.saved < SAVED_EVERY_S:
+        if self.checkpoint is None or not self.processes.first or time.monotonic() - self.saved < SAVED_EVERY_S:
             return
         state = self.state
         held = {name: getattr(state, name) for name in asdict(_State())}
@@ -211,12 +223,16 @@ class _Training:
 
     # ------------------------------------------------------------------------------------------------- one step
 
-    def _step(self, batch: Batch, rate: float) -> bool:
-        """One step at a share of the highest rate; whether loss and gradients were finite, else nothing is changed."""
+    def _step(self, numbers: Tensor, rate: float) -> bool:
+        """One step on some samples at a share of the highest rate; False if it came to no number: nothing changes."""
+        ours = self.processes.share(numbers) if self.samples.mixed else numbers
+        weight = len(ours) * self.processes.count / len(numbers) if self.samples.mixed else 1.0
+        batch = self.samples.batch(ours)
 
         def backward() -> Tensor:
             loss = self.loss(batch).mean()
             loss.backward()  # type: ignore[no-untyped-call]
+            self.processes.average_gradients(self.parameters, weight)
             return loss.detach()
 
         self.optimizer.zero_grad(set_to_none=True)
@@ -227,7 +243,8 @@ class _Training:
         if self.recovery.centralize:
             centralise(trained)
         norm = torch.nn.utils.clip_grad_norm_(trained, LARGEST_GRADIENT)
-        if not (torch.isfinite(value) and torch.isfinite(norm)):
+        finite = float(torch.isfinite(value) & torch.isfinite(norm))
+        if self.processes.mean([finite])[0] < 1:
             self.optimizer.zero_grad(set_to_none=True)
             return False
         for group in self.optimizer.param_groups:
@@ -277,7 +294,7 @@ class _Training:
     def _judged(self) -> float:
         with torch.no_grad():
             parts = [self.loss(batch) for batch in self.samples.judging]
-        return float(torch.cat(parts).mean())
+        return self.processes.mean([float(torch.cat(parts).mean())])[0]
 
     def _weights(self) -> Weights:
         return [weight.detach().clone() for weight in self.masters.weights]
@@ -286,4 +303,5 @@ class _Training:
         return self.state.seconds + time.monotonic() - self.started
 
     def _late(self) -> bool:
-        return self.recovery.minutes is not None and self._seconds() > self.recovery.minutes * 60
+        limit = self.recovery.minutes
+        return limit is not None and self.processes.mean([self._seconds()])[0] > limit * 60

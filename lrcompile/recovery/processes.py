@@ -1,0 +1,75 @@
+"""The processes that train one model together: this one alone, or those that `accelerate launch` started.
+
+Each has the whole model and computes the gradients of its share of a batch; what they find is averaged, so that all
+of them take the same step. (Data parallelism through Hugging Face Accelerate, which sets the processes up.)
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lrcompile.errors import InputError
+
+
+@dataclass(frozen=True)
+class Processes:
+    """How many there are, and which this one is; the first is the one that writes."""
+
+    count: int = 1
+    index: int = 0
+
+    @classmethod
+    def here(cls) -> Processes:
+        """Those that this process was launched with.
+
+        Raises:
+            InputError: there are several, and Accelerate is not installed.
+        """
+        if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+            return cls()
+        try:
+            from accelerate import PartialState
+        except ImportError:
+            raise InputError(
+                "several processes were launched, and training on them needs Accelerate: pip install 'lrcompile[many]'"
+            ) from None
+        state = PartialState(cpu=True)
+        return cls(state.num_processes, state.process_index)
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the one that writes."""
+        return self.index == 0
+
+    def share(self, numbers: Tensor) -> Tensor:
+        """This process's part of the numbers of a step's samples; every process gets one at least."""
+        if self.count == 1:
+            return numbers
+        parts = numbers.tensor_split(self.count)
+        return parts[self.index] if len(parts[self.index]) else numbers[:1]
+
+    def mean(self, values: Sequence[float]) -> list[float]:
+        """The mean over the processes of each value."""
+        return list(values) if self.count == 1 else self._reduced(torch.tensor(values, dtype=torch.float64)).tolist()
+
+    def average_gradients(self, parameters: Iterable[nn.Parameter], weight: float) -> None:
+        """Puts the mean over the processes, each weighted, in the place of this one's gradients."""
+        if self.count == 1:
+            return
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        if not gradients:
+            return
+        flat = self._reduced(torch.cat([gradient.float().flatten() for gradient in gradients]) * weight)
+        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+    def _reduced(self, tensor: Tensor) -> Tensor:
+        from accelerate.utils import reduce
+
+        result: Tensor = reduce(tensor, "mean")
+        return result
