@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lrcompile.devices.profile import available_devices, load_device
     from lrcompile.devices.target import Target, resolve_target
     from lrcompile.errors import LrcompileError
+    from lrcompile.front import tradeoff
     from lrcompile.frontend.calibration_data import CalibrationData, calibration_from, load_calibration
     from lrcompile.graph.graph import Graph, Site
     from lrcompile.graph.rewrite import Refusal, Rewrite, Rewriter
@@ -34,6 +35,7 @@ _HOMES = {
     "devices.target": "Target resolve_target",
     "errors": "LrcompileError",
     "frontend.calibration_data": "CalibrationData calibration_from load_calibration",
+    "front": "tradeoff",
     "graph.graph": "Graph Site",
     "graph.rewrite": "Refusal Rewrite Rewriter",
     "passes": "Context Pass Stage",
@@ -75,6 +77,7 @@ __all__ = [
     "resolve_target",
     "select",
     "solve",
+    "tradeoff",
 ]
 
 

@@ -38,8 +38,9 @@ from lrcompile.planning.calibration import collect
 from lrcompile.planning.canonicalize import canonicalize, check_exact, check_finite, rounding
 from lrcompile.planning.plan import Plan
 from lrcompile.planning.price import Pricing, price
-from lrcompile.planning.search import Choice, Problem, search
+from lrcompile.planning.search import Choice, Problem
 from lrcompile.planning.sensitivity import Evaluator, rewritten
+from lrcompile.planning.strategies import search
 from lrcompile.plugins import discover
 from lrcompile.report.report import Decision, Report, decide, error_figures, latency_figures, model_figures
 
@@ -92,6 +93,14 @@ class Prepared:
     seed: int
     notes: tuple[str, ...]
     clock: Clock
+
+    @property
+    def problem(self) -> Problem:
+        """What is searched for a budget."""
+        return Problem(
+            self.graph, self.pricing.candidates, self.passes, self.context, self.evaluator, self.base,
+            self.original.latency_s, self.clock.progress,
+        )  # fmt: skip
 
 
 def compile(  # the name that users look for
@@ -210,10 +219,7 @@ def solve(prepared: Prepared, budget: Budget) -> Result:
     Raises:
         BudgetError: the budget cannot be met; the message holds the range that can.
     """
-    p, clock = prepared, prepared.clock
-    problem = Problem(
-        p.graph, p.pricing.candidates, p.passes, p.context, p.evaluator, p.base, p.original.latency_s, clock.progress
-    )  # fmt: skip
+    p, clock, problem = prepared, prepared.clock, prepared.problem
     with clock("choose"):
         choice = search(problem, budget)
         check_finite(p.graph, choice.rewrites, p.passes, p.context, p.evaluator, choice.error)

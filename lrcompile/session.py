@@ -1,18 +1,19 @@
-"""One command-line compile: from the words of the user to files; used by `lrcompile.cli`."""
+"""Compiles and fronts of the command line: from the words of the user to files; used by `lrcompile.cli`."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch.utils import _pytree as pytree
 
 from lrcompile.compile import compile as compile_model
-from lrcompile.emit.write import check_writable, write_text
+from lrcompile.emit.write import check_plans_folder, check_writable, placed_whole, write_text
 from lrcompile.errors import InputError
+from lrcompile.front import front_figures, tradeoff
 from lrcompile.frontend.calibration_data import CalibrationData, load_calibration
 from lrcompile.frontend.export import batch_size
 from lrcompile.frontend.inputs import call_inputs, example_inputs, input_names, parse_inputs
@@ -20,7 +21,7 @@ from lrcompile.frontend.load import Source, load
 from lrcompile.planning.budget import Budget, parse_latency, parse_size
 from lrcompile.planning.plan import Plan
 from lrcompile.plugins import configure, discover, select
-from lrcompile.report.plots import check_plottable, plot_calibration
+from lrcompile.report.plots import check_plottable, plot_calibration, plot_front
 from lrcompile.report.report import Report
 
 if TYPE_CHECKING:  # fitting imports what a compile does without
@@ -48,6 +49,7 @@ class Request:
     speedup: float | None
     max_latency: str | None
     confidence: float | None
+    strategy: str | None
     passes: str | None
     options: tuple[str, ...]
     skip: tuple[str, ...]
@@ -55,6 +57,12 @@ class Request:
     plan: Path | None
     plan_out: Path | None
     report_json: Path | None
+
+    @classmethod
+    def of(cls, **given: Any) -> Request:
+        """A request of which the rest is left open."""
+        left_open: dict[str, Any] = dict.fromkeys(f.name for f in fields(cls))
+        return cls(**left_open | given)
 
 
 def compile_files(request: Request, progress: Callable[[str, int, int], None]) -> Report:
@@ -70,19 +78,9 @@ def compile_files(request: Request, progress: Callable[[str, int, int], None]) -
             check_writable(path, text=True)
     plan = Plan.load(request.plan) if request.plan else None
     budget = _budget(request)
-    found = discover()
-    passes = configure(found.passes, request.options)
-    passes = select(passes, request.passes.split(",")) if request.passes else passes
-    source = load(request.model, arch=request.arch, trust_pickle=request.trust_pickle)
-    calibration = _calibration(request, source)
-    args, kwargs = _inputs(request, source, calibration)
-    result = compile_model(
-        source.program, args, kwargs, target=request.target, budget=budget, calibration=calibration, passes=passes,
-        plan=plan, skip=request.skip, dtype=request.dtype, batch=request.batch,
-        max_rank=request.max_rank, io_rank=request.io_rank, opset=request.opset, seed=request.seed,
-        progress=progress,
-    )  # fmt: skip
-    report = replace(result.report, notes=[*found.problems, *result.report.notes])
+    asked = _asked(request)
+    result = compile_model(*asked.inputs, budget=budget, plan=plan, progress=progress, **asked.options)
+    report = replace(result.report, notes=[*asked.problems, *result.report.notes])
     if request.out is not None:
         progress("emit", 0, 0)
         report = replace(result, report=report).save(request.out)
@@ -93,6 +91,74 @@ def compile_files(request: Request, progress: Callable[[str, int, int], None]) -
     return report
 
 
+@dataclass(frozen=True)
+class FrontFiles:
+    """Where a front goes: its figures as JSON, a plot, and a folder with a plan for each point; None is not written."""
+
+    out: Path | None = None
+    plot: Path | None = None
+    plans: Path | None = None
+
+
+def tradeoff_files(
+    request: Request, points: int, files: FrontFiles, progress: Callable[[str, int, int], None]
+) -> dict[str, Any]:
+    """The front of a model, written where asked; returns its figures. Nothing is written unless all of it succeeds.
+
+    Raises:
+        LrcompileError: the one of its kinds that says what the user can do.
+    """
+    if files.plot is not None:
+        check_plottable(files.plot)
+    for path in (files.out, files.plot):
+        if path is not None:
+            check_writable(path, text=True)
+    if files.plans is not None:
+        check_plans_folder(files.plans)
+    budget = _budget(request)
+    asked = _asked(request)
+    results = tradeoff(
+        *asked.inputs, points=points, confidence=budget.confidence, strategy=budget.strategy, progress=progress,
+        **asked.options,
+    )  # fmt: skip
+    names = [f"{number}.json" for number in range(1, len(results) + 1)]
+    figures = front_figures(results, [str(files.plans / name) if files.plans else None for name in names])
+    figures["notes"] = [*asked.problems, *figures["notes"]]
+    if files.plans is not None:
+        with placed_whole(files.plans) as folder:
+            folder.mkdir()
+            for name, result in zip(names, results, strict=True):
+                (folder / name).write_text(result.plan.dumps(), encoding="utf-8")
+    if files.plot is not None:
+        with placed_whole(files.plot) as path:
+            plot_front(figures, path)
+    if files.out is not None:
+        write_text(files.out, json.dumps(figures, indent=1, allow_nan=False) + "\n")
+    return figures
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What a request comes to: (model, args, kwargs), options of `prepare_model`, and what is wrong with plugins."""
+
+    inputs: tuple[Any, tuple[Any, ...], dict[str, Any]]
+    options: dict[str, Any]
+    problems: tuple[str, ...]
+
+
+def _asked(request: Request) -> _Asked:
+    found = discover()
+    passes = configure(found.passes, request.options)
+    passes = select(passes, request.passes.split(",")) if request.passes else passes
+    source = load(request.model, arch=request.arch, trust_pickle=request.trust_pickle)
+    calibration = _calibration(request, source)
+    args, kwargs = _inputs(request, source, calibration)
+    options: dict[str, Any] = {"target": request.target, "calibration": calibration, "passes": passes}
+    names = ("skip", "dtype", "batch", "max_rank", "io_rank", "opset", "seed")
+    options |= {name: getattr(request, name) for name in names}
+    return _Asked((source.program, args, kwargs), options, found.problems)
+
+
 def _budget(request: Request) -> Budget:
     options: dict[str, Any] = {"max_error": request.max_error, "speedup": request.speedup}
     if request.size is not None:
@@ -101,6 +167,8 @@ def _budget(request: Request) -> Budget:
         options["max_latency_s"] = parse_latency(request.max_latency)
     if request.confidence is not None:
         options["confidence"] = request.confidence
+    if request.strategy is not None:
+        options["strategy"] = request.strategy
     return Budget(**options)
 
 

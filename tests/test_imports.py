@@ -31,10 +31,11 @@ MAY_IMPORT = {
     "report": "errors graph devices frontend planning",
     "confirm": "errors graph devices frontend emit planning",
     "compile": "errors graph devices frontend lower emit passes plugins planning report confirm",
-    "session": "errors devices frontend emit plugins planning report compile",
+    "front": "errors planning compile",
+    "session": "errors devices frontend emit plugins planning report compile front",
     "cli": "errors devices plugins planning report session",
     "__main__": "cli",
-    "lrcompile": "errors graph devices frontend passes plugins planning report compile",  # the public names
+    "lrcompile": "errors graph devices frontend passes plugins planning report compile front",  # the public names
     "lrcompile_passes": "graph planning.decompose passes",  # what a plugin may know
 }
 

@@ -1,0 +1,38 @@
+"""Strategies with one number for the whole model: settings from mild to strong, judged by price and measured error."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+
+from lrcompile.planning.strategies.strategy import Cut, Layerwise, Offer, Pick
+
+
+class Sweep(Layerwise):
+    """Picks the mildest setting that is fast and small enough or, given an error, the strongest within it."""
+
+    @abstractmethod
+    def settings(self, offer: Offer) -> Iterator[Sequence[Cut | None]]:
+        """A cut, or None, for each of the offer's layers, from the mildest setting to the strongest."""
+
+    def pick(self, offer: Offer) -> Pick | None:
+        """The setting within the limits, found by halving where errors are measured."""
+        picks = {tuple(map(id, pick)): pick for pick in self._picks(offer)}
+        distinct = list(picks.values())
+        if not math.isfinite(offer.limits.error):
+            return next(filter(offer.holds, distinct), None)
+        beyond = bisect_left(distinct, True, key=lambda pick: not offer.error(pick) <= offer.limits.error)
+        return distinct[beyond - 1] if beyond and offer.holds(distinct[beyond - 1]) else None
+
+    def _picks(self, offer: Offer) -> Iterator[Pick]:
+        yield offer.completed(())
+        for cuts in self.settings(offer):
+            yield offer.completed(cuts)
+
+
+def fastest(cuts: Iterator[Cut]) -> Cut | None:
+    """The fastest cut that is admitted; of equally fast ones, that which keeps most weights."""
+    admitted = [cut for cut in cuts if cut.admitted]
+    return max(admitted, key=lambda cut: (cut.candidate.gain.latency_s, cut.share), default=None)
