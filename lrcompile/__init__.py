@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from lrcompile.passes import Context, Pass, Stage
     from lrcompile.planning.budget import Budget
     from lrcompile.planning.plan import Plan
+    from lrcompile.planning.strategies.beam import Beam
     from lrcompile.plugins import discover, select
     from lrcompile.report.report import Report
 
@@ -41,12 +42,14 @@ _HOMES = {
     "passes": "Context Pass Stage",
     "planning.budget": "Budget",
     "planning.plan": "Plan",
+    "planning.strategies.beam": "Beam",
     "plugins": "discover select",
     "report.report": "Report",
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
 
 __all__ = [
+    "Beam",
     "Budget",
     "CalibrationData",
     "Context",

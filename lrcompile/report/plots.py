@@ -69,6 +69,7 @@ def plot_front(figures: Mapping[str, Any], path: Path) -> None:
     axes.set(
         xlabel=f"latency on {figures['target']}, share of the original ({kind})", ylabel=figures["error"]["metric"]
     )
+    axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
     _save(figure, path)
 

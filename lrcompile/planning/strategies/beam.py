@@ -9,18 +9,19 @@ from dataclasses import dataclass
 
 from lrcompile.graph.graph import Graph
 from lrcompile.planning.sensitivity import model_errors, rewritten
-from lrcompile.planning.strategies.strategy import Cut, Layer, Layerwise, Offer, Pick, bytes_saved, gain_s
+from lrcompile.planning.strategies.strategy import Cut, Layer, Layerwise, Offer, Pick, Saving, bytes_saved, gain_s
 
-Ranks = tuple[int, ...]  # each layer's rung; 0 is the layer as it is
+Ranks = tuple[int, ...]  # the rung of each layer and each group of layers; 0 is as it is
 
 
 @dataclass(frozen=True)
 class Beam(Layerwise):
     """ranks → the `width` best of {ranks − one step in one layer}, until the budget holds.
 
-    The modified beam search of BSR (Eo, Kang and Rhee, arXiv 2111.15179). A step saves about one of `levels` equal
-    parts of all that can be saved, in latency or, for a size, in bytes, so that children compare by error alone. Of a
-    level's children at most `tries` are scored: those whose predicted output error is least (both our reading).
+    The modified beam search of BSR (Eo, Kang and Rhee, arXiv 2111.15179). Our reading: layers that a candidate cuts
+    together, as those that read one value, are stepped together too. A step saves one of `levels` equal parts of all
+    that can be saved, in latency or, for a size, in bytes, so that children compare by error alone. Of a level's
+    children at most `tries` are scored: those whose predicted output error is least.
     `score` takes a rewritten graph, less is better; without it, the relative output error on the first batch counts.
     """
 
@@ -34,7 +35,8 @@ class Beam(Layerwise):
         """The best of the first level that is fast and small enough; given an error, the fastest within it."""
         limit = offer.limits.error
         if not math.isfinite(limit):
-            return next((pick for picks in self.beams(offer) for pick in picks if offer.holds(pick)), None)
+            found = (pick for picks in self.beams(offer) for pick in picks if offer.holds(pick))
+            return next(found, None) or next(filter(offer.holds, [self.most(offer, _saving(offer))]), None)
         within: list[Pick] = []
         for picks in self.beams(offer):
             fitting = [pick for pick in picks if offer.error(pick, first=1) <= limit]
@@ -47,8 +49,7 @@ class Beam(Layerwise):
     def beams(self, offer: Offer) -> Iterator[list[Pick]]:
         """The picks of one level after the other, those with the best score first; the first level changes nothing."""
         p = offer.problem
-        sized = offer.limits.bytes_saved > 0 and offer.limits.gain_s <= 0
-        ladders = _ladders(offer, bytes_saved if sized else gain_s, self.levels)
+        ladders = self._ladders(offer)
         cuts = [cut.candidate for ladder in ladders for cut in ladder]
         alone = model_errors(p.graph, cuts, p.candidates, p.passes, p.context, p.evaluator, p.progress)
         harm = dict(zip(map(id, cuts), alone, strict=True))
@@ -69,6 +70,27 @@ class Beam(Layerwise):
             scores = {ranks: self._score(offer, offer.completed(chosen(ranks))) for ranks in tried}
             beam = sorted(tried, key=lambda ranks: scores[ranks])[: self.width]
 
+    def most(self, offer: Offer, saved: Saving) -> Pick:
+        """The pick that saves most, taken greedily among layers and groups."""
+        tops = [max(cuts, key=lambda cut: saved((cut.candidate,))) for cuts in _choosable(offer)]
+        tops.sort(key=lambda cut: -_net(offer, saved, cut))
+        return offer.completed(tops)
+
+    def _ladders(self, offer: Offer) -> list[Layer]:
+        """For each layer and group the cuts that save one, two … steps, the mildest that do; the strongest one last."""
+        saved = _saving(offer)
+        step = (saved(self.most(offer, saved)) - saved(offer.completed(()))) / self.levels
+        ladders = []
+        for cuts in _choosable(offer):
+            useful = sorted(
+                ((net, cut) for cut in cuts if (net := _net(offer, saved, cut)) > 0), key=lambda pair: pair[0]
+            )
+            if useful and step > 0:
+                savings = [net for net, _ in useful]
+                rungs = {bisect_left(savings, step * i) for i in range(1, int(savings[-1] / step) + 1)}
+                ladders.append(tuple(useful[i][1] for i in sorted({*rungs, len(useful) - 1} - {len(useful)})))
+        return ladders
+
     def _score(self, offer: Offer, pick: Pick) -> float:
         if self.score is None:
             return offer.error(pick, first=1)
@@ -76,21 +98,30 @@ class Beam(Layerwise):
         return self.score(rewritten(p.graph, [r for c in pick for r in c.rewrites], p.passes, p.context))
 
 
-def _ladders(offer: Offer, saved: Callable[[Pick], float], levels: int) -> list[Layer]:
-    """For each layer the cuts that save one, two … steps, the mildest that do; the strongest one last."""
-    useful = [[cut for cut in layer if saved((cut.candidate,)) > 0] for layer in offer.choosable()]
-    layers = [sorted(layer, key=lambda cut: saved((cut.candidate,))) for layer in useful if layer]
-    step = sum(saved((layer[-1].candidate,)) for layer in layers) / levels
-    ladders = []
-    for layer in layers:
-        savings = [saved((cut.candidate,)) for cut in layer]
-        wanted = [step * (i + 1) for i in range(int(savings[-1] / step))]
-        rungs = {bisect_left(savings, save) for save in wanted if save <= savings[-1]} | {len(layer) - 1}
-        ladders.append(tuple(layer[i] for i in sorted(rungs)))
-    return ladders
+def _choosable(offer: Offer) -> list[Layer]:
+    """The layers and groups with the cuts that are admitted."""
+    admitted = (tuple(cut for cut in cuts if cut.admitted) for cuts in (*offer.layers, *offer.groups))
+    return [cuts for cuts in admitted if cuts]
+
+
+def _saving(offer: Offer) -> Saving:
+    """What a step saves: bytes where nothing but a size is asked for, else seconds."""
+    return bytes_saved if offer.limits.bytes_saved > 0 and offer.limits.gain_s <= 0 else gain_s
+
+
+def _net(offer: Offer, saved: Saving, cut: Cut) -> float:
+    """What a cut alone saves beyond the exact rewrites, some of which it may rule out."""
+    return saved(offer.completed((cut,))) - saved(offer.completed(()))
 
 
 def _children(ladders: Sequence[Layer], ranks: Ranks) -> Iterator[Ranks]:
+    """One step further in one layer or group, where no other that is cut already has nodes of it."""
     for i, rung in enumerate(ranks):
-        if rung < len(ladders[i]):
+        taken = {
+            node
+            for j, (ladder, other) in enumerate(zip(ladders, ranks, strict=True))
+            if other and j != i
+            for node in ladder[other - 1].candidate.footprint
+        }
+        if rung < len(ladders[i]) and not taken & ladders[i][rung].candidate.footprint:
             yield (*ranks[:i], rung + 1, *ranks[i + 1 :])

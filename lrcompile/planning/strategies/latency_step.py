@@ -17,19 +17,19 @@ from lrcompile.planning.strategies.uniform import by_form, nearest
 class LatencyStep(Sweep):
     """r = argmax_r t(r+1) − t(r) for r from R_min (compression α + 1) to R (compression α), the same α for all layers.
 
-    "Rank quantization" of Hajimolahoseini et al. (arXiv 2309.03824), which fixes α. Here α goes from 1 up to `most`,
+    "Rank quantization" of Hajimolahoseini et al. (arXiv 2309.03824), which fixes α. Here α goes from 1 up to `highest`,
     `steps` times per doubling, and the budget picks the setting; latencies are fitted by a rising curve first, so that
     noise makes no step (both our reading). A layer that is not faster at that rank is kept.
     """
 
     name = "latency-step"
-    most: float = 64.0
+    highest: float = 64.0
     steps: int = 8
 
     def settings(self, offer: Offer) -> Iterator[Sequence[Cut | None]]:
         """All layers at one compression after the other, 1 first."""
         forms = [by_form(layer) for layer in offer.layers]
-        for i in range(round(self.steps * np.log2(self.most)) + 1):
+        for i in range(round(self.steps * np.log2(self.highest)) + 1):
             compression = 2 ** (i / self.steps)
             yield [fastest(below_step(form, compression) for form in layer) for layer in forms]
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import ClassVar
 
 from lrcompile.errors import BudgetError
@@ -18,6 +19,7 @@ from lrcompile.planning.search import Choice, Problem, applied, thin
 from lrcompile.planning.search import search as search_whole
 
 Pick = tuple[Candidate, ...]
+Saving = Callable[[Iterable[Candidate]], float]
 
 
 class Strategy(ABC):
@@ -57,10 +59,12 @@ class Offer:
     """What a strategy picks from: for each layer the cuts of it alone, mildest first, and the exact rewrites.
 
     A cut that is not admitted is there to be seen (its share, its latency); a layer for which it is picked is kept.
+    `groups` has the same for sets of layers that a candidate cuts together.
     """
 
     problem: Problem
     layers: tuple[Layer, ...]
+    groups: tuple[Layer, ...]
     exact: tuple[Candidate, ...]
     limits: Limits
     relaxed: bool
@@ -68,12 +72,16 @@ class Offer:
     def completed(self, cuts: Iterable[Cut | None]) -> Pick:
         """The cuts that are admitted, with the exact rewrites that they leave room for, those that gain most first."""
         taken: set[str] = set()
-        picked = set()
+        picked = []
         for candidate in (*(cut.candidate for cut in cuts if cut and cut.admitted), *self.exact):
             if not taken & candidate.footprint:
                 taken |= candidate.footprint
-                picked.add(id(candidate))
-        return tuple(candidate for candidate in self.problem.candidates if id(candidate) in picked)
+                picked.append(candidate)
+        return tuple(sorted(picked, key=lambda candidate: self._places[id(candidate)]))
+
+    @cached_property
+    def _places(self) -> dict[int, int]:
+        return {id(candidate): i for i, candidate in enumerate(self.problem.candidates)}
 
     def error(self, pick: Pick, first: int | None = None) -> float:
         """The measured output error of a pick, on all batches or on the first few."""
@@ -84,10 +92,6 @@ class Offer:
         """Whether a pick is as fast and as small as asked."""
         return gain_s(pick) >= self.limits.gain_s and bytes_saved(pick) >= self.limits.bytes_saved
 
-    def fastest(self) -> Pick:
-        """Each layer at its fastest."""
-        return self.completed(max(layer, key=lambda cut: cut.candidate.gain.latency_s) for layer in self.choosable())
-
     def choosable(self) -> Iterator[Layer]:
         """The layers with the cuts that are admitted."""
         for layer in self.layers:
@@ -96,7 +100,7 @@ class Offer:
 
 
 class Layerwise(Strategy):
-    """A strategy that knows cuts of single layers, and the exact rewrites that these leave room for."""
+    """A strategy that goes layer by layer, and makes the exact rewrites that the cuts leave room for."""
 
     @abstractmethod
     def pick(self, offer: Offer) -> Pick | None:
@@ -104,6 +108,10 @@ class Layerwise(Strategy):
 
         With a finite error limit the fastest within it is meant, as measured; without, the most accurate.
         """
+
+    def most(self, offer: Offer, saved: Saving) -> Pick:
+        """The pick that saves most at any error: each layer at what saves most in it."""
+        return offer.completed(max(layer, key=lambda cut: saved((cut.candidate,))) for layer in offer.choosable())
 
     def search(self, problem: Problem, budget: Budget) -> Choice:
         """The strategy's pick among cuts that are surely faster; for a size, then among all that save anything.
@@ -123,18 +131,15 @@ class Layerwise(Strategy):
         raise BudgetError(self._unreachable(offers[-1], budget))
 
     def reach_s(self, problem: Problem, budget: Budget) -> float:
-        """The least predicted latency in s: every layer at its fastest."""
+        """The least predicted latency in s that the strategy has a pick for."""
         if budget.exact_only:
             return super().reach_s(problem, budget)
-        return problem.base.latency_s - gain_s(offered(problem, budget).fastest())
+        return problem.base.latency_s - gain_s(self.most(offered(problem, budget), gain_s))
 
     def _unreachable(self, offer: Offer, budget: Budget) -> str:
         p = offer.problem
-        fastest_s = p.base.latency_s - gain_s(offer.fastest())
-        smallest = offer.completed(
-            max(layer, key=lambda cut: cut.candidate.bytes_saved) for layer in offer.choosable()
-        )  # fmt: skip
-        size = 1 - bytes_saved(smallest) / max(1.0, weight_bytes(p.graph.gm))
+        fastest_s = p.base.latency_s - gain_s(self.most(offer, gain_s))
+        size = 1 - bytes_saved(self.most(offer, bytes_saved)) / max(1.0, weight_bytes(p.graph.gm))
         within = "" if budget.error_limit is None else f" within an error of {budget.error_limit:g}"
         return (
             f"--strategy {self.name} does not meet the budget{within}: at any error it reaches at most a speed-up of "
@@ -152,21 +157,23 @@ def offered(problem: Problem, budget: Budget, relaxed: bool = False) -> Offer:
         bytes_saved=total_bytes - budget.bytes_limit(total_bytes),
     )
     sites = problem.graph.sites()
-    layers: dict[str, list[Cut]] = defaultdict(list)
+    cuts: dict[tuple[str, ...], list[Cut]] = defaultdict(list)
     exact = []
     for candidate in problem.candidates:
         saves = candidate.gain.latency_s > 0 or candidate.bytes_saved > 0
         admitted = _admitted(candidate, budget) or (relaxed and saves)
+        modules = [sites[path].module for path in candidate.sites if path in sites]
         if candidate.exact and admitted:
             exact.append(candidate)
-        elif not candidate.exact and len(candidate.sites) == 1 and candidate.sites[0] in sites:
-            module = sites[candidate.sites[0]].module
-            whole = sum(tensor.numel() * tensor.element_size() for tensor in module.parameters())
-            share = 1 - candidate.bytes_saved / max(1, whole)
-            layers[candidate.sites[0]].append(Cut(candidate, share, admitted))
+        elif modules and not candidate.exact:
+            held = {id(t): t.numel() * t.element_size() for module in modules for t in module.parameters()}
+            share = 1 - candidate.bytes_saved / max(1, sum(held.values()))
+            cuts[candidate.sites].append(Cut(candidate, share, admitted))
     exact.sort(key=lambda candidate: (-candidate.gain.latency_s, -candidate.bytes_saved))
-    ordered = (tuple(sorted(layers[path], key=lambda cut: -cut.share)) for path in sites if path in layers)
-    return Offer(problem, tuple(ordered), tuple(exact), limits, relaxed)
+    ordered = {paths: tuple(sorted(found, key=lambda cut: -cut.share)) for paths, found in cuts.items()}
+    layers = tuple(ordered[(path,)] for path in sites if (path,) in ordered)
+    groups = tuple(found for paths, found in ordered.items() if len(paths) > 1)
+    return Offer(problem, layers, groups, tuple(exact), limits, relaxed)
 
 
 def gain_s(pick: Iterable[Candidate]) -> float:
