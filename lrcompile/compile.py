@@ -272,9 +272,13 @@ def solve(prepared: Prepared, budget: Budget) -> Result:
         timings_s=dict(clock.seconds),
         notes=(*p.notes, *_remarks(p, choice, measured)),
         rewrites=rewrites,
-        settings={"dtype": p.context.dtype, "batch": batch_size(p.traced.flat), "seed": p.seed},
+        settings=_settings(p.context.dtype, p.traced, p.seed, budget),
     )
     return Result(choice.graph.gm, plan, report, p.traced)
+
+
+def _settings(dtype: str, traced: Traced, seed: int, budget: Budget) -> dict[str, Any]:
+    return {"dtype": dtype, "batch": batch_size(traced.flat), "seed": seed, "strategy": budget.strategy_name}
 
 
 def _remarks(p: Prepared, choice: Choice, measured: Measured | None) -> list[str]:
@@ -359,7 +363,7 @@ def replay(
         timings_s=dict(clock.seconds),
         notes=(*problems, *traced.notes, "replayed from a plan"),
         rewrites=plan.rewrites,
-        settings={"dtype": dtype, "batch": batch_size(traced.flat), "seed": plan.seed},
+        settings=_settings(dtype, traced, plan.seed, plan.budget),
     )
     return Result(graph_after.gm, plan, report, traced)
 

@@ -106,7 +106,7 @@ def front_figures(results: Sequence[Result], plans: Sequence[str | None]) -> dic
     return {
         "schema": SCHEMA,
         "target": first.report.target,
-        "settings": {**first.report.settings, "strategy": first.plan.budget.to_json()["strategy"]},
+        "settings": dict(first.report.settings),
         "error": {key: first.report.error[key] for key in ("metric", "basis")},
         "points": [
             {

@@ -22,7 +22,7 @@ from lrcompile.planning.strategies.latency_step import LatencyStep, below_step, 
 from lrcompile.planning.strategies.strategy import Offer, bytes_saved, gain_s, offered
 from lrcompile.planning.strategies.sweep import Sweep
 from lrcompile.planning.strategies.uniform import Uniform
-from tests.test_search import X, stack
+from tests.test_search import X, decaying, stack
 
 RIVALS = [name for name in STRATEGY_NAMES if name != "milp"]
 
@@ -192,6 +192,39 @@ def test_beam_asks_the_score_that_it_is_given(prepared: lrcompile.Prepared) -> N
     assert "6" not in {site for candidate in choice.candidates for site in candidate.sites}
     milp = search(prepared.problem, lrcompile.Budget(speedup=1.3))
     assert "6" in {site for candidate in milp.candidates for site in candidate.sites}
+
+
+@pytest.mark.parametrize("budget", [{"speedup": 1.0}, {"size": 1.0}])
+def test_beam_changes_nothing_where_nothing_is_asked(prepared: lrcompile.Prepared, budget: dict[str, float]) -> None:
+    assert search(prepared.problem, lrcompile.Budget(**budget, strategy="beam")).candidates == ()
+
+
+def test_beam_steps_layers_together_that_are_cut_together() -> None:
+    """Three layers that read one value merge exactly; cutting one alone undoes that and saves nothing."""
+
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.q, self.k, self.v = (decaying(512, 512, 1.5) for _ in range(3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.q(x) * self.k(x) + self.v(x)
+
+    prepared = lrcompile.prepare_model(Heads().eval(), (X[:512],), target="v100")
+    exact = lrcompile.solve(prepared, lrcompile.Budget(max_error=0.0))
+    asked = 1.1 * exact.report.latency_ms["speedup"]
+    choice = search(prepared.problem, lrcompile.Budget(speedup=asked, strategy="beam"))
+    assert max(len(candidate.sites) for candidate in choice.candidates) > 1
+    offer = offered(prepared.problem, lrcompile.Budget())
+    merged_s = gain_s(offer.completed(()))
+    assert all(gain_s(offer.completed([cut])) < merged_s for layer in offer.choosable() for cut in layer)
+
+
+@pytest.mark.parametrize("options", [{"width": 0}, {"levels": 0}, {"tries": 1.5}])
+def test_a_beam_of_nothing(options: dict[str, int]) -> None:
+    with pytest.raises(InputError, match=r"Beam \w+ is .*; expected a whole number of at least 1"):
+        Beam(**options)
 
 
 def test_a_wider_beam_loses_nothing_here(prepared: lrcompile.Prepared) -> None:

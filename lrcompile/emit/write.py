@@ -117,11 +117,16 @@ def check_plans_folder(path: Path) -> None:
         if real.exists():
             raise InputError(f"cannot write {path}: it is a file where a folder is expected; give another path")
         return
-    strangers = sorted(file.name for file in real.iterdir() if not re.fullmatch(r"\d+\.json", file.name))
+    try:
+        strangers = sorted(file.name for file in real.iterdir() if not re.fullmatch(r"\d+\.json", file.name))
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}; give another path") from error
     if strangers:
         raise InputError(
             f"cannot write {path}: the folder holds {strangers[0]}, which is no numbered plan; give a new folder"
         )
+    if not os.access(real.parent, os.W_OK | os.X_OK):
+        raise InputError(f"cannot write {path}: no permission to write in {real.parent}; give another path")
 
 
 def check_writable(path: str | Path, *, text: bool = False) -> None:

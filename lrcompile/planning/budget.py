@@ -49,7 +49,7 @@ class Budget:
             raise InputError("--size 0 leaves no model; expected a share of the original such as 0.5, or bytes")
         if not self.confidence < 1:
             raise InputError(f"--confidence {self.confidence} can never be reached; expected less than 1, such as 0.8")
-        if isinstance(self.strategy, str) and self.strategy not in STRATEGY_NAMES:
+        if getattr(self.strategy, "name", self.strategy) not in STRATEGY_NAMES:
             raise InputError(f"--strategy {self.strategy!r} is unknown; expected one of {', '.join(STRATEGY_NAMES)}")
 
     @property
@@ -63,6 +63,11 @@ class Budget:
     def exact_only(self) -> bool:
         """Whether the error allowed leaves room for nothing but rounding."""
         return self.error_limit is not None and self.error_limit <= EXACT_ERROR
+
+    @property
+    def strategy_name(self) -> str:
+        """The name of what chooses."""
+        return self.strategy if isinstance(self.strategy, str) else self.strategy.name
 
     def bytes_limit(self, original_bytes: float) -> float:
         """The size limit in bytes, infinite where there is none."""
@@ -81,8 +86,7 @@ class Budget:
 
     def to_json(self) -> dict[str, Any]:
         """The limits as plain values, and the name of the strategy."""
-        strategy = self.strategy if isinstance(self.strategy, str) else self.strategy.name
-        return {f.name: getattr(self, f.name) for f in fields(self)} | {"strategy": strategy}
+        return {f.name: getattr(self, f.name) for f in fields(self)} | {"strategy": self.strategy_name}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Budget:

@@ -6,7 +6,9 @@ import math
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
+from lrcompile.errors import InputError
 from lrcompile.graph.graph import Graph
 from lrcompile.planning.sensitivity import model_errors, rewritten
 from lrcompile.planning.strategies.strategy import Cut, Layer, Layerwise, Offer, Pick, Saving, bytes_saved, gain_s
@@ -31,12 +33,17 @@ class Beam(Layerwise):
     tries: int = 16
     score: Callable[[Graph], float] | None = None
 
+    def __post_init__(self) -> None:
+        for name in ("width", "levels", "tries"):
+            if not (isinstance(getattr(self, name), int) and getattr(self, name) >= 1):
+                raise InputError(f"Beam {name} is {getattr(self, name)!r}; expected a whole number of at least 1")
+
     def pick(self, offer: Offer) -> Pick | None:
         """The best of the first level that is fast and small enough; given an error, the fastest within it."""
         limit = offer.limits.error
         if not math.isfinite(limit):
-            found = (pick for picks in self.beams(offer) for pick in picks if offer.holds(pick))
-            return next(found, None) or next(filter(offer.holds, [self.most(offer, _saving(offer))]), None)
+            last = ([self.most(offer, saved)] for saved in [_saving(offer)])  # where the beam ran into a dead end
+            return next((pick for picks in chain(self.beams(offer), last) for pick in picks if offer.holds(pick)), None)
         within: list[Pick] = []
         for picks in self.beams(offer):
             fitting = [pick for pick in picks if offer.error(pick, first=1) <= limit]
@@ -73,8 +80,8 @@ class Beam(Layerwise):
     def most(self, offer: Offer, saved: Saving) -> Pick:
         """The pick that saves most, taken greedily among layers and groups."""
         tops = [max(cuts, key=lambda cut: saved((cut.candidate,))) for cuts in _choosable(offer)]
-        tops.sort(key=lambda cut: -_net(offer, saved, cut))
-        return offer.completed(tops)
+        net = {id(cut): _net(offer, saved, cut) for cut in tops}
+        return offer.completed(sorted((cut for cut in tops if net[id(cut)] > 0), key=lambda cut: -net[id(cut)]))
 
     def _ladders(self, offer: Offer) -> list[Layer]:
         """For each layer and group the cuts that save one, two … steps, the mildest that do; the strongest one last."""
@@ -82,13 +89,13 @@ class Beam(Layerwise):
         step = (saved(self.most(offer, saved)) - saved(offer.completed(()))) / self.levels
         ladders = []
         for cuts in _choosable(offer):
-            useful = sorted(
-                ((net, cut) for cut in cuts if (net := _net(offer, saved, cut)) > 0), key=lambda pair: pair[0]
-            )
+            net = {id(cut): _net(offer, saved, cut) for cut in cuts}
+            useful = sorted((cut for cut in cuts if net[id(cut)] > 0), key=lambda cut: net[id(cut)])
             if useful and step > 0:
-                savings = [net for net, _ in useful]
-                rungs = {bisect_left(savings, step * i) for i in range(1, int(savings[-1] / step) + 1)}
-                ladders.append(tuple(useful[i][1] for i in sorted({*rungs, len(useful) - 1} - {len(useful)})))
+                savings = [net[id(cut)] for cut in useful]
+                steps = (step * i for i in range(1, self.levels + 1) if step * i <= savings[-1])
+                rungs = {*(bisect_left(savings, saving) for saving in steps), len(useful) - 1}
+                ladders.append(tuple(useful[i] for i in sorted(rungs)))
         return ladders
 
     def _score(self, offer: Offer, pick: Pick) -> float:
