@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
+import torch
+
 from lrcompile.errors import InputError
 from lrcompile.graph.graph import Graph
 from lrcompile.planning.sensitivity import model_errors, rewritten
@@ -102,7 +104,11 @@ class Beam(Layerwise):
         if self.score is None:
             return offer.error(pick, first=1)
         p = offer.problem
-        return self.score(rewritten(p.graph, [r for c in pick for r in c.rewrites], p.passes, p.context))
+        graph = rewritten(
+            p.graph, [rewrite for candidate in pick for rewrite in candidate.rewrites], p.passes, p.context
+        )
+        with torch.no_grad():
+            return self.score(graph)
 
 
 def _choosable(offer: Offer) -> list[Layer]:
