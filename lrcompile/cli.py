@@ -151,8 +151,8 @@ def _parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
 @app.command("tradeoff")
 @_with_options_of(
     compile_command,
-    "model target arch trust_pickle inputs calib batch dtype max_rank io_rank opset confidence strategy passes "
-    "options skip seed",
+    "model target arch trust_pickle inputs calib batch dtype max_rank io_rank opset max_error confidence strategy "
+    "passes options skip seed",
 )
 def tradeoff_command(
     points: Annotated[int, typer.Option(help="Latencies to try, evenly spread over what can be reached.")] = 8,
@@ -162,7 +162,10 @@ def tradeoff_command(
     as_json: Json = False,
     **asked: Any,
 ) -> None:
-    """The front of latency against error of one model: the most accurate model at each of several latencies."""
+    """The front of latency against error of one model: the most accurate model at each of several latencies.
+
+    With --max-error it ends there, else at the fastest that can be reached at any error.
+    """
     from lrcompile.report.progress import ProgressDisplay
     from lrcompile.report.terminal import print_front
     from lrcompile.session import FrontFiles, Request, tradeoff_files

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,7 @@ from torch.export import ExportedProgram
 from lrcompile.compile import Prepared, Result, prepare_model, solve
 from lrcompile.errors import BudgetError, InputError
 from lrcompile.planning.budget import DEFAULT_CONFIDENCE, EXACT_ERROR, Budget
-from lrcompile.planning.strategies import strategy_of
+from lrcompile.planning.strategies import search, strategy_of
 from lrcompile.planning.strategies.strategy import Strategy
 
 SCHEMA = 1
@@ -27,15 +29,17 @@ def tradeoff(
     kwargs: Mapping[str, Any] | None = None,
     *,
     points: int = 8,
+    max_error: float | None = None,
     confidence: float = DEFAULT_CONFIDENCE,
     strategy: str | Strategy = "milp",
     **options: Any,
 ) -> list[Result]:
     """The models on the front of latency against output error, slowest and most accurate first.
 
-    `points` latencies are spread evenly from what exact rewrites reach to the fastest at any error; the most accurate
-    model at each is sought. Those that another beats in latency or error and does not lose to in the other are
-    dropped, and so are those that the target does not reach as measured: the result may be shorter than `points`.
+    `points` latencies are spread evenly from what exact rewrites reach to the fastest within `max_error`, or at any
+    error without; the most accurate model at each is sought. Those that another beats in latency or error and does not
+    lose to in the other are dropped, and so are those that the strategy does not reach, or the target not as measured:
+    the result may be shorter than `points`.
     `options` are those of `prepare_model`; a model that is prepared already takes none.
 
     Raises:
@@ -44,7 +48,7 @@ def tradeoff(
     """
     if isinstance(points, bool) or not isinstance(points, int) or not 2 <= points <= MOST_POINTS:
         raise InputError(f"--points {points} makes no front; expected 2 to {MOST_POINTS}, such as 8")
-    unlimited = Budget(confidence=confidence, strategy=strategy)
+    widest = Budget(max_error=max_error, confidence=confidence, strategy=strategy)
     if isinstance(model, Prepared):
         if args or kwargs or options:
             raise InputError("the model is prepared already; give its inputs and options to prepare_model")
@@ -52,32 +56,34 @@ def tradeoff(
     else:
         prepared = prepare_model(model, args, kwargs, **options)
     results = []
-    for i, budget in enumerate(budgets(prepared, unlimited, points)):
+    for i, budget in enumerate(budgets(prepared, widest, points)):
         prepared.clock.progress("tradeoff", i, points)
         try:
             results.append(solve(prepared, budget))
         except BudgetError:  # not as measured, or not by this strategy: no point there
             continue
     prepared.clock.progress("tradeoff", points, points)
-    return undominated(results)
+    limit = math.inf if max_error is None else max(max_error, EXACT_ERROR)
+    return undominated([result for result in results if result.report.error["measured"] <= limit])
 
 
-def budgets(prepared: Prepared, unlimited: Budget, points: int) -> list[Budget]:
-    """Exact rewrites alone, then speed-ups at equal steps of latency, up to the fastest at any error.
-
-    All have the confidence and the strategy of `unlimited`.
-    """
-    problem, strategy = prepared.problem, strategy_of(unlimited)
-    confidence, original_s = unlimited.confidence, prepared.original.latency_s
-    exact = Budget(max_error=0.0, confidence=confidence, strategy=unlimited.strategy)
-    slowest_s = strategy.reach_s(problem, exact)
-    fastest_s = strategy.reach_s(problem, unlimited)
+def budgets(prepared: Prepared, widest: Budget, points: int) -> list[Budget]:
+    """Exact rewrites alone, then speed-ups at equal steps of latency, up to the fastest within the widest budget."""
+    problem, original_s = prepared.problem, prepared.original.latency_s
+    free, exact = replace(widest, max_error=None), replace(widest, max_error=0.0)
+    slowest_s = strategy_of(exact).reach_s(problem, exact)
+    if widest.max_error is None:
+        fastest_s = strategy_of(free).reach_s(problem, free)
+    else:
+        fastest_s = problem.base.latency_s - search(problem, widest).gain_s
+    if not fastest_s < slowest_s:
+        return [exact]
     speedups = [
         max(1.0, original_s / max(latency_s, 1e-12) * (1 - ROUNDING))
         for latency_s in np.linspace(slowest_s, fastest_s, points)[1:].tolist()
     ]
-    asked = [Budget(speedup=s, confidence=confidence, strategy=unlimited.strategy) for s in speedups]
-    return [exact, *(asked if fastest_s < slowest_s else ())]
+    asked = [exact, *(replace(free, speedup=speedup) for speedup in speedups)]
+    return asked if widest.max_error is None else [*asked[:-1], widest]
 
 
 def undominated(results: Sequence[Result]) -> list[Result]:

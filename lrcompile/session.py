@@ -118,8 +118,8 @@ def tradeoff_files(
     budget = _budget(request)
     asked = _asked(request)
     results = tradeoff(
-        *asked.inputs, points=points, confidence=budget.confidence, strategy=budget.strategy, progress=progress,
-        **asked.options,
+        *asked.inputs, points=points, max_error=budget.max_error, confidence=budget.confidence,
+        strategy=budget.strategy, progress=progress, **asked.options,
     )  # fmt: skip
     names = [f"{number}.json" for number in range(1, len(results) + 1)]
     figures = front_figures(results, [str(files.plans / name) if files.plans else None for name in names])

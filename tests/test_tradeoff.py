@@ -74,6 +74,20 @@ def test_it_reaches_from_exact_rewrites_to_the_fastest(
     assert max(steps) < 2 * (share(front[0]) - share(front[-1])) / 5
 
 
+@pytest.mark.parametrize("strategy", ["milp", "energy"])
+def test_it_ends_at_the_error_allowed(prepared: lrcompile.Prepared, strategy: str) -> None:
+    front = lrcompile.tradeoff(prepared, points=5, max_error=0.1, strategy=strategy)
+    fastest = lrcompile.solve(prepared, lrcompile.Budget(max_error=0.1, strategy=strategy))
+    assert front[-1].plan.dumps() == fastest.plan.dumps()
+    assert len(front) == 5
+    assert all(result.report.error["measured"] <= 0.1 for result in front)
+
+
+def test_an_error_of_zero_is_one_point(prepared: lrcompile.Prepared) -> None:
+    (only,) = lrcompile.tradeoff(prepared, max_error=0.0)
+    assert only.report.error["measured"] <= EXACT_ERROR
+
+
 def test_a_point_is_what_its_budget_gives(prepared: lrcompile.Prepared, front: list[lrcompile.Result]) -> None:
     for result in front:
         assert lrcompile.solve(prepared, result.plan.budget).plan.dumps() == result.plan.dumps()
@@ -178,6 +192,7 @@ def test_a_plot_without_matplotlib(
         (["--out", "no/front.json"], "there is no folder"),
         (["--plot", "front.gif"], "a plot's name ends in .svg, .png, .pdf; got '.gif'"),
         (["--points", "1"], "--points 1 makes no front; expected 2 to 1000, such as 8"),
+        (["--max-error", "-1"], "max_error is -1.0; expected a finite number of at least 0"),
         (["--strategy", "luck"], "--strategy 'luck' is unknown"),
         (["--confidence", "2"], "--confidence 2.0 can never be reached"),
         (["--target", "v1000"], "v1000"),
