@@ -14,7 +14,7 @@ from torch.export import ExportedProgram
 
 from lrcompile.compile import Prepared, Result, prepare_model, solve
 from lrcompile.errors import BudgetError, InputError
-from lrcompile.planning.budget import DEFAULT_CONFIDENCE, EXACT_ERROR, Budget
+from lrcompile.planning.budget import DEFAULT_CONFIDENCE, Budget
 from lrcompile.planning.strategies import search, strategy_of
 from lrcompile.planning.strategies.strategy import Strategy
 
@@ -63,8 +63,8 @@ def tradeoff(
         except BudgetError:  # not as measured, or not by this strategy: no point there
             continue
     prepared.clock.progress("tradeoff", points, points)
-    limit = math.inf if max_error is None else max(max_error, EXACT_ERROR)
-    return undominated([result for result in results if result.report.error["measured"] <= limit])
+    limit = math.inf if max_error is None else max_error
+    return undominated([result for result in results if _merits(result)[1] <= limit])
 
 
 def budgets(prepared: Prepared, widest: Budget, points: int) -> list[Budget]:
@@ -96,9 +96,10 @@ def undominated(results: Sequence[Result]) -> list[Result]:
 
 
 def _merits(result: Result) -> tuple[float, float]:
-    """(share of the original's latency, error); what exact rewrites show is rounding and no error."""
+    """(share of the original's latency, error); what exact rewrites show is rounding and counts as none."""
     latency = result.report.latency_ms  # measured points each have an original of their own, measured beside them
-    return latency["after"] / max(latency["before"], 1e-12), max(result.report.error["measured"], EXACT_ERROR)
+    exact = all(rewrite.exact for rewrite in result.plan.rewrites)
+    return latency["after"] / max(latency["before"], 1e-12), 0.0 if exact else result.report.error["measured"]
 
 
 def front_figures(results: Sequence[Result], plans: Sequence[str | None]) -> dict[str, Any]:

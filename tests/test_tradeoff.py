@@ -88,6 +88,23 @@ def test_an_error_of_zero_is_one_point(prepared: lrcompile.Prepared) -> None:
     assert only.report.error["measured"] <= EXACT_ERROR
 
 
+def test_rounding_of_half_precision_is_no_error() -> None:
+    class Twice(nn.Module):
+        """Two layers that merge exactly, up to rounding."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.one, self.two = nn.Linear(64, 64), nn.Linear(64, 64)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.two(self.one(x))
+
+    (only,) = lrcompile.tradeoff(Twice().eval(), (X[:64, :64],), target="v100", dtype="fp16", max_error=0.0)
+    assert only.plan.rewrites
+    assert only.report.error["measured"] > EXACT_ERROR
+
+
 def test_a_point_is_what_its_budget_gives(prepared: lrcompile.Prepared, front: list[lrcompile.Result]) -> None:
     for result in front:
         assert lrcompile.solve(prepared, result.plan.budget).plan.dumps() == result.plan.dumps()
