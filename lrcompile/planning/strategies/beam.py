@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -86,18 +85,17 @@ class Beam(Layerwise):
         return offer.completed(sorted((cut for cut in tops if net[id(cut)] > 0), key=lambda cut: -net[id(cut)]))
 
     def _ladders(self, offer: Offer) -> list[Layer]:
-        """For each layer and group the cuts that save one, two … steps, the mildest that do; the strongest one last."""
+        """For each layer and group the cuts of least error that save one, two … steps, and the one that saves most."""
         saved = _saving(offer)
         step = (saved(self.most(offer, saved)) - saved(offer.completed(()))) / self.levels
         ladders = []
         for cuts in _choosable(offer):
             net = {id(cut): _net(offer, saved, cut) for cut in cuts}
-            useful = sorted((cut for cut in cuts if net[id(cut)] > 0), key=lambda cut: net[id(cut)])
-            if useful and step > 0:
-                savings = [net[id(cut)] for cut in useful]
-                steps = (step * i for i in range(1, self.levels + 1) if step * i <= savings[-1])
-                rungs = {*(bisect_left(savings, saving) for saving in steps), len(useful) - 1}
-                ladders.append(tuple(useful[i] for i in sorted(rungs)))
+            most = max(net.values())
+            if most > 0 and step > 0:
+                wanted = [step * i for i in range(1, self.levels + 1) if step * i < most]
+                found = [_mildest(cut for cut in cuts if net[id(cut)] >= saving) for saving in (*wanted, most)]
+                ladders.append(tuple(dict(zip(map(id, found), found, strict=True)).values()))
         return ladders
 
     def _score(self, offer: Offer, pick: Pick) -> float:
@@ -109,6 +107,11 @@ class Beam(Layerwise):
         )
         with torch.no_grad():
             return self.score(graph)
+
+
+def _mildest(cuts: Iterable[Cut]) -> Cut:
+    """The cut of least error; of equals, that which keeps most weights."""
+    return min(cuts, key=lambda cut: (cut.candidate.error, -cut.share))
 
 
 def _choosable(offer: Offer) -> list[Layer]:

@@ -7,24 +7,25 @@ from abc import abstractmethod
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 
-from lrcompile.planning.strategies.strategy import Cut, Layerwise, Offer, Pick
+from lrcompile.planning.strategies.strategy import Cut, Layerwise, Offer, Pick, gain_s
 
 
 class Sweep(Layerwise):
-    """Picks the mildest setting that is fast and small enough or, given an error, the strongest within it."""
+    """Picks the mildest setting that is fast and small enough or, given an error, the fastest up to it."""
 
     @abstractmethod
     def settings(self, offer: Offer) -> Iterator[Sequence[Cut | None]]:
         """A cut, or None, for each of the offer's layers, from the mildest setting to the strongest."""
 
     def pick(self, offer: Offer) -> Pick | None:
-        """The setting within the limits, found by halving where errors are measured."""
+        """The setting within the limits; how strong one the error allows is found by halving, as if it only rose."""
         picks = {tuple(map(id, pick)): pick for pick in self._picks(offer)}
         distinct = list(picks.values())
         if not math.isfinite(offer.limits.error):
             return next(filter(offer.holds, distinct), None)
         beyond = bisect_left(distinct, True, key=lambda pick: not offer.error(pick) <= offer.limits.error)
-        return distinct[beyond - 1] if beyond and offer.holds(distinct[beyond - 1]) else None
+        fastest_first = sorted(filter(offer.holds, distinct[:beyond]), key=gain_s, reverse=True)
+        return next((pick for pick in fastest_first if offer.error(pick) <= offer.limits.error), None)
 
     def _picks(self, offer: Offer) -> Iterator[Pick]:
         yield offer.completed(())
