@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from itertools import pairwise
 
 import numpy as np
@@ -15,7 +16,7 @@ from lrcompile.cli import run
 from lrcompile.errors import BudgetError, InputError
 from lrcompile.graph.graph import Graph
 from lrcompile.planning.budget import STRATEGY_NAMES
-from lrcompile.planning.strategies import STRATEGIES, search
+from lrcompile.planning.strategies import STRATEGIES, search, strategy_of
 from lrcompile.planning.strategies.beam import Beam
 from lrcompile.planning.strategies.energy import Energy
 from lrcompile.planning.strategies.latency_step import LatencyStep, below_step, steepest
@@ -103,6 +104,33 @@ def test_what_is_out_of_reach_says_what_is_not(prepared: lrcompile.Prepared, nam
     assert caught.value.exit_code == 1
     with pytest.raises(BudgetError, match=rf"--strategy {name} does not meet the budget within an error of 0\.01"):
         lrcompile.solve(prepared, lrcompile.Budget(speedup=1.8, max_error=0.01, strategy=name))
+
+
+@pytest.fixture(scope="module")
+def convolutions() -> lrcompile.Prepared:
+    """Layers with several forms of cut each."""
+    torch.manual_seed(0)
+    layers = (nn.Conv2d(32, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3), nn.ReLU(), nn.Conv2d(64, 32, 1))
+    return lrcompile.prepare_model(nn.Sequential(*layers).eval(), (torch.randn(4, 32, 24, 24),), target="rpi5")
+
+
+@pytest.mark.parametrize("name", STRATEGY_NAMES)
+def test_the_reach_of_each_strategy_is_reached(convolutions: lrcompile.Prepared, name: str) -> None:
+    problem, free = convolutions.problem, lrcompile.Budget(strategy=name, confidence=0.5)
+    strategy = strategy_of(free)
+    least_s = strategy.reach_s(problem, free)
+    assert least_s < problem.original_s
+    budget = lrcompile.Budget(max_latency_s=least_s * (1 + 1e-9), strategy=name, confidence=0.5)
+    assert problem.base.latency_s - search(problem, budget).gain_s <= least_s * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("name", RIVALS)
+def test_the_size_that_a_message_names_is_reached(convolutions: lrcompile.Prepared, name: str) -> None:
+    with pytest.raises(BudgetError) as caught:
+        search(convolutions.problem, lrcompile.Budget(size=0.001, strategy=name))
+    found = re.search(r"a size of ([\d.]+);", str(caught.value))
+    assert found
+    search(convolutions.problem, lrcompile.Budget(size=float(found[1]) + 0.001, strategy=name))
 
 
 def ranks(offer: Offer, strategy: Sweep) -> list[list[int | None]]:

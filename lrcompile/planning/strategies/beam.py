@@ -12,7 +12,7 @@ import torch
 from lrcompile.errors import InputError
 from lrcompile.graph.graph import Graph
 from lrcompile.planning.sensitivity import model_errors, rewritten
-from lrcompile.planning.strategies.strategy import Cut, Layer, Layerwise, Offer, Pick, Saving, bytes_saved, gain_s
+from lrcompile.planning.strategies.strategy import Cut, Layer, Layerwise, Offer, Pick, Saving, gain_s
 
 Ranks = tuple[int, ...]  # the rung of each layer and each group of layers; 0 is as it is
 
@@ -43,7 +43,7 @@ class Beam(Layerwise):
         """The best of the first level that is fast and small enough; given an error, the fastest within it."""
         limit = offer.limits.error
         if not math.isfinite(limit):
-            last = ([self.most(offer, saved)] for saved in [_saving(offer)])  # where the beam ran into a dead end
+            last = ([self.most(offer, saved)] for saved in [offer.saving])  # where the beam ran into a dead end
             return next((pick for picks in chain(self.beams(offer), last) for pick in picks if offer.holds(pick)), None)
         within: list[Pick] = []
         for picks in self.beams(offer):
@@ -86,7 +86,7 @@ class Beam(Layerwise):
 
     def _ladders(self, offer: Offer) -> list[Layer]:
         """For each layer and group the cuts of least error that save one, two … steps, and the one that saves most."""
-        saved = _saving(offer)
+        saved = offer.saving
         step = (saved(self.most(offer, saved)) - saved(offer.completed(()))) / self.levels
         ladders = []
         for cuts in _choosable(offer):
@@ -118,11 +118,6 @@ def _choosable(offer: Offer) -> list[Layer]:
     """The layers and groups with the cuts that are admitted."""
     admitted = (tuple(cut for cut in cuts if cut.admitted) for cuts in (*offer.layers, *offer.groups))
     return [cuts for cuts in admitted if cuts]
-
-
-def _saving(offer: Offer) -> Saving:
-    """What a step saves: bytes where nothing but a size is asked for, else seconds."""
-    return bytes_saved if offer.limits.bytes_saved > 0 and offer.limits.gain_s <= 0 else gain_s
 
 
 def _net(offer: Offer, saved: Saving, cut: Cut) -> float:

@@ -6,12 +6,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from lrcompile.planning.strategies.strategy import Cut, Offer
-from lrcompile.planning.strategies.sweep import Sweep, fastest
+from lrcompile.planning.strategies.sweep import Sweep, strongest
 
 
 @dataclass(frozen=True)
 class Energy(Sweep):
-    """rank_l = the fastest with ‖(W − W_r)X‖ ≤ bound · ‖WX‖, the same bound for all layers (spectral energy)."""
+    """rank_l = what saves most with ‖(W − W_r)X‖ ≤ bound · ‖WX‖, one bound for all layers (spectral energy)."""
 
     name = "energy"
 
@@ -19,4 +19,4 @@ class Energy(Sweep):
         """One bound after the other, the least first: all values that make a difference."""
         layers = list(offer.choosable())
         for bound in sorted({cut.candidate.error for layer in layers for cut in layer}):
-            yield [fastest(cut for cut in layer if cut.candidate.error <= bound) for layer in layers]
+            yield [strongest(offer, (cut for cut in layer if cut.candidate.error <= bound)) for layer in layers]

@@ -9,7 +9,7 @@ import numpy as np
 from scipy.optimize import isotonic_regression
 
 from lrcompile.planning.strategies.strategy import Cut, Layer, Offer
-from lrcompile.planning.strategies.sweep import Sweep, fastest
+from lrcompile.planning.strategies.sweep import Sweep, strongest
 from lrcompile.planning.strategies.uniform import by_form, nearest
 
 
@@ -31,7 +31,7 @@ class LatencyStep(Sweep):
         forms = [by_form(layer) for layer in offer.layers]
         for i in range(round(self.steps * np.log2(self.highest)) + 1):
             compression = 2 ** (i / self.steps)
-            yield [fastest(below_step(form, compression) for form in layer) for layer in forms]
+            yield [strongest(offer, (below_step(form, compression) for form in layer)) for layer in forms]
 
 
 def below_step(cuts: Layer, compression: float) -> Cut:

@@ -92,6 +92,11 @@ class Offer:
         """Whether a pick is as fast and as small as asked."""
         return gain_s(pick) >= self.limits.gain_s and bytes_saved(pick) >= self.limits.bytes_saved
 
+    @property
+    def saving(self) -> Saving:
+        """What the budget asks to save: bytes where nothing but a size is asked for, else seconds."""
+        return bytes_saved if self.limits.bytes_saved > 0 and self.limits.gain_s <= 0 else gain_s
+
     def choosable(self) -> Iterator[Layer]:
         """The layers with the cuts that are admitted."""
         for layer in self.layers:

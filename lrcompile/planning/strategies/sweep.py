@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from lrcompile.planning.strategies.strategy import Cut, Layerwise, Offer, Pick, gain_s
 
@@ -33,7 +33,7 @@ class Sweep(Layerwise):
             yield offer.completed(cuts)
 
 
-def fastest(cuts: Iterator[Cut]) -> Cut | None:
-    """The fastest cut that is admitted; of equally fast ones, that which keeps most weights."""
+def strongest(offer: Offer, cuts: Iterable[Cut]) -> Cut | None:
+    """The cut that is admitted and saves most of what the budget asks for; of equals, that which keeps most weights."""
     admitted = [cut for cut in cuts if cut.admitted]
-    return max(admitted, key=lambda cut: (cut.candidate.gain.latency_s, cut.share), default=None)
+    return max(admitted, key=lambda cut: (offer.saving((cut.candidate,)), cut.share), default=None)

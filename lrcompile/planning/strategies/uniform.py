@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from lrcompile.planning.price import Family
 from lrcompile.planning.strategies.strategy import Cut, Layer, Offer
-from lrcompile.planning.strategies.sweep import Sweep, fastest
+from lrcompile.planning.strategies.sweep import Sweep, strongest
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Uniform(Sweep):
         """All layers at one share after the other, 1 first."""
         forms = [by_form(layer) for layer in offer.layers]
         for step in range(self.steps, -1, -1):
-            yield [fastest(nearest(form, step / self.steps) for form in layer) for layer in forms]
+            yield [strongest(offer, (nearest(form, step / self.steps) for form in layer)) for layer in forms]
 
 
 def by_form(layer: Layer) -> list[Layer]:
