@@ -324,7 +324,8 @@ def explain(
     if site is not None:
         print_site(console, known[site])
         return
-    console.print(f"plan for {loaded.target}, {loaded.dtype}, batch {loaded.batch}: {len(loaded.rewrites)} rewrites")
+    made = f"{len(loaded.rewrites)} rewrites, chosen by {loaded.budget.strategy_name}"
+    console.print(f"plan for {loaded.target}, {loaded.dtype}, batch {loaded.batch}: {made}")
     console.print(decision_table([Decision.from_json(item) for item in loaded.sites]))
 
 
