@@ -17,12 +17,14 @@ if TYPE_CHECKING:
     from lrcompile.devices.profile import available_devices, load_device
     from lrcompile.devices.target import Target, resolve_target
     from lrcompile.errors import LrcompileError
+    from lrcompile.front import tradeoff
     from lrcompile.frontend.calibration_data import CalibrationData, calibration_from, load_calibration
     from lrcompile.graph.graph import Graph, Site
     from lrcompile.graph.rewrite import Refusal, Rewrite, Rewriter
     from lrcompile.passes import Context, Pass, Stage
     from lrcompile.planning.budget import Budget
     from lrcompile.planning.plan import Plan
+    from lrcompile.planning.strategies.beam import Beam
     from lrcompile.plugins import discover, select
     from lrcompile.recover import recover
     from lrcompile.recovery.settings import Recovery
@@ -36,11 +38,13 @@ _HOMES = {
     "devices.target": "Target resolve_target",
     "errors": "LrcompileError",
     "frontend.calibration_data": "CalibrationData calibration_from load_calibration",
+    "front": "tradeoff",
     "graph.graph": "Graph Site",
     "graph.rewrite": "Refusal Rewrite Rewriter",
     "passes": "Context Pass Stage",
     "planning.budget": "Budget",
     "planning.plan": "Plan",
+    "planning.strategies.beam": "Beam",
     "plugins": "discover select",
     "recover": "recover",
     "recovery.settings": "Recovery",
@@ -49,6 +53,7 @@ _HOMES = {
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
 
 __all__ = [
+    "Beam",
     "Budget",
     "CalibrationData",
     "Context",
@@ -81,6 +86,7 @@ __all__ = [
     "resolve_target",
     "select",
     "solve",
+    "tradeoff",
 ]
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,13 +20,14 @@ from lrcompile.errors import LrcompileError, PlanError
 app = typer.Typer(
     name="lrcompile",
     help="Rewrites a trained model where that makes it faster on a device.  "
-    "Main form: lrcompile MODEL --target NAME --out FILE",
+    "Main form: lrcompile MODEL --target NAME --out FILE.  "
+    "A front of latency against error: lrcompile tradeoff MODEL --target NAME",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-COMMANDS = ("compile", "devices", "passes", "predict", "bench", "calibrate", "explain")
+COMMANDS = ("compile", "tradeoff", "devices", "passes", "predict", "bench", "calibrate", "explain")
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
 Target = Annotated[str, typer.Option(help="A device profile (see `lrcompile devices`), its path, or local.")]
@@ -87,6 +89,9 @@ def compile_command(
     speedup: Annotated[float | None, typer.Option(help="Least speed-up, such as 1.5.")] = None,
     max_latency: Annotated[str | None, typer.Option(help="Largest latency, such as 12ms.")] = None,
     confidence: Annotated[float | None, typer.Option(help="Least P(faster) of a rewrite.")] = None,
+    strategy: Annotated[
+        str | None, typer.Option(help="What chooses: milp (the default), beam, latency-step, energy or uniform.")
+    ] = None,
     passes: Annotated[str | None, typer.Option(help="Comma-separated passes to use; -name leaves one out.")] = None,
     options: Annotated[
         list[str] | None, typer.Option("--option", help="An option of a pass: PASS.OPTION=VALUE; repeat.")
@@ -109,7 +114,7 @@ def compile_command(
         model=model, target=target, out=out, arch=arch, trust_pickle=trust_pickle, inputs=tuple(inputs or ()),
         calib=calib, batch=batch, dtype=dtype, max_rank=max_rank, io_rank=io_rank, opset=opset,
         max_error=max_error, size=size,
-        speedup=speedup, max_latency=max_latency, confidence=confidence, passes=passes,
+        speedup=speedup, max_latency=max_latency, confidence=confidence, strategy=strategy, passes=passes,
         options=tuple(options or ()), skip=tuple(skip or ()), seed=seed, plan=plan, plan_out=plan_out,
         report_json=report_json, recover=recover, recover_minutes=recover_minutes, recover_data=recover_data,
         labels=labels,
@@ -127,6 +132,60 @@ def compile_command(
     console = _console()
     print_report(console, report)
     for path in (out, plan_out, report_json):
+        if path is not None:
+            console.print(f"wrote     {path}")
+
+
+def _with_options_of(command: Callable[..., Any], names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Gives a command that takes `**asked` the options of these names of another, ahead of its own."""
+
+    def extended(function: Callable[..., None]) -> Callable[..., None]:
+        known = {**_parameters(command), **_parameters(function)}
+        chosen = {name: known[name] for name in (*names.split(), *_parameters(function))}
+        function.__annotations__ = {name: parameter.annotation for name, parameter in chosen.items()}
+        function.__signature__ = inspect.Signature(list(chosen.values()))  # type: ignore[attr-defined]
+        return function
+
+    return extended
+
+
+def _parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """The named parameters of a function, their annotations evaluated."""
+    signature = inspect.signature(function, eval_str=True)
+    return {name: p for name, p in signature.parameters.items() if p.kind is not p.VAR_KEYWORD}
+
+
+@app.command("tradeoff")
+@_with_options_of(
+    compile_command,
+    "model target arch trust_pickle inputs calib batch dtype max_rank io_rank opset max_error confidence strategy "
+    "passes options skip seed",
+)
+def tradeoff_command(
+    points: Annotated[int, typer.Option(help="Latencies to try, evenly spread over what can be reached.")] = 8,
+    out: Annotated[Path | None, typer.Option(help="Save the front here, as JSON.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="A plot of it: .svg, .png or .pdf; needs matplotlib.")] = None,
+    plans: Annotated[Path | None, typer.Option(help="A folder for one plan a point: 1.json, 2.json …")] = None,
+    as_json: Json = False,
+    **asked: Any,
+) -> None:
+    """The front of latency against error of one model: the most accurate model at each of several latencies.
+
+    With --max-error it ends there, else at the fastest that can be reached at any error.
+    """
+    from lrcompile.report.progress import ProgressDisplay
+    from lrcompile.report.terminal import print_front
+    from lrcompile.session import FrontFiles, Request, tradeoff_files
+
+    lists = {name: tuple(asked.pop(name) or ()) for name in ("inputs", "options", "skip")}
+    with ProgressDisplay(Console(stderr=True)) as progress:
+        figures = tradeoff_files(Request.of(**asked, **lists), points, FrontFiles(out, plot, plans), progress)
+    if as_json:
+        _print_json(figures)
+        return
+    console = _console()
+    print_front(console, figures, points)
+    for path in (out, plot, plans):
         if path is not None:
             console.print(f"wrote     {path}")
 
@@ -272,7 +331,8 @@ def explain(
     if site is not None:
         print_site(console, known[site])
         return
-    console.print(f"plan for {loaded.target}, {loaded.dtype}, batch {loaded.batch}: {len(loaded.rewrites)} rewrites")
+    made = f"{len(loaded.rewrites)} rewrites, chosen by {loaded.budget.strategy_name}"
+    console.print(f"plan for {loaded.target}, {loaded.dtype}, batch {loaded.batch}: {made}")
     console.print(decision_table([Decision.from_json(item) for item in loaded.sites]))
 
 

@@ -38,8 +38,9 @@ from lrcompile.planning.calibration import collect
 from lrcompile.planning.canonicalize import canonicalize, check_exact, check_finite, rounding
 from lrcompile.planning.plan import Plan
 from lrcompile.planning.price import Pricing, price
-from lrcompile.planning.search import Choice, Problem, search
+from lrcompile.planning.search import Choice, Problem
 from lrcompile.planning.sensitivity import Evaluator, rewritten
+from lrcompile.planning.strategies import search
 from lrcompile.plugins import discover
 from lrcompile.report.report import Decision, Report, decide, error_figures, latency_figures, model_figures
 
@@ -92,6 +93,14 @@ class Prepared:
     seed: int
     notes: tuple[str, ...]
     clock: Clock
+
+    @property
+    def problem(self) -> Problem:
+        """What is searched for a budget."""
+        return Problem(
+            self.graph, self.pricing.candidates, self.passes, self.context, self.evaluator, self.base,
+            self.original.latency_s, self.clock.progress,
+        )  # fmt: skip
 
 
 def compile(  # the name that users look for
@@ -210,10 +219,7 @@ def solve(prepared: Prepared, budget: Budget) -> Result:
     Raises:
         BudgetError: the budget cannot be met; the message holds the range that can.
     """
-    p, clock = prepared, prepared.clock
-    problem = Problem(
-        p.graph, p.pricing.candidates, p.passes, p.context, p.evaluator, p.base, p.original.latency_s, clock.progress
-    )  # fmt: skip
+    p, clock, problem = prepared, prepared.clock, prepared.problem
     with clock("choose"):
         choice = search(problem, budget)
         check_finite(p.graph, choice.rewrites, p.passes, p.context, p.evaluator, choice.error)
@@ -266,9 +272,13 @@ def solve(prepared: Prepared, budget: Budget) -> Result:
         timings_s=dict(clock.seconds),
         notes=(*p.notes, *_remarks(p, choice, measured)),
         rewrites=rewrites,
-        settings={"dtype": p.context.dtype, "batch": batch_size(p.traced.flat), "seed": p.seed},
+        settings=_settings(p.context.dtype, p.traced, p.seed, budget),
     )
     return Result(choice.graph.gm, plan, report, p.traced)
+
+
+def _settings(dtype: str, traced: Traced, seed: int, budget: Budget) -> dict[str, Any]:
+    return {"dtype": dtype, "batch": batch_size(traced.flat), "seed": seed, "strategy": budget.strategy_name}
 
 
 def _remarks(p: Prepared, choice: Choice, measured: Measured | None) -> list[str]:
@@ -353,7 +363,7 @@ def replay(
         timings_s=dict(clock.seconds),
         notes=(*problems, *traced.notes, "replayed from a plan", *_untrained(plan)),
         rewrites=plan.rewrites,
-        settings={"dtype": dtype, "batch": batch_size(traced.flat), "seed": plan.seed},
+        settings=_settings(dtype, traced, plan.seed, plan.budget),
     )
     return Result(graph_after.gm, plan, report, traced)
 

@@ -16,8 +16,9 @@ from lrcompile.errors import BudgetError, InputError
 from lrcompile.frontend.trace import Traced
 from lrcompile.graph.graph import Graph
 from lrcompile.planning.budget import Budget
-from lrcompile.planning.search import Choice, Problem, applied, search
+from lrcompile.planning.search import Choice, Problem, applied
 from lrcompile.planning.sensitivity import rewritten
+from lrcompile.planning.strategies import search
 
 SECONDS = 4.0
 TRIAL_SECONDS, TRIAL_OPENINGS = 2.0, 2

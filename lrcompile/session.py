@@ -1,18 +1,19 @@
-"""One command-line compile: from the words of the user to files; used by `lrcompile.cli`."""
+"""Compiles and fronts of the command line: from the words of the user to files; used by `lrcompile.cli`."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch.utils import _pytree as pytree
 
 from lrcompile.compile import compile as compile_model
-from lrcompile.emit.write import check_writable, write_text
+from lrcompile.emit.write import check_plans_folder, check_writable, placed_whole, write_text
 from lrcompile.errors import InputError
+from lrcompile.front import front_figures, tradeoff
 from lrcompile.frontend.calibration_data import CalibrationData, load_calibration, load_labels
 from lrcompile.frontend.export import batch_size
 from lrcompile.frontend.inputs import call_inputs, example_inputs, input_names, parse_inputs
@@ -23,11 +24,13 @@ from lrcompile.plugins import configure, discover, parsed_option, select
 from lrcompile.recover import recover
 from lrcompile.recovery.processes import Processes
 from lrcompile.recovery.settings import Recovery
-from lrcompile.report.plots import check_plottable, plot_calibration
+from lrcompile.report.plots import check_plottable, plot_calibration, plot_front
 from lrcompile.report.report import Report
 
 if TYPE_CHECKING:  # fitting imports what a compile does without
     from lrcompile.devices.calibrate import Calibration, Progress
+
+OF_RECOVERY = "recover."  # begins the options that are of no pass, but of a recovery
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,7 @@ class Request:
     speedup: float | None
     max_latency: str | None
     confidence: float | None
+    strategy: str | None
     passes: str | None
     options: tuple[str, ...]
     skip: tuple[str, ...]
@@ -62,6 +66,12 @@ class Request:
     recover_minutes: float | None
     recover_data: str | None
     labels: str | None
+
+    @classmethod
+    def of(cls, **given: Any) -> Request:
+        """A request of which the rest is left open."""
+        left_open: dict[str, Any] = dict.fromkeys(f.name for f in fields(cls))
+        return cls(**left_open | given)
 
 
 def compile_files(request: Request, progress: Callable[[str, int, int], None]) -> Report | None:
@@ -79,13 +89,9 @@ def compile_files(request: Request, progress: Callable[[str, int, int], None]) -
             check_writable(path, text=True)
     plan = Plan.load(request.plan) if request.plan else None
     budget = _budget(request)
-    found = discover()
-    recovery, options = _recovery(request)
-    passes = configure(found.passes, options)
-    passes = select(passes, request.passes.split(",")) if request.passes else passes
-    source = load(request.model, arch=request.arch, trust_pickle=request.trust_pickle)
-    calibration = _calibration(request, source, request.calib)
-    training = _calibration(request, source, request.recover_data) or calibration
+    recovery = _recovery(request)
+    asked = _asked(request)
+    training = _calibration(request, asked.source, request.recover_data) or asked.options["calibration"]
     labels = load_labels(request.labels) if request.labels is not None else None
     processes = Processes.here() if recovery is not None else Processes()
     if processes.count > 1 and plan is None:
@@ -95,16 +101,10 @@ def compile_files(request: Request, progress: Callable[[str, int, int], None]) -
         )
     if recovery is not None and training is None:
         raise InputError("--recover has no inputs to learn from; give --calib, or --recover-data, which it alone reads")
-    args, kwargs = _inputs(request, source, calibration)
-    result = compile_model(
-        source.program, args, kwargs, target=request.target, budget=budget, calibration=calibration, passes=passes,
-        plan=plan, skip=request.skip, dtype=request.dtype, batch=request.batch,
-        max_rank=request.max_rank, io_rank=request.io_rank, opset=request.opset, seed=request.seed,
-        progress=progress,
-    )  # fmt: skip
-    if recovery is not None and training is not None:
+    result = compile_model(*asked.inputs, budget=budget, plan=plan, progress=progress, **asked.options)
+    if recovery is not None:
         result = recover(result, training, recovery, labels=labels, progress=progress)
-    report = replace(result.report, notes=[*found.problems, *result.report.notes])
+    report = replace(result.report, notes=[*asked.problems, *result.report.notes])
     if not processes.first:
         return None
     if request.out is not None:
@@ -117,6 +117,76 @@ def compile_files(request: Request, progress: Callable[[str, int, int], None]) -
     return report
 
 
+@dataclass(frozen=True)
+class FrontFiles:
+    """Where a front goes: its figures as JSON, a plot, and a folder with a plan for each point; None is not written."""
+
+    out: Path | None = None
+    plot: Path | None = None
+    plans: Path | None = None
+
+
+def tradeoff_files(
+    request: Request, points: int, files: FrontFiles, progress: Callable[[str, int, int], None]
+) -> dict[str, Any]:
+    """The front of a model, written where asked; returns its figures. Nothing is written unless all of it succeeds.
+
+    Raises:
+        LrcompileError: the one of its kinds that says what the user can do.
+    """
+    if files.plot is not None:
+        check_plottable(files.plot)
+    for path in (files.out, files.plot):
+        if path is not None:
+            check_writable(path, text=True)
+    if files.plans is not None:
+        check_plans_folder(files.plans)
+    budget = _budget(request)
+    _recovery(request)  # a front has none: what is said of one is refused
+    asked = _asked(request)
+    results = tradeoff(
+        *asked.inputs, points=points, max_error=budget.max_error, confidence=budget.confidence,
+        strategy=budget.strategy, progress=progress, **asked.options,
+    )  # fmt: skip
+    names = [f"{number}.json" for number in range(1, len(results) + 1)]
+    figures = front_figures(results, [str(files.plans / name) if files.plans else None for name in names])
+    figures["notes"] = [*asked.problems, *figures["notes"]]
+    if files.plans is not None:
+        with placed_whole(files.plans) as folder:
+            folder.mkdir()
+            for name, result in zip(names, results, strict=True):
+                (folder / name).write_text(result.plan.dumps(), encoding="utf-8")
+    if files.plot is not None:
+        with placed_whole(files.plot) as path:
+            plot_front(figures, path)
+    if files.out is not None:
+        write_text(files.out, json.dumps(figures, indent=1, allow_nan=False) + "\n")
+    return figures
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What a request comes to: (model, args, kwargs), options of `prepare_model`, and what is wrong with plugins."""
+
+    source: Source
+    inputs: tuple[Any, tuple[Any, ...], dict[str, Any]]
+    options: dict[str, Any]
+    problems: tuple[str, ...]
+
+
+def _asked(request: Request) -> _Asked:
+    found = discover()
+    passes = configure(found.passes, [word for word in request.options if not word.startswith(OF_RECOVERY)])
+    passes = select(passes, request.passes.split(",")) if request.passes else passes
+    source = load(request.model, arch=request.arch, trust_pickle=request.trust_pickle)
+    calibration = _calibration(request, source, request.calib)
+    args, kwargs = _inputs(request, source, calibration)
+    options: dict[str, Any] = {"target": request.target, "calibration": calibration, "passes": passes}
+    names = ("skip", "dtype", "batch", "max_rank", "io_rank", "opset", "seed")
+    options |= {name: getattr(request, name) for name in names}
+    return _Asked(source, (source.program, args, kwargs), options, found.problems)
+
+
 def _budget(request: Request) -> Budget:
     options: dict[str, Any] = {"max_error": request.max_error, "speedup": request.speedup}
     if request.size is not None:
@@ -125,28 +195,26 @@ def _budget(request: Request) -> Budget:
         options["max_latency_s"] = parse_latency(request.max_latency)
     if request.confidence is not None:
         options["confidence"] = request.confidence
+    if request.strategy is not None:
+        options["strategy"] = request.strategy
     return Budget(**options)
 
 
-def _recovery(request: Request) -> tuple[Recovery | None, list[str]]:
-    """(what is asked of a recovery, the options that are of passes)."""
-    ours = [word for word in request.options if word.startswith("recover.")]
-    others = [word for word in request.options if not word.startswith("recover.")]
+def _recovery(request: Request) -> Recovery | None:
+    """What is asked of a recovery."""
+    words = [word.removeprefix(OF_RECOVERY) for word in request.options or () if word.startswith(OF_RECOVERY)]
     asked = request.recover is not None or request.recover_minutes is not None
-    for given, name in (
-        (ours, "--option recover.…"),
-        (request.recover_data, "--recover-data"),
-        (request.labels, "--labels"),
-    ):
+    extras = {"--option recover.…": words, "--recover-data": request.recover_data, "--labels": request.labels}
+    for name, given in extras.items():
         if given and not asked:
             raise InputError(f"{name} belongs to a recovery; give --recover STEPS or --recover-minutes MINUTES too")
     if not asked:
-        return None, others
+        return None
     settings: dict[str, Any] = {"steps": request.recover, "minutes": request.recover_minutes, "seed": request.seed}
-    for word in ours:
-        place, _, text = word.partition("=")
-        settings |= parsed_option(Recovery, "recover", place.strip().removeprefix("recover."), text)
-    return Recovery(**settings), others
+    for word in words:
+        option, _, text = word.partition("=")
+        settings |= parsed_option(Recovery, "recover", option.strip(), text)
+    return Recovery(**settings)
 
 
 def _calibration(request: Request, source: Source, path: str | None) -> CalibrationData | None:

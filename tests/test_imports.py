@@ -31,12 +31,13 @@ MAY_IMPORT = {
     "report": "errors graph devices frontend planning",
     "confirm": "errors graph devices frontend emit planning",
     "compile": "errors graph devices frontend lower emit passes plugins planning report confirm",
+    "front": "errors planning compile",
     "recovery": "errors graph",
     "recover": "errors graph frontend planning recovery compile",
-    "session": "errors devices frontend emit plugins planning report compile recovery recover",
+    "session": "errors devices frontend emit plugins planning report compile front recovery recover",
     "cli": "errors devices plugins planning report session",
     "__main__": "cli",
-    "lrcompile": "errors graph devices frontend passes plugins planning report compile recovery recover",  # names
+    "lrcompile": "errors graph devices frontend passes plugins planning report compile front recovery recover",
     "lrcompile_passes": "graph planning.decompose passes",  # what a plugin may know
 }
 

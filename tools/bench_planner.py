@@ -1,7 +1,7 @@
 """What planning costs, and what it is worth: the figures of docs/planning.md, each from one command.
 
 python -m tools.bench_planner speed       CPU time of each stage, and of a second budget
-python -m tools.bench_planner policies    the planner against two policies that know neither device nor sensitivity
+python -m tools.bench_planner strategies  every strategy at the same predicted latencies, judged on data not seen
 python -m tools.bench_planner defaults    what a compile without options gains on trained models
 """
 
@@ -10,9 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from bisect import bisect_left
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,23 +21,23 @@ from torch import Tensor, fx, nn
 from lrcompile.devices.cost import Cost, total
 from lrcompile.devices.fusion import describe_all
 from lrcompile.devices.target import Target, resolve_target
+from lrcompile.errors import BudgetError
 from lrcompile.frontend.trace import Traced, trace
 from lrcompile.graph.describe import describe
 from lrcompile.graph.graph import Graph
 from lrcompile.graph.op import OpDesc
-from lrcompile.graph.rewrite import Rewrite
 from lrcompile.passes import Context
-from lrcompile.planning.budget import Budget
+from lrcompile.planning.budget import STRATEGY_NAMES, Budget
 from lrcompile.planning.calibration import collect
 from lrcompile.planning.canonicalize import canonicalize
-from lrcompile.planning.price import Candidate, price
-from lrcompile.planning.search import Problem, search
-from lrcompile.planning.sensitivity import Evaluator, rewritten
+from lrcompile.planning.price import price
+from lrcompile.planning.search import Problem
+from lrcompile.planning.sensitivity import Evaluator
+from lrcompile.planning.strategies import search
 from lrcompile.plugins import discover
 from tools import models
 
 Example = tuple[nn.Module, tuple[Tensor, ...]]
-POLICIES = ("planner", "uniform", "energy")
 
 
 # ------------------------------------------------------------------------------------------------------- one problem
@@ -146,7 +144,9 @@ def speed() -> Iterator[str]:
         stages = Stages()
         _, problem = prepared(example, target, stages=stages)
         for i, budget in enumerate(budgets):
-            given = ", ".join(f"{k}={v}" for k, v in budget.to_json().items() if v and k != "confidence")
+            given = ", ".join(
+                f"{k}={v}" for k, v in budget.to_json().items() if v and k not in ("confidence", "strategy")
+            )
             words = f"{'choose' if i == 0 else 'choose again'} ({given or 'default budget'})"
             stages(words, partial(search, problem, budget))
         yield from (f"{name:36}{stage.name:44}{stage.cpu_s:8.2f}" for stage in stages.done)
@@ -154,18 +154,19 @@ def speed() -> Iterator[str]:
         yield f"{name:36}{f'from traced graph to plan, {len(problem.candidates)} candidates':44}{planning:8.2f}"
 
 
-# ---------------------------------------------------------------------------------------------------------- policies
+# -------------------------------------------------------------------------------------------------------- strategies
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A policy at one latency: what it takes, predicted, as a share of the original, and its error."""
+    """A strategy at one latency: what it takes, predicted, as a share of the original, its error and CPU time."""
 
-    policy: str
+    strategy: str
     asked: float
     latency: float
     calibration_error: float
     error: float
+    cpu_s: float
 
 
 def sentences(first: int, count: int, batch: int = 8) -> list[tuple[Tensor, Tensor]]:
@@ -174,79 +175,35 @@ def sentences(first: int, count: int, batch: int = 8) -> list[tuple[Tensor, Tens
     return [(ids[i : i + batch], mask[i : i + batch]) for i in range(0, count, batch)]
 
 
-def compare_policies(
+def compare_strategies(
     shares: Sequence[float], target: Target, calibration: int = 64, unseen: int = 64
 ) -> Iterator[Outcome]:
-    """Each policy on MiniLM at each share of the original latency; errors on sentences that no policy has seen."""
-    example = models.minilm()
-    traced, problem = prepared(example, target, sentences(0, calibration))
+    """Each strategy on MiniLM at each share of the original latency; errors on sentences that none has seen.
+
+    All rewrites that are rather faster than not are admitted. A share that a strategy does not reach is left out.
+    """
+    traced, problem = prepared(models.minilm(), target, sentences(0, calibration))
     judge = Evaluator(traced.graph, sentences(5000, unseen))
     for share in shares:
-        for policy in POLICIES:
-            graph = planned(problem, share) if policy == "planner" else blind(problem, policy, share, target)
-            if graph is not None:
-                got = latency(graph, target).latency_s / problem.original_s
-                yield Outcome(policy, share, got, problem.evaluator.error(graph), judge.error(graph))
+        for name in STRATEGY_NAMES:
+            start = time.process_time()
+            try:
+                choice = search(problem, Budget(speedup=1 / share, confidence=0.5, strategy=name))
+            except BudgetError:
+                continue
+            cpu_s = time.process_time() - start
+            got = latency(choice.graph, target).latency_s / problem.original_s
+            yield Outcome(name, share, got, choice.error, judge.error(choice.graph), cpu_s)
 
 
-def planned(problem: Problem, share: float) -> Graph:
-    """The planner's most accurate model at that share of the latency, all candidates admitted that save time."""
-    return search(problem, Budget(speedup=1 / share, confidence=0.5)).graph
-
-
-def blind(problem: Problem, policy: str, share: float, target: Target) -> Graph | None:
-    """The most accurate model of a one-parameter policy at that share of the latency, or None if it has none.
-
-    "uniform" keeps the same share of every layer's break-even rank; "energy" cuts every layer to the least rank whose
-    relative error is below one bound. Both use the same activation-aware factors and the same exact merges.
-    """
-    ladders: dict[str, list[Rewrite]] = defaultdict(list)
-    merges: list[Candidate] = []
-    for candidate in problem.candidates:
-        if len(candidate.rewrites) == 1 and candidate.rewrites[0].pass_name == "low-rank-linear":
-            ladders[candidate.sites[0]].append(candidate.rewrites[0])
-        elif candidate.exact and candidate.gain.latency_s > 0:
-            merges.append(candidate)
-    settings = list(_settings(policy, ladders))
-
-    def graph(position: int) -> Graph:
-        cuts = [rewrite for site in sorted(settings[position]) for rewrite in settings[position][site]]
-        cut = {rewrite.site[0] for rewrite in cuts}
-        kept = [merge.rewrites[0] for merge in merges if not cut & set(merge.sites)]
-        return rewritten(problem.graph, [*kept, *cuts], problem.passes, problem.context)
-
-    def fast_enough(position: int) -> bool:
-        return latency(graph(position), target).latency_s <= share * problem.original_s
-
-    mildest = bisect_left(range(len(settings)), True, key=fast_enough)
-    return graph(mildest) if mildest < len(settings) else None
-
-
-def _settings(policy: str, ladders: Mapping[str, list[Rewrite]]) -> Iterator[dict[str, list[Rewrite]]]:
-    """The policy's choices from the mildest to the strongest."""
-    ranks = {site: sorted(ladder, key=lambda r: -_rank(r)) for site, ladder in ladders.items()}
-    if policy == "uniform":
-        top = {site: _rank(ladder[0]) for site, ladder in ranks.items()}
-        for step in range(100, 0, -1):
-            yield {
-                site: [min(ladder, key=lambda r: abs(_rank(r) - top[site] * step / 100))]
-                for site, ladder in ranks.items()
-            }
-        return
-    for bound in sorted({rewrite.error for ladder in ranks.values() for rewrite in ladder}):
-        yield {site: [r for r in ladder if r.error <= bound][-1:] for site, ladder in ranks.items()}
-
-
-def _rank(rewrite: Rewrite) -> int:
-    return int(rewrite.params["rank"])  # type: ignore[arg-type]
-
-
-def policies(shares: Sequence[float], device: str) -> Iterator[str]:
-    """The table of `compare_policies`."""
+def strategies(shares: Sequence[float], device: str) -> Iterator[str]:
+    """The table of `compare_strategies`."""
     yield f"MiniLM-L6, {device}, batch 8 × 128 tokens; relative output error on 64 unseen sentences"
-    yield f"{'latency asked':>14}{'policy':>10}{'latency':>10}{'error':>10}{'on calibration':>16}"
-    for o in compare_policies(shares, resolve_target(device)):
-        yield f"{o.asked:14.2f}{o.policy:>10}{o.latency:10.3f}{o.error:10.4f}{o.calibration_error:16.4f}"
+    yield f"{'latency asked':>14}{'strategy':>14}{'latency':>10}{'error':>10}{'on calibration':>16}{'CPU s':>8}"
+    for o in compare_strategies(shares, resolve_target(device)):
+        yield (
+            f"{o.asked:14.2f}{o.strategy:>14}{o.latency:10.3f}{o.error:10.4f}{o.calibration_error:16.4f}{o.cpu_s:8.1f}"
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------- defaults
@@ -278,12 +235,12 @@ def defaults() -> Iterator[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", choices=("speed", "policies", "defaults"))
-    parser.add_argument("--device", default="v100", help="for policies (default: %(default)s)")
-    parser.add_argument("--shares", type=float, nargs="+", default=[0.95, 0.9, 0.8, 0.7], help="for policies")
+    parser.add_argument("table", choices=("speed", "strategies", "defaults"))
+    parser.add_argument("--device", default="v100", help="for strategies (default: %(default)s)")
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.95, 0.9, 0.8, 0.7], help="for strategies")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)  # threads that wait for each other would count as CPU time
-    tables = {"speed": speed, "defaults": defaults, "policies": lambda: policies(options.shares, options.device)}
+    tables = {"speed": speed, "defaults": defaults, "strategies": lambda: strategies(options.shares, options.device)}
     try:
         for line in tables[options.table]():
             print(line, flush=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import math
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -89,6 +90,43 @@ def write_text(path: str | Path, text: str) -> None:
         staged = folder / path.name
         staged.write_bytes(data)
         _install([(staged, path)], folder)
+
+
+@contextmanager
+def placed_whole(path: str | Path) -> Iterator[Path]:
+    """A path to write a file or a folder to, which takes the place of `path` when the block ends without an error.
+
+    Raises:
+        InputError: the path cannot be written or the disk is full.
+    """
+    path = _real(Path(path))
+    with _staging(path, 0) as folder:
+        yield folder / path.name
+        _install([(folder / path.name, path)], folder)
+
+
+def check_plans_folder(path: Path) -> None:
+    """Checks before the work that a folder of numbered plans can be written: a new one, or one that holds only such.
+
+    Raises:
+        InputError: it cannot be; the message says what to do.
+    """
+    real = _real(path)
+    if not real.is_dir():
+        check_writable(path, text=True)
+        if real.exists():
+            raise InputError(f"cannot write {path}: it is a file where a folder is expected; give another path")
+        return
+    try:
+        strangers = sorted(file.name for file in real.iterdir() if not re.fullmatch(r"\d+\.json", file.name))
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}; give another path") from error
+    if strangers:
+        raise InputError(
+            f"cannot write {path}: the folder holds {strangers[0]}, which is no numbered plan; give a new folder"
+        )
+    if not os.access(real.parent, os.W_OK | os.X_OK):
+        raise InputError(f"cannot write {path}: no permission to write in {real.parent}; give another path")
 
 
 def check_writable(path: str | Path, *, text: bool = False) -> None:

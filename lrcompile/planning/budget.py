@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
 
 from lrcompile.errors import InputError
 
+if TYPE_CHECKING:  # strategies search within budgets
+    from lrcompile.planning.strategies.strategy import Strategy
+
 DEFAULT_MAX_ERROR = 0.05
 DEFAULT_CONFIDENCE = 0.8
+STRATEGY_NAMES = ("milp", "beam", "latency-step", "energy", "uniform")
 EXACT_ERROR = 1e-5  # what exact rewrites may show in single precision
 
 
@@ -20,7 +24,8 @@ class Budget:
 
     `max_error`: relative output error, ‖y − ŷ‖/‖y‖ of the worst output. `size`: weight bytes as a share of the
     original (≤ 1) or in bytes (> 1). `speedup`: predicted latency before/after. `max_latency_s`: predicted latency
-    in seconds. `confidence`: the least probability of being faster at which a rewrite is accepted.
+    in seconds. `confidence`: the least probability of being faster at which a rewrite is accepted. `strategy`: what
+    chooses, a name or one with options of its own, such as `Beam(width=8)`.
 
     With `max_error`, or with no limit at all (then `DEFAULT_MAX_ERROR` holds), the fastest model within the limits
     is sought; with only size, speed or latency limits, the most accurate one.
@@ -31,6 +36,7 @@ class Budget:
     speedup: float | None = None
     max_latency_s: float | None = None
     confidence: float = DEFAULT_CONFIDENCE
+    strategy: str | Strategy = "milp"
 
     def __post_init__(self) -> None:
         for name in ("max_error", "size", "speedup", "max_latency_s", "confidence"):
@@ -43,6 +49,8 @@ class Budget:
             raise InputError("--size 0 leaves no model; expected a share of the original such as 0.5, or bytes")
         if not self.confidence < 1:
             raise InputError(f"--confidence {self.confidence} can never be reached; expected less than 1, such as 0.8")
+        if getattr(self.strategy, "name", self.strategy) not in STRATEGY_NAMES:
+            raise InputError(f"--strategy {self.strategy!r} is unknown; expected one of {', '.join(STRATEGY_NAMES)}")
 
     @property
     def error_limit(self) -> float | None:
@@ -55,6 +63,11 @@ class Budget:
     def exact_only(self) -> bool:
         """Whether the error allowed leaves room for nothing but rounding."""
         return self.error_limit is not None and self.error_limit <= EXACT_ERROR
+
+    @property
+    def strategy_name(self) -> str:
+        """The name of what chooses."""
+        return self.strategy if isinstance(self.strategy, str) else self.strategy.name
 
     def bytes_limit(self, original_bytes: float) -> float:
         """The size limit in bytes, infinite where there is none."""
@@ -72,8 +85,8 @@ class Budget:
         return min(limits)
 
     def to_json(self) -> dict[str, Any]:
-        """The limits as plain values."""
-        return asdict(self)
+        """The limits as plain values, and the name of the strategy."""
+        return {f.name: getattr(self, f.name) for f in fields(self)} | {"strategy": self.strategy_name}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Budget:

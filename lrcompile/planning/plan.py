@@ -91,7 +91,9 @@ class Plan:
                 max_rank=data.get("max_rank"),
                 io_rank=data.get("io_rank"),
                 opset=data.get("opset"),
-                recovery=data.get("recovery"),
+                recovery=None
+                if data.get("recovery") is None
+                else {"steps": int(data["recovery"]["steps"]), **data["recovery"]},
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise PlanError(

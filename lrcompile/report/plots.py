@@ -1,4 +1,4 @@
-"""Plots of how good predictions are; needs matplotlib, the extra `plot`."""
+"""Plots of how good predictions are, and of fronts; needs matplotlib, the extra `plot`."""
 
 from __future__ import annotations
 
@@ -50,6 +50,27 @@ def plot_reliability(bars: Sequence[tuple[float, float, int]], path: Path) -> No
         xlabel="chance of being faster, as predicted", ylabel="share that is faster", xlim=(0, 1.02), ylim=(0, 1.02)
     )
     axes.legend(loc="upper left", fontsize="small")
+    _save(figure, path)
+
+
+def plot_front(figures: Mapping[str, Any], path: Path) -> None:
+    """A front: latency as a share of the original against output error; bars are ± one sigma of the saving."""
+    figure, axes = _axes()
+    points = figures["points"]
+    latency = [point["latency_ms"] for point in points]
+    shares = [found["after"] / found["before"] for found in latency]
+    sigmas = [found["sigma"] / found["before"] for found in latency]
+    errors = [point["error"] for point in points]
+    axes.errorbar(shares, errors, xerr=sigmas, fmt="o-", linewidth=1, markersize=4, capsize=3)
+    for point, share, error in zip(points, shares, errors, strict=True):
+        label = str(point["point"])
+        axes.annotate(label, (share, error), textcoords="offset points", xytext=(5, 5), fontsize="small")
+    kind = latency[0]["kind"] if latency[0]["kind"] == "measured" else f"predicted, {latency[0]['kind']}"
+    axes.set(
+        xlabel=f"latency on {figures['target']}, share of the original ({kind})", ylabel=figures["error"]["metric"]
+    )
+    axes.set_xlim(left=0)
+    axes.set_ylim(bottom=0)
     _save(figure, path)
 
 

@@ -17,6 +17,7 @@ WORDS = {
     "price": "pricing rewrites",
     "sensitivity": "measuring sensitivity",
     "choose": "choosing within the budget",
+    "tradeoff": "points of the front",
     "confirm": "measuring the whole model",
     "apply": "applying the plan",
     "rates": "trying learning rates",

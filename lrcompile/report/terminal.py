@@ -82,6 +82,36 @@ def print_site(console: Console, site: Mapping[str, Any]) -> None:
     console.print(table)
 
 
+def print_front(console: Console, figures: Mapping[str, Any], asked: int) -> None:
+    """Prints the points of a front, slowest first, and the notes."""
+    points = figures["points"]
+    kind = points[0]["latency_ms"]["kind"]
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    names = ("point", f"latency ms ({kind})", "± ms", "speed-up", "weights MB", "error", "rewrites")
+    for name in names:
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("plan", overflow="fold")
+    for point in points:
+        latency = point["latency_ms"]
+        table.add_row(
+            str(point["point"]), f"{latency['after']:.4g}", f"{latency['sigma']:.2g}", f"{point['speedup']:.2f}×",
+            f"{point['weight_bytes'] / 1e6:.2f}", f"{point['error']:.3g}", str(point["rewrites"]), point["plan"] or "",
+        )  # fmt: skip
+    console.print(table)
+    error, strategy = figures["error"], figures["settings"]["strategy"]
+    left = "" if len(points) == asked else "; the others are beaten by one of these, or not reached"
+    console.print(f"error     {error['metric']} (measured; {error['basis']})")
+    console.print(
+        f"front     {len(points)} of {asked} points on {figures['target']} by {strategy}, "
+        f"from {points[0]['latency_ms']['before']:.4g} ms{left}"
+    )
+    for point in points:
+        for note in point["notes"]:
+            console.print(f"point {point['point']:<3} {note}")
+    for note in figures["notes"]:
+        console.print(f"note      {note}")
+
+
 def simple_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
     """A plain table of text."""
     table = Table(box=None, header_style="bold", pad_edge=False)
