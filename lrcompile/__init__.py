@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from lrcompile.planning.plan import Plan
     from lrcompile.planning.strategies.beam import Beam
     from lrcompile.plugins import discover, select
+    from lrcompile.progressive import Member, progressive
     from lrcompile.recover import recover
     from lrcompile.recovery.settings import Recovery
     from lrcompile.report.report import Report
@@ -46,6 +47,7 @@ _HOMES = {
     "planning.plan": "Plan",
     "planning.strategies.beam": "Beam",
     "plugins": "discover select",
+    "progressive": "Member progressive",
     "recover": "recover",
     "recovery.settings": "Recovery",
     "report.report": "Report",
@@ -62,6 +64,7 @@ __all__ = [
     "Device",
     "Graph",
     "LrcompileError",
+    "Member",
     "Pass",
     "Plan",
     "Prepared",
@@ -81,6 +84,7 @@ __all__ = [
     "load_calibration",
     "load_device",
     "prepare_model",
+    "progressive",
     "recover",
     "replay",
     "resolve_target",
@@ -97,10 +101,10 @@ def __getattr__(name: str) -> Any:
 
 
 class _Package(ModuleType):
-    """Keeps `compile` and `recover` the functions: importing a module of that name would put the module there."""
+    """Keeps `compile` and others the functions: importing a module of that name would put the module there."""
 
     def __setattr__(self, name: str, value: object) -> None:
-        if name in ("compile", "recover") and isinstance(value, ModuleType):
+        if name in ("compile", "progressive", "recover") and isinstance(value, ModuleType):
             value = getattr(value, name)
         super().__setattr__(name, value)
 

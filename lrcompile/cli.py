@@ -105,10 +105,14 @@ def compile_command(
     recover_minutes: Annotated[float | None, typer.Option(help="The same, for so many minutes.")] = None,
     recover_data: Annotated[str | None, typer.Option(help="Inputs to train on instead, read as --calib is.")] = None,
     labels: Annotated[str | None, typer.Option(help="Labels to train on too: .npy, .npz, .pt or .safetensors.")] = None,
+    progressive: Annotated[
+        str | None,
+        typer.Option(help="Falling sizes 0.8,0.6,0.4: a family, each made of the last and trained."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Compiles a model for a target; the word `compile` may be left out."""
-    from lrcompile.session import Request, compile_files
+    from lrcompile.session import Request, compile_files, family_files
 
     request = Request(
         model=model, target=target, out=out, arch=arch, trust_pickle=trust_pickle, inputs=tuple(inputs or ()),
@@ -117,13 +121,16 @@ def compile_command(
         speedup=speedup, max_latency=max_latency, confidence=confidence, strategy=strategy, passes=passes,
         options=tuple(options or ()), skip=tuple(skip or ()), seed=seed, plan=plan, plan_out=plan_out,
         report_json=report_json, recover=recover, recover_minutes=recover_minutes, recover_data=recover_data,
-        labels=labels,
+        labels=labels, progressive=progressive,
     )  # fmt: skip
     from lrcompile.report.progress import ProgressDisplay
-    from lrcompile.report.terminal import print_report
+    from lrcompile.report.terminal import print_family, print_report
 
-    with ProgressDisplay(Console(stderr=True)) as progress:
-        report = compile_files(request, progress)
+    with ProgressDisplay(Console(stderr=True)) as display:
+        family = family_files(request, display) if progressive is not None else None
+        report = compile_files(request, display) if family is None else None
+    if family is not None:
+        _print_json(family) if as_json else print_family(_console(), family)
     if report is None:
         return
     if as_json:

@@ -163,7 +163,7 @@ def prepare_model(
     progress: Progress | None = None,
 ) -> Prepared:
     """Everything up to the choice; see `compile`. The result can be solved for one budget after another."""
-    clock = Clock(progress or _silent)
+    clock = Clock(progress or silent)
     target = target if isinstance(target, Target) else resolve_target(target)
     transforms, problems = _passes(passes)
     torch.manual_seed(seed)
@@ -319,7 +319,7 @@ def replay(
         PlanError: the plan belongs to another model, rank or calibration data, or names a pass that is not installed.
     """
     plan.check_ranks(max_rank, io_rank)
-    clock = Clock(progress or _silent)
+    clock = Clock(progress or silent)
     target = resolve_target(plan.target)
     transforms, problems = _passes(passes)
     by_name = _with_options({transform.name: transform for transform in transforms}, plan)
@@ -444,7 +444,7 @@ def _saving_sigma_s(target: Target, before: Graph, after: Graph) -> float:
     return math.hypot(*(cost.sigma_s for cost in target.model.compare(before.gm, after.gm)))
 
 
-def _silent(stage: str, done: int, total: int) -> None:
+def silent(stage: str, done: int, total: int) -> None:
     """Shows no progress."""
 
 

@@ -34,6 +34,7 @@ def recover(
     recovery: Recovery | None = None,
     *,
     labels: Tensor | None = None,
+    original: Graph | None = None,
     checkpoints: Path | None = None,
     progress: Progress = lambda stage, done, total: None,
     **settings: Any,
@@ -43,13 +44,15 @@ def recover(
     `settings` are the fields of `Recovery`: `recover(result, data, minutes=15)`. `labels` [samples, …] are classes of
     the first output, whose last axis they count on. A tenth of the batches is kept out to judge by; what is judged
     worse than what was there is not kept. A training that was stopped goes on where it was when it is started again;
-    `checkpoints` is the folder that it is kept in until then.
+    `checkpoints` is the folder that it is kept in until then. `original` is the traced graph that it learns from, where
+    that is not the one that was compiled; then outputs alone are compared.
 
     Raises:
         InputError: the settings, the data or the labels cannot be used.
     """
     recovery = Recovery(**settings) if recovery is None else replace(recovery, **settings)
-    teacher, student = result.traced.graph, Graph(result.model, result.traced.graph.fake_mode)
+    teacher, student = original or result.traced.graph, Graph(result.model, result.traced.graph.fake_mode)
+    same = teacher is result.traced.graph
     if not result.plan.rewrites or all(rewrite.exact for rewrite in result.plan.rewrites):
         note = "nothing to recover: no lossy rewrite was made"
         return replace(result, report=replace(result.report, notes=[*result.report.notes, note]))
@@ -61,8 +64,10 @@ def recover(
     samples = samples_of(batches, labels, size)
     evaluator = Evaluator(teacher, [batch.inputs for batch in samples.judging])
     before = evaluator.error(student)
-    fitted, refitted = _refitted(teacher, student, samples, evaluator, before) if recovery.refit else (student, ())
-    couple = pair(teacher, fitted, batches[0])
+    fitted, refitted = (
+        _refitted(teacher, student, samples, evaluator, before) if recovery.refit and same else (student, ())
+    )
+    couple = pair(teacher, fitted, batches[0], inside=same)
     facts = (fingerprint(teacher.gm), fingerprint(fitted.gm), data.digest, _digest(labels), recovery.to_json())
     processes = Processes.here()
     trained = train(couple, samples, recovery, Checkpoint.of(*facts, folder=checkpoints), progress, processes)

@@ -21,11 +21,12 @@ from lrcompile.frontend.load import Source, load
 from lrcompile.planning.budget import Budget, parse_latency, parse_size
 from lrcompile.planning.plan import Plan
 from lrcompile.plugins import configure, discover, parsed_option, select
+from lrcompile.progressive import progressive
 from lrcompile.recover import recover
 from lrcompile.recovery.processes import Processes
 from lrcompile.recovery.settings import Recovery
 from lrcompile.report.plots import check_plottable, plot_calibration, plot_front
-from lrcompile.report.report import Report
+from lrcompile.report.report import Report, finite
 
 if TYPE_CHECKING:  # fitting imports what a compile does without
     from lrcompile.devices.calibrate import Calibration, Progress
@@ -66,6 +67,7 @@ class Request:
     recover_minutes: float | None
     recover_data: str | None
     labels: str | None
+    progressive: str | None
 
     @classmethod
     def of(cls, **given: Any) -> Request:
@@ -162,6 +164,45 @@ def tradeoff_files(
     if files.out is not None:
         write_text(files.out, json.dumps(figures, indent=1, allow_nan=False) + "\n")
     return figures
+
+
+def family_files(request: Request, progress: Callable[[str, int, int], None]) -> dict[str, Any]:
+    """A family of models, each of a size, beside a manifest that says what was made of what; returns the manifest.
+
+    A member is written when it is there, the manifest last; each of them whole.
+
+    Raises:
+        LrcompileError: the one of its kinds that says what the user can do.
+    """
+    sizes = [parse_size(word) for word in (request.progressive or "").split(",")]
+    recovery = _recovery(request)
+    if recovery is None or request.out is None:
+        raise InputError("--progressive makes several models and trains each; give --out, and --recover STEPS for each")
+    if request.plan is not None or request.plan_out is not None or request.size is not None:
+        raise InputError("--progressive sets sizes and makes several plans; leave out --size, --plan and --plan-out")
+    out = Path(request.out)
+    manifest = out.with_name(f"{out.stem}.family.json")
+    names = [out.with_name(f"{out.stem}-{size:g}{out.suffix}") for size in sizes]
+    for path in names:
+        check_writable(str(path))
+    check_writable(manifest, text=True)
+    asked = _asked(request)
+    data = _calibration(request, asked.source, request.recover_data) or asked.options["calibration"]
+    if data is None:
+        raise InputError("--recover has no inputs to learn from; give --calib, or --recover-data, which it alone reads")
+    labels = load_labels(request.labels) if request.labels is not None else None
+    family = progressive(
+        *asked.inputs, sizes=sizes, recovery=recovery, data=data, labels=labels, budget=_budget(request),
+        progress=progress, **asked.options,
+    )  # fmt: skip
+    members: list[dict[str, Any]] = []
+    for member, path in zip(family, names, strict=True):
+        progress("emit", len(members), len(names))
+        report = member.result.save(path)
+        members.append({**member.to_json(), "file": path.name, "verification": dict(report.verification)})
+    figures = {"model": request.model, "target": request.target, "notes": list(asked.problems), "members": members}
+    write_text(manifest, json.dumps(finite(figures), indent=1, allow_nan=False) + "\n")
+    return {**figures, "manifest": str(manifest)}
 
 
 @dataclass(frozen=True)

@@ -34,10 +34,12 @@ MAY_IMPORT = {
     "front": "errors planning compile",
     "recovery": "errors graph",
     "recover": "errors graph frontend planning recovery compile",
-    "session": "errors devices frontend emit plugins planning report compile front recovery recover",
+    "progressive": "errors frontend graph planning recovery compile recover",
+    "session": "errors devices frontend emit plugins planning report compile front recovery recover progressive",
     "cli": "errors devices plugins planning report session",
     "__main__": "cli",
-    "lrcompile": "errors graph devices frontend passes plugins planning report compile front recovery recover",
+    "lrcompile": "errors graph devices frontend passes plugins planning report compile front recovery recover "
+    "progressive",
     "lrcompile_passes": "graph planning.decompose passes",  # what a plugin may know
 }
 

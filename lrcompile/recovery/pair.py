@@ -47,16 +47,16 @@ class Pair:
         return _mean(of_outputs, nothing), _mean(of_inside, nothing), got
 
 
-def pair(teacher: Graph, student: Graph, probe: Sequence[Any]) -> Pair:
+def pair(teacher: Graph, student: Graph, probe: Sequence[Any], inside: bool = True) -> Pair:
     """The pair of an original and a rewritten graph; `student` is left as it is, its copy is trained.
 
     The values inside that are compared are those that a rewrite put others in the place of, and that differ by less
-    than themselves on `probe`, flat inputs.
+    than themselves on `probe`, flat inputs; none without `inside`, for graphs that share no names.
     """
     trained = independent(student)
     by_name = {node.name: node for node in teacher.nodes}
     found = []
-    for node in trained.nodes:
+    for node in trained.nodes if inside else ():
         original = next((by_name[name] for name in node.meta.get("stands_for", ()) if name in by_name), None)
         if original is not None and _comparable(original, node):
             found.append((original, node))

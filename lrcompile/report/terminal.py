@@ -112,6 +112,25 @@ def print_front(console: Console, figures: Mapping[str, Any], asked: int) -> Non
         console.print(f"note      {note}")
 
 
+def print_family(console: Console, family: Mapping[str, Any]) -> None:
+    """Prints the members of a family, the largest first."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for name in ("size", "of", "weights MB", "operations", "latency ms", "error before", "recovered"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("file", overflow="fold")
+    for member in family["members"]:
+        recovery, latency = member["recovery"], member["latency_ms"]
+        errors = ("", f"{member['error']['measured']:.3g}") if recovery is None else map(_figure, recovery["error"])
+        table.add_row(
+            f"{member['size']:g}", f"{member['parent']:g}", f"{member['weight_bytes'] / 1e6:.2f}",
+            str(member["operations"]), f"{latency['after']:.4g} {latency['kind']}", *errors, member["file"],
+        )  # fmt: skip
+    console.print(table)
+    for note in family["notes"]:
+        console.print(f"note      {note}")
+    console.print(f"wrote     {family['manifest']} and what it names")
+
+
 def simple_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
     """A plain table of text."""
     table = Table(box=None, header_style="bold", pad_edge=False)

@@ -1,0 +1,130 @@
+"""Families: each member is made of the last, and recovered."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lrcompile
+from lrcompile import CalibrationData, Recovery, calibration_from
+from lrcompile.cli import run
+from lrcompile.errors import InputError
+from lrcompile.planning.decompose import spectrum
+
+WIDTH = 64
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, 4)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return Net().eval()
+
+
+def data(seed: int = 1) -> CalibrationData:
+    x = torch.randn(640, WIDTH, generator=torch.Generator().manual_seed(seed))
+    return calibration_from({"x": x}, ["x"], 8)
+
+
+def family(sizes: tuple[float, ...], **settings: Any) -> list[lrcompile.Member]:
+    recovery = Recovery(**{"steps": 60, "rate": 1e-3} | settings)
+    return lrcompile.progressive(
+        net(), (torch.randn(8, WIDTH),), sizes=sizes, recovery=recovery, data=data(), calibration=data(), target="rpi5"
+    )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+def test_each_is_smaller_and_learns_from_the_original() -> None:
+    members = family((0.7, 0.5, 0.35))
+    assert [member.parent for member in members] == [1.0, 0.7, 0.5]
+    counts = [member.result.report.model["weight_bytes_after"] for member in members]
+    whole = sum(parameter.numel() * 4 for parameter in net().parameters())
+    for member, count in zip(members, counts, strict=True):
+        assert count <= member.size * whole
+    assert counts == sorted(counts, reverse=True)
+    assert members[1].result.report.model["ops_after"] == members[2].result.report.model["ops_after"]
+    x = torch.cat([batch["x"] for batch in data(seed=2).batches])
+    with torch.no_grad():
+        expected = net()(x)
+        for member in members:
+            figures = member.result.report.recovery
+            assert figures is not None
+            assert figures["error"][1] < figures["error"][0]
+            error = float((member.result.model(x) - expected).norm() / expected.norm())
+            assert error == pytest.approx(figures["error"][1], rel=0.2)
+
+
+def test_without_training_a_split_of_a_split_is_a_split() -> None:
+    """Progressive without recovery is one-shot: the SVD of a product of factors is that of what they were cut from."""
+    weight = torch.randn(40, 30, dtype=torch.float64)
+    gram = (x := torch.randn(100, 30, dtype=torch.float64)).T @ x
+    for inputs in (None, gram):
+        up, down = spectrum(weight, inputs).factors(20)
+        again, below = spectrum(up @ down, inputs).factors(10)
+        once, under = spectrum(weight, inputs).factors(10)
+        assert torch.allclose(again @ below, once @ under, atol=1e-6)
+
+
+@pytest.mark.parametrize("sizes", [(), (0.5, 0.7), (0.5, 0.5), (1.2,), (0.0,)])
+def test_bad_sizes(sizes: tuple[float, ...]) -> None:
+    with pytest.raises(InputError, match="expected falling shares"):
+        family(sizes)
+
+
+def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    x = torch.randn(8, WIDTH)
+    torch.export.save(torch.export.export(net(), (x,), dynamic_shapes=({0: torch.export.Dim.AUTO},)), "net.pt2")
+    np.savez("calib.npz", x=torch.cat([batch["x"] for batch in data().batches]).numpy())
+    common = ["net.pt2", "--target", "rpi5", "--calib", "calib.npz"]
+    code = run([*common, "--progressive", "0.7,0.5", "--recover", "40", "--out", "small.onnx"])
+    shown = capsys.readouterr()
+    assert code == 0, shown.err
+    assert "small.family.json" in shown.out
+    manifest = json.loads(Path("small.family.json").read_text())
+    assert [member["file"] for member in manifest["members"]] == ["small-0.7.onnx", "small-0.5.onnx"]
+    assert [member["parent"] for member in manifest["members"]] == [1.0, 0.7]
+    for member in manifest["members"]:
+        assert Path(member["file"]).exists()
+        assert member["verification"]["onnx_vs_torch"] < 1e-4
+    for words, says in (
+        (["--progressive", "0.7,0.5", "--out", "x.onnx"], "give --out, and --recover STEPS"),
+        (["--progressive", "0.5,0.7", "--out", "x.onnx", "--recover", "5"], "expected falling shares"),
+        (["--progressive", "0.5", "--out", "x.onnx", "--recover", "5", "--size", "0.5"], "leave out --size"),
+        (["--progressive", "half", "--out", "x.onnx", "--recover", "5"], "expected a share"),
+    ):
+        assert run([*common, *words]) == 2
+        assert says in " ".join(capsys.readouterr().err.split())
+    assert not list(tmp_path.glob("x*"))
+
+
+def test_labels_are_learned() -> None:
+    labels: Tensor = net()(torch.cat([batch["x"] for batch in data().batches])).argmax(-1)
+    recovery = Recovery(steps=30, rate=1e-3, teacher=0.0)
+    (member,) = lrcompile.progressive(
+        net(), (torch.randn(8, WIDTH),), sizes=(0.6,), recovery=recovery, data=data(), labels=labels,
+        calibration=data(), target="rpi5",
+    )  # fmt: skip
+    assert member.result.report.recovery is not None
+    assert member.result.report.recovery["loss"][1] < member.result.report.recovery["loss"][0]
