@@ -86,6 +86,10 @@ def compile_command(
     size: Annotated[str | None, typer.Option(help="Weight size: 0.5, 50% or 12MB.")] = None,
     speedup: Annotated[float | None, typer.Option(help="Least speed-up, such as 1.5.")] = None,
     max_latency: Annotated[str | None, typer.Option(help="Largest latency, such as 12ms.")] = None,
+    evaluation: Annotated[
+        str | None, typer.Option("--eval", help="pkg.mod:fn, from the model to a number, higher is better.")
+    ] = None,
+    max_drop: Annotated[float | None, typer.Option(help="How far that number may fall.")] = None,
     confidence: Annotated[float | None, typer.Option(help="Least P(faster) of a rewrite.")] = None,
     passes: Annotated[str | None, typer.Option(help="Comma-separated passes to use; -name leaves one out.")] = None,
     options: Annotated[
@@ -104,8 +108,8 @@ def compile_command(
     request = Request(
         model=model, target=target, out=out, arch=arch, trust_pickle=trust_pickle, inputs=tuple(inputs or ()),
         calib=calib, batch=batch, dtype=dtype, max_rank=max_rank, io_rank=io_rank, opset=opset,
-        max_error=max_error, size=size,
-        speedup=speedup, max_latency=max_latency, confidence=confidence, passes=passes,
+        max_error=max_error, size=size, speedup=speedup, max_latency=max_latency,
+        eval=evaluation, max_drop=max_drop, confidence=confidence, passes=passes,
         options=tuple(options or ()), skip=tuple(skip or ()), seed=seed, plan=plan, plan_out=plan_out,
         report_json=report_json,
     )  # fmt: skip

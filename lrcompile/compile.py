@@ -36,6 +36,7 @@ from lrcompile.passes import Context, Pass, Stage
 from lrcompile.planning.budget import Budget
 from lrcompile.planning.calibration import collect
 from lrcompile.planning.canonicalize import canonicalize, check_exact, check_finite, rounding
+from lrcompile.planning.metric import DropLimit, Evaluation, Metric, check_metric
 from lrcompile.planning.plan import Plan
 from lrcompile.planning.price import Pricing, price
 from lrcompile.planning.search import Choice, Problem, search
@@ -92,6 +93,7 @@ class Prepared:
     seed: int
     notes: tuple[str, ...]
     clock: Clock
+    metric: Metric | None = None
 
 
 def compile(  # the name that users look for
@@ -111,6 +113,7 @@ def compile(  # the name that users look for
     io_rank: int | None = None,
     opset: int | None = None,
     seed: int = 0,
+    metric: Callable[[nn.Module], Any] | None = None,
     progress: Progress | None = None,
 ) -> Result:
     """Rewrites a model where that makes it faster on the target, within the budget.
@@ -120,20 +123,22 @@ def compile(  # the name that users look for
     graph has more than four axes, with `io_rank=4` its inputs and outputs have not either: [B, C, T, H, W] is taken as
     [B, C·T, H, W]. `opset` is the version of ONNX operators, 18 to 23. With `plan`, its rewrites are applied and
     nothing is searched. Without `calibration`, decompositions see the weights alone and the output error is measured
-    on the example inputs.
+    on the example inputs. `metric` takes a model, called as the one given is, and returns a number, higher is better,
+    which may fall by `budget.max_drop`; it is evaluated at most 25 times.
 
     Raises:
-        InputError: the model, inputs or options cannot be used.
+        InputError: the model, inputs, metric or options cannot be used.
         BudgetError: the budget cannot be met; the message holds the range that can.
         PlanError: the plan belongs to another model or to other calibration data.
         VerificationError: a rewrite changed what the model computes.
     """
     options: dict[str, Any] = {"calibration": calibration, "passes": passes, "dtype": dtype, "batch": batch}
     options |= {"max_rank": max_rank, "io_rank": io_rank, "opset": opset}
+    evaluation = check_metric(metric, budget, plan)
     if plan is not None:
         return replay(model, args, kwargs, plan=plan, progress=progress, **options)
-    prepared = prepare_model(model, args, kwargs, target=target, skip=skip, seed=seed, progress=progress, **options)
-    return solve(prepared, budget or Budget())
+    options |= {"target": target, "skip": skip, "seed": seed, "metric": evaluation, "progress": progress}
+    return solve(prepare_model(model, args, kwargs, **options), budget or Budget())
 
 
 def prepare_model(
@@ -151,6 +156,7 @@ def prepare_model(
     io_rank: int | None = None,
     opset: int | None = None,
     seed: int = 0,
+    metric: Callable[[nn.Module], Any] | None = None,
     progress: Progress | None = None,
 ) -> Prepared:
     """Everything up to the choice; see `compile`. The result can be solved for one budget after another."""
@@ -164,6 +170,10 @@ def prepare_model(
     with clock("lower"):
         traced = to_rank(traced, target.max_rank if max_rank is None else max_rank, io_rank, rounding(dtype))
     traced = replace(traced, opset=check_opset(opset))
+    base = None
+    if metric is not None:
+        with clock("evaluate"):
+            base = Metric.on(traced, Evaluation.of(metric), seed, clock.progress)
     target = target.for_model(traced.dynamic_batch, opset)
     reference = Reference.of(traced) if target.is_local else None
     keep, skipped = _keeper(traced.graph, skip)
@@ -182,8 +192,8 @@ def prepare_model(
         pricing = price(graph, transforms, context, target.model, keep, clock.progress)
         costs = {} if target.is_local else _node_costs(graph, target)
         pricing = replace(pricing, refusals=(*refusals, *pricing.refusals), node_costs=costs)
-        base = reference.latency() if reference else _whole(costs, target)
-        original = base if reference else _whole(_node_costs(traced.graph, target), target)
+        cost = reference.latency() if reference else _whole(costs, target)
+        original = cost if reference else _whole(_node_costs(traced.graph, target), target)
     return Prepared(
         traced=traced,
         graph=graph,
@@ -193,7 +203,7 @@ def prepare_model(
         context=context,
         evaluator=evaluator,
         pricing=pricing,
-        base=base,
+        base=cost,
         original=original,
         reference=reference,
         calibration=calibration,
@@ -201,6 +211,7 @@ def prepare_model(
         seed=seed,
         notes=(*problems, *traced.notes),
         clock=clock,
+        metric=base,
     )
 
 
@@ -208,11 +219,14 @@ def solve(prepared: Prepared, budget: Budget) -> Result:
     """The best model within a budget; `prepared` is not changed and can be solved again.
 
     Raises:
+        InputError: the budget limits a metric, and the model was prepared without one.
         BudgetError: the budget cannot be met; the message holds the range that can.
     """
     p, clock = prepared, prepared.clock
+    drop = DropLimit.of(p.metric, budget)
     problem = Problem(
-        p.graph, p.pricing.candidates, p.passes, p.context, p.evaluator, p.base, p.original.latency_s, clock.progress
+        p.graph, p.pricing.candidates, p.passes, p.context, p.evaluator, p.base, p.original.latency_s, clock.progress,
+        drop.kept_back() if drop and p.reference else drop,
     )  # fmt: skip
     with clock("choose"):
         choice = search(problem, budget)
@@ -222,10 +236,12 @@ def solve(prepared: Prepared, budget: Budget) -> Result:
             check_exact(p.graph, exact, p.passes, p.context, p.evaluator, choice.error)
     measured: Measured | None = None
     wanted = choice.candidates
-    if p.reference:
+    if p.reference and not choice.untouched:
         with clock("confirm"):
-            choice, measured = confirm(p.reference, problem, choice, budget)
-    canonical = () if measured and measured.returned_original else p.canonical
+            choice, measured = confirm(p.reference, replace(problem, drop=drop), choice, budget)
+    untouched = choice.untouched or bool(measured and measured.returned_original)
+    canonical = () if untouched else p.canonical
+    metric = drop.result(None if untouched else choice.rewrites).to_json() if drop else None
     left = {id(candidate) for candidate in choice.candidates}
     dropped = [site for candidate in wanted if id(candidate) not in left for site in candidate.sites]
     overruled = dict.fromkeys(dropped, measured.overruled or "") if measured else {}
@@ -249,11 +265,12 @@ def solve(prepared: Prepared, budget: Budget) -> Result:
         rewrites=rewrites,
         options={name: asdict(p.passes[name]) for name in sorted({r.pass_name for r in rewrites})},
         sites=[decision.to_json() for decision in decisions],
+        metric=metric,
     )
     if measured:
         latency = latency_figures("measured", measured.before, measured.after)
     else:
-        after = p.base - total([c.gain for c in choice.candidates])
+        after = p.original if untouched else p.base - total([c.gain for c in choice.candidates])
         sigma_s = _saving_sigma_s(p.target, p.traced.graph, choice.graph)
         latency = latency_figures(p.target.model.kind, p.original, after, sigma_s)
     report = Report(
@@ -267,6 +284,7 @@ def solve(prepared: Prepared, budget: Budget) -> Result:
         notes=(*p.notes, *_remarks(p, choice, measured)),
         rewrites=rewrites,
         settings={"dtype": p.context.dtype, "batch": batch_size(p.traced.flat), "seed": p.seed},
+        metric=metric,
     )
     return Result(choice.graph.gm, plan, report, p.traced)
 
@@ -276,6 +294,11 @@ def _remarks(p: Prepared, choice: Choice, measured: Measured | None) -> list[str
     remarks = []
     if choice.relaxed:
         remarks.append("the size asked for needed rewrites that do not make the target faster; see the table")
+    if p.metric and p.metric.noise:
+        remarks.append(f"two evaluations of the original differ by {p.metric.noise:.2g}, and so much more may be lost")
+    if choice.untouched:
+        remarks.append("exact rewrites alone make the metric fall further than allowed: the model is as it was")
+        return remarks
     if measured and measured.remark:
         remarks.append(measured.remark)
     if measured and measured.overruled:
@@ -354,6 +377,7 @@ def replay(
         notes=(*problems, *traced.notes, "replayed from a plan"),
         rewrites=plan.rewrites,
         settings={"dtype": dtype, "batch": batch_size(traced.flat), "seed": plan.seed},
+        metric=plan.metric,
     )
     return Result(graph_after.gm, plan, report, traced)
 

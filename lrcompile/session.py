@@ -18,6 +18,7 @@ from lrcompile.frontend.export import batch_size
 from lrcompile.frontend.inputs import call_inputs, example_inputs, input_names, parse_inputs
 from lrcompile.frontend.load import Source, load
 from lrcompile.planning.budget import Budget, parse_latency, parse_size
+from lrcompile.planning.metric import Evaluation, check_metric
 from lrcompile.planning.plan import Plan
 from lrcompile.plugins import configure, discover, select
 from lrcompile.report.plots import check_plottable, plot_calibration
@@ -47,6 +48,8 @@ class Request:
     size: str | None
     speedup: float | None
     max_latency: str | None
+    eval: str | None
+    max_drop: float | None
     confidence: float | None
     passes: str | None
     options: tuple[str, ...]
@@ -70,6 +73,7 @@ def compile_files(request: Request, progress: Callable[[str, int, int], None]) -
             check_writable(path, text=True)
     plan = Plan.load(request.plan) if request.plan else None
     budget = _budget(request)
+    metric = check_metric(None if request.eval is None else Evaluation.load(request.eval), budget, plan)
     found = discover()
     passes = configure(found.passes, request.options)
     passes = select(passes, request.passes.split(",")) if request.passes else passes
@@ -80,7 +84,7 @@ def compile_files(request: Request, progress: Callable[[str, int, int], None]) -
         source.program, args, kwargs, target=request.target, budget=budget, calibration=calibration, passes=passes,
         plan=plan, skip=request.skip, dtype=request.dtype, batch=request.batch,
         max_rank=request.max_rank, io_rank=request.io_rank, opset=request.opset, seed=request.seed,
-        progress=progress,
+        metric=metric, progress=progress,
     )  # fmt: skip
     report = replace(result.report, notes=[*found.problems, *result.report.notes])
     if request.out is not None:
@@ -95,6 +99,7 @@ def compile_files(request: Request, progress: Callable[[str, int, int], None]) -
 
 def _budget(request: Request) -> Budget:
     options: dict[str, Any] = {"max_error": request.max_error, "speedup": request.speedup}
+    options["max_drop"] = request.max_drop
     if request.size is not None:
         options["size"] = parse_size(request.size)
     if request.max_latency is not None:

@@ -20,10 +20,11 @@ class Budget:
 
     `max_error`: relative output error, ‖y − ŷ‖/‖y‖ of the worst output. `size`: weight bytes as a share of the
     original (≤ 1) or in bytes (> 1). `speedup`: predicted latency before/after. `max_latency_s`: predicted latency
-    in seconds. `confidence`: the least probability of being faster at which a rewrite is accepted.
+    in seconds. `confidence`: the least probability of being faster at which a rewrite is accepted. `max_drop`: how far
+    the user's metric may fall, in its own units.
 
-    With `max_error`, or with no limit at all (then `DEFAULT_MAX_ERROR` holds), the fastest model within the limits
-    is sought; with only size, speed or latency limits, the most accurate one.
+    With `max_error` or `max_drop`, or with no limit at all (then a `max_error` of `DEFAULT_MAX_ERROR` holds), the
+    fastest model within the limits is sought; with only size, speed or latency limits, the most accurate one.
     """
 
     max_error: float | None = None
@@ -31,9 +32,10 @@ class Budget:
     speedup: float | None = None
     max_latency_s: float | None = None
     confidence: float = DEFAULT_CONFIDENCE
+    max_drop: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("max_error", "size", "speedup", "max_latency_s", "confidence"):
+        for name in ("max_error", "size", "speedup", "max_latency_s", "confidence", "max_drop"):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, int | float) and math.isfinite(value) and value >= 0):
                 raise InputError(f"budget {name} is {value!r}; expected a finite number of at least 0")
@@ -49,7 +51,8 @@ class Budget:
         """The error limit in force: the one given, the default where nothing is limited, else None."""
         if self.max_error is not None:
             return self.max_error
-        return None if any((self.size, self.speedup, self.max_latency_s)) else DEFAULT_MAX_ERROR
+        limited = any((self.size, self.speedup, self.max_latency_s)) or self.max_drop is not None
+        return None if limited else DEFAULT_MAX_ERROR
 
     @property
     def exact_only(self) -> bool:

@@ -23,6 +23,7 @@ class Plan:
     None where there were none; `options` holds the fields of every pass in use; `sites` is the decision table.
     `max_rank` and `io_rank` limit the rank of values inside the graph and at its ends: the graph that is meant, and
     that the fingerprint is of, is the lowered one. `opset` is that of ONNX output, None for the usual one.
+    `metric` holds the figures of the user's metric, as they were then: a replay does not evaluate it.
     """
 
     target: str
@@ -38,6 +39,7 @@ class Plan:
     max_rank: int | None = None
     io_rank: int | None = None
     opset: int | None = None
+    metric: Mapping[str, Any] | None = None
 
     def dumps(self) -> str:
         """The plan as JSON text; the same plan gives the same text."""
@@ -53,6 +55,7 @@ class Plan:
             "calibration": self.calibration,
             "seed": self.seed,
             "budget": self.budget.to_json(),
+            "metric": None if self.metric is None else dict(self.metric),
             "options": {name: dict(options) for name, options in sorted(self.options.items())},
             "rewrites": [rewrite.to_json() for rewrite in self.rewrites],
             "sites": list(self.sites),
@@ -88,6 +91,7 @@ class Plan:
                 max_rank=data.get("max_rank"),
                 io_rank=data.get("io_rank"),
                 opset=data.get("opset"),
+                metric=None if data.get("metric") is None else dict(data["metric"]),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise PlanError(

@@ -11,27 +11,35 @@ from lrcompile.errors import BudgetError
 from lrcompile.graph.graph import Graph, weight_bytes
 from lrcompile.graph.rewrite import Rewrite
 from lrcompile.passes import Context, Pass
-from lrcompile.planning.budget import Budget
+from lrcompile.planning.budget import DEFAULT_MAX_ERROR, EXACT_ERROR, Budget
 from lrcompile.planning.choose import Limits, Objective, choose
+from lrcompile.planning.metric import CHECK, DropLimit
 from lrcompile.planning.price import Candidate
 from lrcompile.planning.sensitivity import Evaluator, model_errors, rewritten
 
 ROUNDS = 8
 CONFIRMATIONS = 3
 WELL_SPENT = 0.95  # share of the error budget from which looking on is not worth the forwards
+STEP = 4.0  # factor between error limits until one holds and one does not
+CLOSE = 1.002  # ratio of two error limits between which no other choice is looked for
+MOST_LIMIT = 1e3  # a predicted output error at which nothing is left of the output
+WORTH_A_LOOK = 0.002  # share of the latency below which a gain is not worth an evaluation of the metric
+CHECKS = 3  # evaluations kept for the choices that hold, of which each needs a second one
 
 
 @dataclass(frozen=True, eq=False)
 class Choice:
     """The chosen candidates, the graph with them applied, and its measured output error.
 
-    `relaxed` says that rewrites had to be admitted that do not make the target faster, to reach the size asked for.
+    `relaxed` says that rewrites had to be admitted that do not make the target faster, to reach the size asked for;
+    `untouched` that the graph is the model as given, without exact clean-up either.
     """
 
     candidates: tuple[Candidate, ...]
     graph: Graph
     error: float
     relaxed: bool = False
+    untouched: bool = False
 
     @property
     def rewrites(self) -> tuple[Rewrite, ...]:
@@ -49,7 +57,7 @@ class Problem:
     """Everything a search needs; a new budget on the same problem costs only the solving and the measuring.
 
     `base` prices the graph as it stands; `original_s` is the latency of the model as given, which exact clean-up may
-    have bettered already, and what limits on latency refer to.
+    have bettered already, and what limits on latency refer to. `drop` limits the user's own metric.
     """
 
     graph: Graph
@@ -60,6 +68,7 @@ class Problem:
     base: Cost
     original_s: float
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None
+    drop: DropLimit | None = None
 
 
 def search(problem: Problem, budget: Budget) -> Choice:
@@ -70,9 +79,14 @@ def search(problem: Problem, budget: Budget) -> Choice:
     """
     pools = _pools(problem, budget)
     for pool in pools:
-        choice = _exact(problem, pool) if budget.exact_only else _best(problem, pool, budget.error_limit)
+        if problem.drop is not None:
+            choice = _fastest_that_holds(problem, pool, problem.drop, budget.error_limit)
+        else:
+            choice = _exact(problem, pool) if budget.exact_only else _best(problem, pool, budget.error_limit)
         if choice is not None:
             return replace(choice, relaxed=pool.relaxed)
+    if problem.drop is not None:
+        return _untouched(problem, pools, problem.drop, budget)
     raise BudgetError(_unreachable_together(problem, pools[-1], budget.error_limit or 0.0))
 
 
@@ -188,14 +202,112 @@ def _most_accurate(problem: Problem, pool: _Pool, errors: Sequence[float]) -> Ch
     several views of them each give a choice: the model's errors in quadrature and as a plain sum, and the layers' own
     errors likewise. The measurement decides.
     """
+    picks = _accurate(problem, pool, errors)
+    return applied(problem, pool.candidates, picks[0]) if picks else None
+
+
+def _accurate(problem: Problem, pool: _Pool, errors: Sequence[float]) -> list[tuple[int, ...]]:
+    """Choices of little error within the limits, one for each view of how errors add up, the most accurate first."""
     own = [0.0 if candidate.exact else candidate.error for candidate in pool.candidates]
     views = (errors, [e**0.5 for e in errors], own, [e**0.5 for e in own])
     found = (choose(pool.candidates, view, pool.limits, "error") for view in views)
     picks = dict.fromkeys(tuple(picked) for picked in found if picked is not None)
-    if not picks:
-        return None
-    best = min(picks, key=lambda picked: _measured(problem, pool, picked))
-    return applied(problem, pool.candidates, best)
+    return sorted(picks, key=lambda picked: _measured(problem, pool, picked))
+
+
+def _fastest_that_holds(problem: Problem, pool: _Pool, drop: DropLimit, error_limit: float | None) -> Choice | None:
+    """The fastest choice with which the user's metric, and the error if it is limited, hold as measured.
+
+    Predicted errors order the choices: their limit is bisected, in its logarithm, between one with which the metric
+    holds and one with which it does not. What holds is evaluated once more before it is taken.
+    """
+    errors = _errors(problem, pool)
+    known: dict[tuple[int, ...], bool] = {}
+
+    def holds(picked: tuple[int, ...]) -> bool:
+        if picked not in known:
+            known[picked] = _within_error(problem, pool, picked, error_limit) and _metric_holds(problem, pool, picked)
+        return known[picked]
+
+    widest = choose(pool.candidates, errors, replace(pool.limits, error=MOST_LIMIT)) or []
+    most = 1.001 * math.hypot(*(errors[i] for i in widest))
+    limit, low, high = error_limit or DEFAULT_MAX_ERROR, 0.0, math.inf
+    slowest, fastest = -math.inf, math.inf  # gains at the ends of the bracket
+    while drop.left > CHECKS and low * CLOSE < high and fastest - slowest > WORTH_A_LOOK * problem.base.latency_s:
+        found = choose(pool.candidates, errors, replace(pool.limits, error=limit))
+        picked = tuple(found) if found is not None else None
+        if picked is not None and not holds(picked):
+            high, fastest = min(limit, math.hypot(*(errors[i] for i in picked))), _gain_s(pool, picked)
+        else:
+            low, slowest = limit, slowest if picked is None else _gain_s(pool, picked)
+        if high <= EXACT_ERROR or low >= most:
+            break
+        bracketed = low > 0 and high < math.inf
+        limit = (low * high) ** 0.5 if bracketed else min(STEP * low, most) if low else high / STEP
+    if not any(known.values()):
+        list(map(holds, [*_accurate(problem, pool, errors), *_exact_picks(pool)]))
+    for picked in sorted((p for p, held in known.items() if held), key=lambda p: -_gain_s(pool, p)):
+        if _metric_holds(problem, pool, picked, CHECK):
+            return applied(problem, pool.candidates, picked)
+    return None
+
+
+def _within_error(problem: Problem, pool: _Pool, picked: Sequence[int], error_limit: float | None) -> bool:
+    error = _measured(problem, pool, picked)
+    return math.isfinite(error) and (error_limit is None or error <= max(error_limit, EXACT_ERROR))
+
+
+def _metric_holds(problem: Problem, pool: _Pool, picked: Sequence[int], turn: int = 0) -> bool:
+    return metric_holds(problem, [pool.candidates[i] for i in picked], turn)
+
+
+def metric_holds(problem: Problem, candidates: Sequence[Candidate], turn: int = CHECK) -> bool:
+    """Whether the user's metric does not fall too far with candidates applied; where none is given it holds."""
+    if problem.drop is None:
+        return True
+    rewrites = [rewrite for candidate in candidates for rewrite in candidate.rewrites]
+    return problem.drop.holds(
+        rewrites, lambda: rewritten(problem.graph, rewrites, problem.passes, problem.context), turn
+    )  # fmt: skip
+
+
+def _exact_picks(pool: _Pool) -> list[tuple[int, ...]]:
+    """The choice of exact candidates alone, where the limits can be met with them, and none at all."""
+    exact = [i for i, candidate in enumerate(pool.candidates) if candidate.exact]
+    picked = choose([pool.candidates[i] for i in exact], [0.0] * len(exact), pool.limits)
+    found = [] if picked is None else [tuple(exact[i] for i in picked)]
+    return [*found, ()] if pool.limits.gain_s <= 0 and pool.limits.bytes_saved <= 0 else found
+
+
+def _untouched(problem: Problem, pools: Sequence[_Pool], drop: DropLimit, budget: Budget) -> Choice:
+    """The model as given, whose metric holds; limits that it does not keep cannot be met.
+
+    Raises:
+        BudgetError: the size or latency asked for cannot be had within the drop; the message holds what can.
+    """
+    total_bytes, original_s = float(weight_bytes(problem.graph.gm)), problem.original_s
+    if budget.latency_limit_s(original_s) >= original_s and budget.bytes_limit(total_bytes) >= total_bytes:
+        return Choice((), drop.metric.traced.graph.copy(), 0.0, untouched=True)
+    pool = pools[-1]
+    accurate = [pool.candidates[i] for i in _accurate(problem, pool, _errors(problem, pool))[0]]
+    rewrites = [rewrite for candidate in accurate for rewrite in candidate.rewrites]
+    best = drop.value(rewrites, lambda: rewritten(problem.graph, rewrites, problem.passes, problem.context))
+    base = drop.metric.base
+    falls = (
+        f" makes the metric fall from {base:.4g} to {best:.4g}" if best is not None else " makes the metric fall more"
+    )
+    free = _fastest_that_holds(problem, replace(pools[0], limits=Limits()), drop, budget.error_limit)
+    if free is None:
+        within = "nothing but the model as it is was found within them"
+    else:
+        left = 1 - sum(candidate.bytes_saved for candidate in free.candidates) / total_bytes
+        ratio = _ratio(original_s, problem.base.latency_s - free.gain_s)
+        within = f"within them a speed-up of {ratio} with a size of {left:.3g} of the original was found"
+    raise BudgetError(
+        f"the limits cannot be met together: the most accurate choice of the size and latency asked for{falls}, beyond "
+        f"the --max-drop of {drop.max_drop:.4g} and a noise of {drop.metric.noise:.2g}; {within}: allow a larger drop, "
+        "or ask for less"
+    )
 
 
 def _exact(problem: Problem, pool: _Pool) -> Choice | None:

@@ -17,6 +17,7 @@ WORDS = {
     "price": "pricing rewrites",
     "sensitivity": "measuring sensitivity",
     "choose": "choosing within the budget",
+    "evaluate": "evaluating the metric",
     "confirm": "measuring the whole model",
     "apply": "applying the plan",
     "emit": "writing and verifying",
@@ -25,7 +26,10 @@ WORDS = {
 
 
 class ProgressDisplay:
-    """A progress callback (stage, done, total); `total` 0 announces a stage of unknown length."""
+    """A progress callback (stage, done, total); `total` 0 announces a stage of unknown length.
+
+    A stage of several words is a remark, which stays on the screen.
+    """
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -50,6 +54,9 @@ class ProgressDisplay:
     def __call__(self, stage: str, done: int, total: int) -> None:
         """Shows that `done` of `total` are done; a total of 0 is unknown."""
         words = WORDS.get(stage, stage)
+        if " " in stage:
+            self.console.print(stage, highlight=False, markup=False)
+            return
         if self.bar:
             if stage != self.stage or self.task is None:
                 if self.task is not None:

@@ -56,7 +56,10 @@ class Decision:
 
 @dataclass(frozen=True)
 class Report:
-    """The result of a compile in figures. Latencies are milliseconds; `kind` is "analytic" or "measured"."""
+    """The result of a compile in figures. Latencies are milliseconds; `kind` is "analytic" or "measured".
+
+    `metric` is the user's own before and after, with the drop allowed; None where none was given.
+    """
 
     target: str
     model: Mapping[str, float]
@@ -68,6 +71,7 @@ class Report:
     notes: Sequence[str] = ()
     rewrites: Sequence[Rewrite] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
+    metric: Mapping[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain JSON values."""
@@ -79,6 +83,7 @@ class Report:
                 "model": dict(self.model),
                 "latency_ms": dict(self.latency_ms),
                 "error": dict(self.error),
+                "metric": None if self.metric is None else dict(self.metric),
                 "sites": [decision.to_json() for decision in self.sites],
                 "rewrites": [rewrite.to_json() for rewrite in self.rewrites],
                 "verification": dict(self.verification),
