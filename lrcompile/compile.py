@@ -374,7 +374,11 @@ def replay(
         sites=[Decision.from_json(site) for site in plan.sites],
         verification={"torch_vs_original": error, "onnx_vs_torch": None},
         timings_s=dict(clock.seconds),
-        notes=(*problems, *traced.notes, "replayed from a plan"),
+        notes=(
+            *problems,
+            *traced.notes,
+            f"replayed from a plan{', the metric is as it was then' if plan.metric else ''}",
+        ),
         rewrites=plan.rewrites,
         settings={"dtype": dtype, "batch": batch_size(traced.flat), "seed": plan.seed},
         metric=plan.metric,

@@ -284,11 +284,6 @@ class DropLimit:
             self.asked[key] = self.metric.value(key, graph)
         return self.asked[key]
 
-    def holds(self, rewrites: Sequence[object], graph: Callable[[], Graph], turn: int = 0) -> bool:
-        """Whether the metric is known not to fall too far with rewrites made."""
-        value = self.value(rewrites, graph, turn)
-        return value is not None and value >= self.least
-
     def result(self, rewrites: Sequence[object] | None) -> MetricResult:
         """The figures for rewrites that were checked; None stands for the model as given."""
         metric = self.metric

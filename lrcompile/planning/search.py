@@ -208,48 +208,75 @@ def _most_accurate(problem: Problem, pool: _Pool, errors: Sequence[float]) -> Ch
 
 def _accurate(problem: Problem, pool: _Pool, errors: Sequence[float]) -> list[tuple[int, ...]]:
     """Choices of little error within the limits, one for each view of how errors add up, the most accurate first."""
-    own = [0.0 if candidate.exact else candidate.error for candidate in pool.candidates]
-    views = (errors, [e**0.5 for e in errors], own, [e**0.5 for e in own])
-    found = (choose(pool.candidates, view, pool.limits, "error") for view in views)
+    found = (choose(pool.candidates, view, pool.limits, "error") for view in _views(pool, errors))
     picks = dict.fromkeys(tuple(picked) for picked in found if picked is not None)
     return sorted(picks, key=lambda picked: _measured(problem, pool, picked))
+
+
+def _views(pool: _Pool, errors: Sequence[float]) -> tuple[Sequence[float], ...]:
+    """How errors may add up: the model's in quadrature and as a plain sum, and the layers' own likewise."""
+    own = [0.0 if candidate.exact else candidate.error for candidate in pool.candidates]
+    return errors, [e**0.5 for e in errors], own, [e**0.5 for e in own]
 
 
 def _fastest_that_holds(problem: Problem, pool: _Pool, drop: DropLimit, error_limit: float | None) -> Choice | None:
     """The fastest choice with which the user's metric, and the error if it is limited, hold as measured.
 
-    Predicted errors order the choices: their limit is bisected, in its logarithm, between one with which the metric
-    holds and one with which it does not. What holds is evaluated once more before it is taken.
+    Errors order the choices: their limit is bisected between one with which the metric holds and one with which it does
+    not, first in terms of the model's errors, then in other views of them, in which only what is faster still is
+    evaluated. What is taken has held twice.
     """
     errors = _errors(problem, pool)
     known: dict[tuple[int, ...], bool] = {}
 
+    def fastest() -> tuple[int, ...] | None:
+        return max((p for p, held in known.items() if held), key=lambda p: _gain_s(pool, p), default=None)
+
     def holds(picked: tuple[int, ...]) -> bool:
+        best = fastest()
+        if best is not None and _gain_s(pool, picked) <= _gain_s(pool, best) + _worth_s(problem):
+            return True
         if picked not in known:
             known[picked] = _within_error(problem, pool, picked, error_limit) and _metric_holds(problem, pool, picked)
         return known[picked]
 
-    widest = choose(pool.candidates, errors, replace(pool.limits, error=MOST_LIMIT)) or []
-    most = 1.001 * math.hypot(*(errors[i] for i in widest))
-    limit, low, high = error_limit or DEFAULT_MAX_ERROR, 0.0, math.inf
-    slowest, fastest = -math.inf, math.inf  # gains at the ends of the bracket
-    while drop.left > CHECKS and low * CLOSE < high and fastest - slowest > WORTH_A_LOOK * problem.base.latency_s:
-        found = choose(pool.candidates, errors, replace(pool.limits, error=limit))
-        picked = tuple(found) if found is not None else None
-        if picked is not None and not holds(picked):
-            high, fastest = min(limit, math.hypot(*(errors[i] for i in picked))), _gain_s(pool, picked)
-        else:
-            low, slowest = limit, slowest if picked is None else _gain_s(pool, picked)
-        if high <= EXACT_ERROR or low >= most:
+    for view in _views(pool, errors):
+        best = fastest()
+        start = error_limit or DEFAULT_MAX_ERROR if best is None else math.hypot(*(view[i] for i in best))
+        _bisect(problem, pool, view, max(start, EXACT_ERROR), lambda picked: drop.left > CHECKS and holds(picked))
+        if fastest() is None:
             break
-        bracketed = low > 0 and high < math.inf
-        limit = (low * high) ** 0.5 if bracketed else min(STEP * low, most) if low else high / STEP
-    if not any(known.values()):
-        list(map(holds, [*_accurate(problem, pool, errors), *_exact_picks(pool)]))
+    for picked in () if fastest() else (*_accurate(problem, pool, errors), *_exact_picks(pool)):
+        if drop.left > 1 and holds(picked):
+            break
     for picked in sorted((p for p, held in known.items() if held), key=lambda p: -_gain_s(pool, p)):
         if _metric_holds(problem, pool, picked, CHECK):
             return applied(problem, pool.candidates, picked)
     return None
+
+
+def _bisect(
+    problem: Problem, pool: _Pool, view: Sequence[float], start: float, holds: Callable[[tuple[int, ...]], bool]
+) -> None:
+    """Tries choices at limits on the error, in a view of it, closing in on the limit up to which they hold."""
+    widest = choose(pool.candidates, view, replace(pool.limits, error=MOST_LIMIT)) or []
+    most = 1.001 * math.hypot(*(view[i] for i in widest))
+    limit, low, high = start, 0.0, math.inf
+    slowest, fastest = -math.inf, math.inf  # gains at the ends of the bracket
+    while low < most and EXACT_ERROR < high > low * CLOSE and fastest - slowest > _worth_s(problem):
+        found = choose(pool.candidates, view, replace(pool.limits, error=limit), gap=WORTH_A_LOOK / 2)
+        picked = None if found is None else tuple(found)
+        if picked is not None and not holds(picked):
+            high, fastest = min(limit, math.hypot(*(view[i] for i in picked))), _gain_s(pool, picked)
+        else:  # the limits on size and latency ask for more than this error allows, or it holds
+            low, slowest = limit, slowest if picked is None else _gain_s(pool, picked)
+        bracketed = low > 0 and high < math.inf
+        limit = (low * high) ** 0.5 if bracketed else min(STEP * low, most) if low else high / STEP
+
+
+def _worth_s(problem: Problem) -> float:
+    """The gain in seconds for which an evaluation of the metric is worth its time."""
+    return WORTH_A_LOOK * problem.base.latency_s
 
 
 def _within_error(problem: Problem, pool: _Pool, picked: Sequence[int], error_limit: float | None) -> bool:
@@ -262,11 +289,19 @@ def _metric_holds(problem: Problem, pool: _Pool, picked: Sequence[int], turn: in
 
 
 def metric_holds(problem: Problem, candidates: Sequence[Candidate], turn: int = CHECK) -> bool:
-    """Whether the user's metric does not fall too far with candidates applied; where none is given it holds."""
+    """Whether the user's metric is known not to fall too far with candidates applied; it holds where none is given."""
     if problem.drop is None:
         return True
+    value = _metric(problem, candidates, turn)
+    return value is not None and value >= problem.drop.least
+
+
+def _metric(problem: Problem, candidates: Sequence[Candidate], turn: int) -> float | None:
+    """The user's metric with candidates applied; None where there is none, or no evaluation of it is left."""
     rewrites = [rewrite for candidate in candidates for rewrite in candidate.rewrites]
-    return problem.drop.holds(
+    if problem.drop is None:
+        return None
+    return problem.drop.value(
         rewrites, lambda: rewritten(problem.graph, rewrites, problem.passes, problem.context), turn
     )  # fmt: skip
 
@@ -288,14 +323,13 @@ def _untouched(problem: Problem, pools: Sequence[_Pool], drop: DropLimit, budget
     total_bytes, original_s = float(weight_bytes(problem.graph.gm)), problem.original_s
     if budget.latency_limit_s(original_s) >= original_s and budget.bytes_limit(total_bytes) >= total_bytes:
         return Choice((), drop.metric.traced.graph.copy(), 0.0, untouched=True)
-    pool = pools[-1]
-    accurate = [pool.candidates[i] for i in _accurate(problem, pool, _errors(problem, pool))[0]]
-    rewrites = [rewrite for candidate in accurate for rewrite in candidate.rewrites]
-    best = drop.value(rewrites, lambda: rewritten(problem.graph, rewrites, problem.passes, problem.context))
-    base = drop.metric.base
-    falls = (
-        f" makes the metric fall from {base:.4g} to {best:.4g}" if best is not None else " makes the metric fall more"
-    )
+    pool, base = pools[-1], drop.metric.base
+    falls = "falls too far"
+    for picked in _accurate(problem, pool, _errors(problem, pool))[:1]:
+        if not _within_error(problem, pool, picked, budget.error_limit):
+            raise BudgetError(_unreachable_together(problem, pool, budget.error_limit or 0.0))
+        value = _metric(problem, [pool.candidates[i] for i in picked], 0)
+        falls = falls if value is None else f"falls from {base:.4g} to {value:.4g} with the most accurate choice"
     free = _fastest_that_holds(problem, replace(pools[0], limits=Limits()), drop, budget.error_limit)
     if free is None:
         within = "nothing but the model as it is was found within them"
@@ -304,9 +338,8 @@ def _untouched(problem: Problem, pools: Sequence[_Pool], drop: DropLimit, budget
         ratio = _ratio(original_s, problem.base.latency_s - free.gain_s)
         within = f"within them a speed-up of {ratio} with a size of {left:.3g} of the original was found"
     raise BudgetError(
-        f"the limits cannot be met together: the most accurate choice of the size and latency asked for{falls}, beyond "
-        f"the --max-drop of {drop.max_drop:.4g} and a noise of {drop.metric.noise:.2g}; {within}: allow a larger drop, "
-        "or ask for less"
+        f"the limits cannot be met together: with size and latency as asked the metric {falls}, beyond the --max-drop "
+        f"of {drop.max_drop:.4g} and a noise of {drop.metric.noise:.2g}; {within}: allow a larger drop, or ask for less"
     )
 
 
