@@ -224,16 +224,17 @@ def solve(prepared: Prepared, budget: Budget) -> Result:
     """
     p, clock = prepared, prepared.clock
     drop = DropLimit.of(p.metric, budget)
+    evaluator = p.evaluator.measured_in(budget.measure_in_use)
     problem = Problem(
-        p.graph, p.pricing.candidates, p.passes, p.context, p.evaluator, p.base, p.original.latency_s, clock.progress,
+        p.graph, p.pricing.candidates, p.passes, p.context, evaluator, p.base, p.original.latency_s, clock.progress,
         drop.kept_back() if drop and p.reference else drop,
     )  # fmt: skip
     with clock("choose"):
         choice = search(problem, budget)
-        check_finite(p.graph, choice.rewrites, p.passes, p.context, p.evaluator, choice.error)
+        check_finite(p.graph, choice.rewrites, p.passes, p.context, evaluator, choice.error)
         exact = [rewrite for rewrite in choice.rewrites if rewrite.exact]
         if exact and len(exact) == len(choice.rewrites):
-            check_exact(p.graph, exact, p.passes, p.context, p.evaluator, choice.error)
+            check_exact(p.graph, exact, p.passes, p.context, p.evaluator, _relative_error(p, budget, choice))
     measured: Measured | None = None
     wanted = choice.candidates
     if p.reference and not choice.untouched:
@@ -279,7 +280,7 @@ def solve(prepared: Prepared, budget: Budget) -> Result:
         latency_ms=latency,
         error=error_figures(budget, p.calibration, choice.error),
         sites=decisions,
-        verification={"torch_vs_original": choice.error, "onnx_vs_torch": None},
+        verification={"torch_vs_original": _relative_error(p, budget, choice), "onnx_vs_torch": None},
         timings_s=dict(clock.seconds),
         notes=(*p.notes, *_remarks(p, choice, measured)),
         rewrites=rewrites,
@@ -287,6 +288,11 @@ def solve(prepared: Prepared, budget: Budget) -> Result:
         metric=metric,
     )
     return Result(choice.graph.gm, plan, report, p.traced)
+
+
+def _relative_error(p: Prepared, budget: Budget, choice: Choice) -> float:
+    """The relative output error of a choice, in whatever measure it was made."""
+    return choice.error if budget.measure == "error" else p.evaluator.error(choice.graph)
 
 
 def _remarks(p: Prepared, choice: Choice, measured: Measured | None) -> list[str]:
@@ -356,9 +362,10 @@ def replay(
             statistics = collect(graph, batches, clock.progress)
             context = Context(target.device, dtype, statistics.grams, statistics.token_counts)
         graph_after = rewritten(graph, plan.rewrites[count:], by_name, context)
-        error = Evaluator(traced.graph, batches).error(graph_after)
+        evaluator = Evaluator(traced.graph, batches)
+        error = evaluator.error(graph_after)
+        measured_error = evaluator.measured_in(plan.budget.measure_in_use).error(graph_after)
     check_rank(graph_after, traced)
-    choice = Choice((), graph_after, error)
     if target.is_local:
         measured = Reference.of(traced).measure(graph_after)
         latency = latency_figures("measured", measured.before, measured.after)
@@ -370,7 +377,7 @@ def replay(
         target=plan.target,
         model=model_figures(traced, graph_after),
         latency_ms=latency,
-        error=error_figures(plan.budget, calibration, choice.error),
+        error=error_figures(plan.budget, calibration, measured_error),
         sites=[Decision.from_json(site) for site in plan.sites],
         verification={"torch_vs_original": error, "onnx_vs_torch": None},
         timings_s=dict(clock.seconds),

@@ -50,6 +50,7 @@ class Request:
     max_latency: str | None
     eval: str | None
     max_drop: float | None
+    measure: str
     confidence: float | None
     passes: str | None
     options: tuple[str, ...]
@@ -99,7 +100,7 @@ def compile_files(request: Request, progress: Callable[[str, int, int], None]) -
 
 def _budget(request: Request) -> Budget:
     options: dict[str, Any] = {"max_error": request.max_error, "speedup": request.speedup}
-    options["max_drop"] = request.max_drop
+    options |= {"max_drop": request.max_drop, "measure": request.measure}
     if request.size is not None:
         options["size"] = parse_size(request.size)
     if request.max_latency is not None:

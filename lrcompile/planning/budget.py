@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from lrcompile.errors import InputError
+from lrcompile.planning.measures import MEASURES, OF_FLOATS, RELATIVE, Measure, measure_named
 
 DEFAULT_MAX_ERROR = 0.05
 DEFAULT_CONFIDENCE = 0.8
@@ -21,7 +22,9 @@ class Budget:
     `max_error`: relative output error, ‖y − ŷ‖/‖y‖ of the worst output. `size`: weight bytes as a share of the
     original (≤ 1) or in bytes (> 1). `speedup`: predicted latency before/after. `max_latency_s`: predicted latency
     in seconds. `confidence`: the least probability of being faster at which a rewrite is accepted. `max_drop`: how far
-    the user's metric may fall, in its own units.
+    the user's metric may fall, in its own units. `measure`: what `max_error` is of, "error" as above, "kl" (divergence
+    of the softmax over the last axis of the first floating-point output from the original's, in nats a position) or
+    "top1" (the share of positions at which the largest entry of that axis is another one).
 
     With `max_error` or `max_drop`, or with no limit at all (then a `max_error` of `DEFAULT_MAX_ERROR` holds), the
     fastest model within the limits is sought; with only size, speed or latency limits, the most accurate one.
@@ -33,12 +36,16 @@ class Budget:
     max_latency_s: float | None = None
     confidence: float = DEFAULT_CONFIDENCE
     max_drop: float | None = None
+    measure: str = "error"
 
     def __post_init__(self) -> None:
         for name in ("max_error", "size", "speedup", "max_latency_s", "confidence", "max_drop"):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, int | float) and math.isfinite(value) and value >= 0):
                 raise InputError(f"budget {name} is {value!r}; expected a finite number of at least 0")
+        limits = (self.max_error, self.size, self.speedup, self.max_latency_s, self.max_drop)
+        if measure_named(self.measure) != RELATIVE and all(limit is None for limit in limits):
+            raise InputError(f"--measure {self.measure} has no default limit; say how much with --max-error")
         if self.speedup is not None and self.speedup < 1:
             raise InputError(f"--speedup {self.speedup} asks for a slower model; expected 1 or more, such as 1.5")
         if self.size == 0:
@@ -48,11 +55,20 @@ class Budget:
 
     @property
     def error_limit(self) -> float | None:
-        """The error limit in force: the one given, the default where nothing is limited, else None."""
+        """The limit in force on the error, or on the root of another measure; None where nothing limits it.
+
+        It is the one given, or the default where nothing is limited.
+        """
         if self.max_error is not None:
-            return self.max_error
+            return MEASURES[self.measure].root(self.max_error)
         limited = any((self.size, self.speedup, self.max_latency_s)) or self.max_drop is not None
         return None if limited else DEFAULT_MAX_ERROR
+
+    @property
+    def measure_in_use(self) -> Measure:
+        """What errors are measured in; integer outputs do not count where the user's metric is the judge."""
+        judged = self.max_drop is not None and self.max_error is None
+        return OF_FLOATS if judged and self.measure == RELATIVE.name else MEASURES[self.measure]
 
     @property
     def exact_only(self) -> bool:

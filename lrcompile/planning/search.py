@@ -31,8 +31,9 @@ CHECKS = 3  # evaluations kept for the choices that hold, of which each needs a 
 class Choice:
     """The chosen candidates, the graph with them applied, and its measured output error.
 
-    `relaxed` says that rewrites had to be admitted that do not make the target faster, to reach the size asked for;
-    `untouched` that the graph is the model as given, without exact clean-up either.
+    In another measure `error` is the root of that. `relaxed` says that rewrites had to be admitted that do not make the
+    target faster, to reach the size asked for; `untouched` that the graph is the model as given, without exact clean-up
+    either.
     """
 
     candidates: tuple[Candidate, ...]
@@ -189,7 +190,8 @@ def _best(problem: Problem, pool: _Pool, error_limit: float | None) -> Choice | 
             best = tuple(picked)
         if WELL_SPENT * error_limit <= error <= error_limit:
             break
-        before, bias = bias, max(error, 1e-12) / max(_measured(problem, pool, picked, first=1), 1e-12)
+        least = problem.evaluator.resolution
+        before, bias = bias, max(error, least) / max(_measured(problem, pool, picked, first=1), least)
         if bias == before:
             break
     return _exact(problem, pool) if best is None else applied(problem, pool.candidates, best)
@@ -240,7 +242,8 @@ def _fastest_that_holds(problem: Problem, pool: _Pool, drop: DropLimit, error_li
             known[picked] = _within_error(problem, pool, picked, error_limit) and _metric_holds(problem, pool, picked)
         return known[picked]
 
-    for view in _views(pool, errors):
+    views = _views(pool, errors)
+    for view in views if max(errors, default=0.0) > EXACT_ERROR else views[2:]:  # no output may tell rewrites apart
         best = fastest()
         start = error_limit or DEFAULT_MAX_ERROR if best is None else math.hypot(*(view[i] for i in best))
         _bisect(problem, pool, view, max(start, EXACT_ERROR), lambda picked: drop.left > CHECKS and holds(picked))
@@ -408,8 +411,9 @@ def _unreachable_together(problem: Problem, pool: _Pool, error_limit: float) -> 
     picked = choose(candidates, _errors(problem, pool), pool.limits, "error")
     if picked is None:
         return "the limits cannot be met together; relax one of them"
-    measured = applied(problem, candidates, picked).error
+    measure = problem.evaluator.measure
+    measured, limit = measure.value(applied(problem, candidates, picked).error), measure.value(error_limit)
     return (
-        f"the limits cannot be met together: size and latency as asked need a relative output error of about "
-        f"{measured:.3g}, more than the --max-error of {error_limit:.3g}; allow more error, or ask for less"
+        f"the limits cannot be met together: size and latency as asked need a {measure.label} of about "
+        f"{measured:.3g}, more than the --max-error of {limit:.3g}; allow more error, or ask for less"
     )

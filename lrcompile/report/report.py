@@ -188,12 +188,13 @@ def operation_count(graph: Graph) -> int:
 
 
 def error_figures(budget: Budget, calibration: CalibrationData | None, measured: float) -> dict[str, Any]:
-    """The report's error entry: what is measured, on what, the limit and the result."""
+    """The report's error entry: what is measured, on what, the limit and the result; `measured` is the root of that."""
+    measure = budget.measure_in_use
     return {
-        "metric": "relative output error",
+        "metric": measure.label,
         "basis": f"calibration data, {calibration.samples} samples" if calibration else "weights only; example inputs",
-        "budget": budget.error_limit,
-        "measured": measured,
+        "budget": budget.error_limit if budget.max_error is None else budget.max_error,
+        "measured": measure.value(measured),
     }
 
 
