@@ -24,6 +24,8 @@ STEP = 4.0  # factor between error limits until one holds and one does not
 CLOSE = 1.002  # ratio of two error limits between which no other choice is looked for
 MOST_LIMIT = 1e3  # a predicted output error at which nothing is left of the output
 WORTH_A_LOOK = 0.002  # share of the latency below which a gain is not worth an evaluation of the metric
+WORTH_A_STEP = 0.01  # the same for one candidate instead of another
+STEPS_IN_VAIN = 5  # of those, in a row, after which the rest is not looked at
 CHECKS = 3  # evaluations kept for the choices that hold, of which each needs a second one
 
 
@@ -249,6 +251,12 @@ def _fastest_that_holds(problem: Problem, pool: _Pool, drop: DropLimit, error_li
         _bisect(problem, pool, view, max(start, EXACT_ERROR), lambda picked: drop.left > CHECKS and holds(picked))
         if fastest() is None:
             break
+    vain, steps = 0, _steps(problem, pool, errors, fastest())
+    while steps and vain < STEPS_IN_VAIN and drop.left > CHECKS:
+        picked = steps.pop(0)
+        vain += picked not in known
+        if holds(picked):
+            vain, steps = 0, _steps(problem, pool, errors, picked)
     for picked in () if fastest() else (*_accurate(problem, pool, errors), *_exact_picks(pool)):
         if drop.left > 1 and holds(picked):
             break
@@ -275,6 +283,23 @@ def _bisect(
             low, slowest = limit, slowest if picked is None else _gain_s(pool, picked)
         bracketed = low > 0 and high < math.inf
         limit = (low * high) ** 0.5 if bracketed else min(STEP * low, most) if low else high / STEP
+
+
+def _steps(
+    problem: Problem, pool: _Pool, errors: Sequence[float], best: tuple[int, ...] | None
+) -> list[tuple[int, ...]]:
+    """Choices that differ from one in a single candidate and are faster, those first that cost the least error."""
+    if best is None:
+        return []
+    found = []
+    for i, candidate in enumerate(pool.candidates):
+        left = (j for j in best if not candidate.footprint & pool.candidates[j].footprint)
+        picked = tuple(sorted((*left, i)))
+        saved = sum(pool.candidates[j].bytes_saved for j in picked)
+        gain_s = _gain_s(pool, picked) - _gain_s(pool, best)
+        if gain_s > WORTH_A_STEP * problem.base.latency_s and saved >= pool.limits.bytes_saved:
+            found.append((math.hypot(*(errors[j] for j in picked)), picked))
+    return [picked for _, picked in sorted(found)]
 
 
 def _worth_s(problem: Problem) -> float:
