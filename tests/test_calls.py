@@ -59,6 +59,15 @@ def test_another_batch() -> None:
     same(as_given(net, X)(x), net(x))
 
 
+def test_it_infers_as_the_model_does() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Dropout(0.5)).eval()
+    net[1].running_mean.fill_(3.0)
+    model = as_given(net, X)
+    assert not any(module.training for module in model.modules())  # type: ignore[attr-defined]
+    same(model(A), net(A))
+
+
 class Variadic(nn.Module):
     def forward(self, *parts: Tensor, **named: Tensor) -> Tensor:
         y = parts[0] - 2 * parts[1]

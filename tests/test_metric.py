@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,7 +21,9 @@ from lrcompile.devices.cost import Cost
 from lrcompile.errors import BudgetError, InputError
 from lrcompile.graph.graph import Graph
 from lrcompile.planning.metric import KEPT_BACK, MOST_EVALUATIONS, DropLimit
-from lrcompile.planning.search import Problem, metric_holds, search
+from lrcompile.planning.price import Candidate
+from lrcompile.planning.search import Problem, metric_holds, search, thin
+from lrcompile.planning.sensitivity import rewritten
 from tests.test_search import decaying
 
 TARGET = "rpi5"
@@ -122,6 +125,26 @@ def test_the_metric_is_spent_not_the_error(prepared: lrcompile.Prepared) -> None
     by_error = lrcompile.solve(prepared, lrcompile.Budget())
     assert by_metric.report.error["measured"] > 2 * by_error.report.error["measured"]
     assert speedup(by_metric) > speedup(by_error)
+
+
+def test_near_the_best_of_all_choices(prepared: lrcompile.Prepared) -> None:
+    p = prepared
+    surely = (c for c in p.pricing.candidates if c.p_faster >= 0.8 and c.gain.latency_s > 0)
+    by_site: dict[tuple[str, ...], list[Candidate | None]] = {}
+    for candidate in thin(surely):
+        by_site.setdefault(candidate.sites, [None]).append(candidate)
+    assert set(by_site) == {("0",), ("2",)}
+    all_choices = []
+    for picked in itertools.product(*by_site.values()):
+        rewrites = [rewrite for candidate in picked if candidate for rewrite in candidate.rewrites]
+        model = rewritten(p.graph, rewrites, p.passes, p.context).gm
+        all_choices.append((sum(candidate.gain.latency_s for candidate in picked if candidate), accuracy(model)))
+    assert len(all_choices) > 50
+    assert p.metric is not None
+    for max_drop in (0.0, 0.002, 0.01, 0.1):
+        result = lrcompile.solve(p, lrcompile.Budget(max_drop=max_drop))
+        best_s = max(gain_s for gain_s, value in all_choices if value >= p.metric.base - max_drop - 1e-6)
+        assert result.report.latency_ms["after"] <= 1.02e3 * (p.base.latency_s - best_s)
 
 
 def test_convolutions() -> None:

@@ -44,7 +44,7 @@ class CalledAsGiven(nn.Module):
         self.gm = gm
         self._call = (traced.signature, len(traced.args), tuple(traced.kwargs))
         self._example, self._shapes = traced.flat, traced.output_shapes
-        self.train(gm.training)
+        self.eval()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The outputs, in the structure of the original's.
