@@ -241,7 +241,12 @@ def _fastest_that_holds(problem: Problem, pool: _Pool, drop: DropLimit, error_li
         if best is not None and _gain_s(pool, picked) <= _gain_s(pool, best) + _worth_s(problem):
             return True
         if picked not in known:
-            known[picked] = _within_error(problem, pool, picked, error_limit) and _metric_holds(problem, pool, picked)
+            possible = error_limit is None or _within_error(problem, pool, picked, error_limit)
+            known[picked] = (
+                possible
+                and _metric_holds(problem, pool, picked)
+                and _within_error(problem, pool, picked, error_limit)  # finite, where it is not limited
+            )
         return known[picked]
 
     views = _views(pool, errors)
@@ -257,7 +262,8 @@ def _fastest_that_holds(problem: Problem, pool: _Pool, drop: DropLimit, error_li
         vain += picked not in known
         if holds(picked):
             vain, steps = 0, _steps(problem, pool, errors, picked)
-    for picked in () if fastest() else (*_accurate(problem, pool, errors), *_exact_picks(pool)):
+    last = () if fastest() is not None else (*_accurate(problem, pool, errors), *_exact_picks(pool))
+    for picked in last:
         if drop.left > 1 and holds(picked):
             break
     for picked in sorted((p for p, held in known.items() if held), key=lambda p: -_gain_s(pool, p)):
