@@ -85,9 +85,14 @@ def compile_command(
     io_rank: Annotated[int | None, typer.Option(help="The same for its inputs and outputs.")] = None,
     opset: Annotated[int | None, typer.Option(help="ONNX opset, 18 to 23; 20 if not given.")] = None,
     max_error: Annotated[float | None, typer.Option(help="Largest relative output error.")] = None,
+    measure: Annotated[str, typer.Option(help="What --max-error is of: error, kl (nats) or top1 (share).")] = "error",
     size: Annotated[str | None, typer.Option(help="Weight size: 0.5, 50% or 12MB.")] = None,
     speedup: Annotated[float | None, typer.Option(help="Least speed-up, such as 1.5.")] = None,
     max_latency: Annotated[str | None, typer.Option(help="Largest latency, such as 12ms.")] = None,
+    evaluation: Annotated[
+        str | None, typer.Option("--eval", help="pkg.mod:fn, from the model to a number, higher is better.")
+    ] = None,
+    max_drop: Annotated[float | None, typer.Option(help="How far that number may fall.")] = None,
     confidence: Annotated[float | None, typer.Option(help="Least P(faster) of a rewrite.")] = None,
     strategy: Annotated[
         str | None, typer.Option(help="What chooses: milp (the default), beam, latency-step, energy or uniform.")
@@ -117,8 +122,8 @@ def compile_command(
     request = Request(
         model=model, target=target, out=out, arch=arch, trust_pickle=trust_pickle, inputs=tuple(inputs or ()),
         calib=calib, batch=batch, dtype=dtype, max_rank=max_rank, io_rank=io_rank, opset=opset,
-        max_error=max_error, size=size,
-        speedup=speedup, max_latency=max_latency, confidence=confidence, strategy=strategy, passes=passes,
+        max_error=max_error, size=size, speedup=speedup, max_latency=max_latency, eval=evaluation, max_drop=max_drop,
+        measure=measure, confidence=confidence, strategy=strategy, passes=passes,
         options=tuple(options or ()), skip=tuple(skip or ()), seed=seed, plan=plan, plan_out=plan_out,
         report_json=report_json, recover=recover, recover_minutes=recover_minutes, recover_data=recover_data,
         labels=labels, progressive=progressive,

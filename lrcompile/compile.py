@@ -9,9 +9,8 @@ from __future__ import annotations
 import fnmatch
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +35,15 @@ from lrcompile.passes import Context, Pass, Stage
 from lrcompile.planning.budget import Budget
 from lrcompile.planning.calibration import collect
 from lrcompile.planning.canonicalize import canonicalize, check_exact, check_finite, rounding
+from lrcompile.planning.metric import DropLimit, Evaluation, Metric, check_metric
 from lrcompile.planning.plan import Plan
 from lrcompile.planning.price import Pricing, price
 from lrcompile.planning.search import Choice, Problem
 from lrcompile.planning.sensitivity import Evaluator, rewritten
 from lrcompile.planning.strategies import search
 from lrcompile.plugins import discover
+from lrcompile.report.clock import Clock, Progress, silent
 from lrcompile.report.report import Decision, Report, decide, error_figures, latency_figures, model_figures
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,13 +92,14 @@ class Prepared:
     seed: int
     notes: tuple[str, ...]
     clock: Clock
+    metric: Metric | None = None
 
-    @property
-    def problem(self) -> Problem:
+    def problem(self, budget: Budget, drop: DropLimit | None = None) -> Problem:
         """What is searched for a budget."""
         return Problem(
-            self.graph, self.pricing.candidates, self.passes, self.context, self.evaluator, self.base,
-            self.original.latency_s, self.clock.progress,
+            self.graph, self.pricing.candidates, self.passes, self.context,
+            self.evaluator.measured_in(budget.measure_in_use), self.base, self.original.latency_s,
+            self.clock.progress, drop,
         )  # fmt: skip
 
 
@@ -120,6 +120,7 @@ def compile(  # the name that users look for
     io_rank: int | None = None,
     opset: int | None = None,
     seed: int = 0,
+    metric: Callable[[nn.Module], Any] | None = None,
     progress: Progress | None = None,
 ) -> Result:
     """Rewrites a model where that makes it faster on the target, within the budget.
@@ -129,20 +130,22 @@ def compile(  # the name that users look for
     graph has more than four axes, with `io_rank=4` its inputs and outputs have not either: [B, C, T, H, W] is taken as
     [B, C·T, H, W]. `opset` is the version of ONNX operators, 18 to 23. With `plan`, its rewrites are applied and
     nothing is searched. Without `calibration`, decompositions see the weights alone and the output error is measured
-    on the example inputs.
+    on the example inputs. `metric` takes a model, called as the one given is, and returns a number, higher is better,
+    which may fall by `budget.max_drop`; it is evaluated at most 25 times.
 
     Raises:
-        InputError: the model, inputs or options cannot be used.
+        InputError: the model, inputs, metric or options cannot be used.
         BudgetError: the budget cannot be met; the message holds the range that can.
         PlanError: the plan belongs to another model or to other calibration data.
         VerificationError: a rewrite changed what the model computes.
     """
     options: dict[str, Any] = {"calibration": calibration, "passes": passes, "dtype": dtype, "batch": batch}
     options |= {"max_rank": max_rank, "io_rank": io_rank, "opset": opset}
+    evaluation = check_metric(metric, budget, plan)
     if plan is not None:
         return replay(model, args, kwargs, plan=plan, progress=progress, **options)
-    prepared = prepare_model(model, args, kwargs, target=target, skip=skip, seed=seed, progress=progress, **options)
-    return solve(prepared, budget or Budget())
+    options |= {"target": target, "skip": skip, "seed": seed, "metric": evaluation, "progress": progress}
+    return solve(prepare_model(model, args, kwargs, **options), budget or Budget())
 
 
 def prepare_model(
@@ -160,6 +163,7 @@ def prepare_model(
     io_rank: int | None = None,
     opset: int | None = None,
     seed: int = 0,
+    metric: Callable[[nn.Module], Any] | None = None,
     progress: Progress | None = None,
 ) -> Prepared:
     """Everything up to the choice; see `compile`. The result can be solved for one budget after another."""
@@ -173,6 +177,10 @@ def prepare_model(
     with clock("lower"):
         traced = to_rank(traced, target.max_rank if max_rank is None else max_rank, io_rank, rounding(dtype))
     traced = replace(traced, opset=check_opset(opset))
+    base = None
+    if metric is not None:
+        with clock("evaluate"):
+            base = Metric.on(traced, Evaluation.of(metric), seed, clock.progress)
     target = target.for_model(traced.dynamic_batch, opset)
     reference = Reference.of(traced) if target.is_local else None
     keep, skipped = _keeper(traced.graph, skip)
@@ -191,8 +199,8 @@ def prepare_model(
         pricing = price(graph, transforms, context, target.model, keep, clock.progress)
         costs = {} if target.is_local else _node_costs(graph, target)
         pricing = replace(pricing, refusals=(*refusals, *pricing.refusals), node_costs=costs)
-        base = reference.latency() if reference else _whole(costs, target)
-        original = base if reference else _whole(_node_costs(traced.graph, target), target)
+        cost = reference.latency() if reference else _whole(costs, target)
+        original = cost if reference else _whole(_node_costs(traced.graph, target), target)
     return Prepared(
         traced=traced,
         graph=graph,
@@ -202,7 +210,7 @@ def prepare_model(
         context=context,
         evaluator=evaluator,
         pricing=pricing,
-        base=base,
+        base=cost,
         original=original,
         reference=reference,
         calibration=calibration,
@@ -210,6 +218,7 @@ def prepare_model(
         seed=seed,
         notes=(*problems, *traced.notes),
         clock=clock,
+        metric=base,
     )
 
 
@@ -217,21 +226,26 @@ def solve(prepared: Prepared, budget: Budget) -> Result:
     """The best model within a budget; `prepared` is not changed and can be solved again.
 
     Raises:
+        InputError: the budget limits a metric, and the model was prepared without one.
         BudgetError: the budget cannot be met; the message holds the range that can.
     """
-    p, clock, problem = prepared, prepared.clock, prepared.problem
+    p, clock = prepared, prepared.clock
+    drop = DropLimit.of(p.metric, budget)
+    problem = p.problem(budget, drop.kept_back() if drop and p.reference else drop)
     with clock("choose"):
         choice = search(problem, budget)
-        check_finite(p.graph, choice.rewrites, p.passes, p.context, p.evaluator, choice.error)
+        check_finite(p.graph, choice.rewrites, p.passes, p.context, problem.evaluator, choice.error)
         exact = [rewrite for rewrite in choice.rewrites if rewrite.exact]
         if exact and len(exact) == len(choice.rewrites):
-            check_exact(p.graph, exact, p.passes, p.context, p.evaluator, choice.error)
+            check_exact(p.graph, exact, p.passes, p.context, p.evaluator, _relative_error(p, budget, choice))
     measured: Measured | None = None
     wanted = choice.candidates
-    if p.reference:
+    if p.reference and not choice.untouched:
         with clock("confirm"):
-            choice, measured = confirm(p.reference, problem, choice, budget)
-    canonical = () if measured and measured.returned_original else p.canonical
+            choice, measured = confirm(p.reference, replace(problem, drop=drop), choice, budget)
+    untouched = choice.untouched or bool(measured and measured.returned_original)
+    canonical = () if untouched else p.canonical
+    metric = drop.result(None if untouched else choice.rewrites).to_json() if drop else None
     left = {id(candidate) for candidate in choice.candidates}
     dropped = [site for candidate in wanted if id(candidate) not in left for site in candidate.sites]
     overruled = dict.fromkeys(dropped, measured.overruled or "") if measured else {}
@@ -255,11 +269,12 @@ def solve(prepared: Prepared, budget: Budget) -> Result:
         rewrites=rewrites,
         options={name: asdict(p.passes[name]) for name in sorted({r.pass_name for r in rewrites})},
         sites=[decision.to_json() for decision in decisions],
+        metric=metric,
     )
     if measured:
         latency = latency_figures("measured", measured.before, measured.after)
     else:
-        after = p.base - total([c.gain for c in choice.candidates])
+        after = p.original if untouched else p.base - total([c.gain for c in choice.candidates])
         sigma_s = _saving_sigma_s(p.target, p.traced.graph, choice.graph)
         latency = latency_figures(p.target.model.kind, p.original, after, sigma_s)
     report = Report(
@@ -268,11 +283,12 @@ def solve(prepared: Prepared, budget: Budget) -> Result:
         latency_ms=latency,
         error=error_figures(budget, p.calibration, choice.error),
         sites=decisions,
-        verification={"torch_vs_original": choice.error, "onnx_vs_torch": None},
+        verification={"torch_vs_original": _relative_error(p, budget, choice), "onnx_vs_torch": None},
         timings_s=dict(clock.seconds),
         notes=(*p.notes, *_remarks(p, choice, measured)),
         rewrites=rewrites,
         settings=_settings(p.context.dtype, p.traced, p.seed, budget),
+        metric=metric,
     )
     return Result(choice.graph.gm, plan, report, p.traced)
 
@@ -281,11 +297,21 @@ def _settings(dtype: str, traced: Traced, seed: int, budget: Budget) -> dict[str
     return {"dtype": dtype, "batch": batch_size(traced.flat), "seed": seed, "strategy": budget.strategy_name}
 
 
+def _relative_error(p: Prepared, budget: Budget, choice: Choice) -> float:
+    """The relative output error of a choice, in whatever measure it was made."""
+    return choice.error if budget.measure == "error" else p.evaluator.error(choice.graph)
+
+
 def _remarks(p: Prepared, choice: Choice, measured: Measured | None) -> list[str]:
     """What the user should know besides the figures."""
     remarks = []
     if choice.relaxed:
         remarks.append("the size asked for needed rewrites that do not make the target faster; see the table")
+    if p.metric and p.metric.noise:
+        remarks.append(f"two evaluations of the original differ by {p.metric.noise:.2g}, and so much more may be lost")
+    if choice.untouched:
+        remarks.append("exact rewrites alone make the metric fall further than allowed: the model is as it was")
+        return remarks
     if measured and measured.remark:
         remarks.append(measured.remark)
     if measured and measured.overruled:
@@ -343,9 +369,10 @@ def replay(
             statistics = collect(graph, batches, clock.progress)
             context = Context(target.device, dtype, statistics.grams, statistics.token_counts)
         graph_after = rewritten(graph, plan.rewrites[count:], by_name, context)
-        error = Evaluator(traced.graph, batches).error(graph_after)
+        evaluator = Evaluator(traced.graph, batches)
+        error = evaluator.error(graph_after)
+        measured_error = evaluator.measured_in(plan.budget.measure_in_use).error(graph_after)
     check_rank(graph_after, traced)
-    choice = Choice((), graph_after, error)
     if target.is_local:
         measured = Reference.of(traced).measure(graph_after)
         latency = latency_figures("measured", measured.before, measured.after)
@@ -357,21 +384,26 @@ def replay(
         target=plan.target,
         model=model_figures(traced, graph_after),
         latency_ms=latency,
-        error=error_figures(plan.budget, calibration, choice.error),
+        error=error_figures(plan.budget, calibration, measured_error),
         sites=[Decision.from_json(site) for site in plan.sites],
         verification={"torch_vs_original": error, "onnx_vs_torch": None},
         timings_s=dict(clock.seconds),
-        notes=(*problems, *traced.notes, "replayed from a plan", *_untrained(plan)),
+        notes=(*problems, *traced.notes, *_replayed(plan)),
         rewrites=plan.rewrites,
         settings=_settings(dtype, traced, plan.seed, plan.budget),
+        metric=plan.metric,
     )
     return Result(graph_after.gm, plan, report, traced)
 
 
-def _untrained(plan: Plan) -> list[str]:
-    if plan.recovery is None:
-        return []
-    return [f"the plan's model was trained for {plan.recovery['steps']} steps; this one is not: give --recover"]
+def _replayed(plan: Plan) -> list[str]:
+    """What a replay does not do again."""
+    notes = [f"replayed from a plan{', the metric is as it was then' if plan.metric else ''}"]
+    if plan.recovery is not None:
+        notes.append(
+            f"the plan's model was trained for {plan.recovery['steps']} steps; this one is not: give --recover"
+        )
+    return notes
 
 
 def _passes(passes: Sequence[Pass] | None) -> tuple[tuple[Pass, ...], tuple[str, ...]]:
@@ -442,25 +474,3 @@ def _whole(costs: Mapping[str, Cost], target: Target) -> Cost:
 def _saving_sigma_s(target: Target, before: Graph, after: Graph) -> float:
     """Standard deviation in s of what is predicted to be saved."""
     return math.hypot(*(cost.sigma_s for cost in target.model.compare(before.gm, after.gm)))
-
-
-def silent(stage: str, done: int, total: int) -> None:
-    """Shows no progress."""
-
-
-@dataclass(frozen=True)
-class Clock:
-    """Seconds spent in each stage; passes progress on."""
-
-    progress: Progress
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        """Times what runs inside as a stage."""
-        self.progress(stage, 0, 0)
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start

@@ -16,7 +16,7 @@ from lrcompile.errors import BudgetError, InputError
 from lrcompile.frontend.trace import Traced
 from lrcompile.graph.graph import Graph
 from lrcompile.planning.budget import Budget
-from lrcompile.planning.search import Choice, Problem, applied
+from lrcompile.planning.search import Choice, Problem, applied, metric_holds
 from lrcompile.planning.sensitivity import rewritten
 from lrcompile.planning.strategies import search
 
@@ -129,7 +129,7 @@ def confirm(reference: Reference, problem: Problem, choice: Choice, budget: Budg
     overruled = f"measured on the whole model, all of the rewrites took {measured}"
     better, better_measured = _pruned(reference, problem, choice, measured, budget)
     better_measured = _settled(reference, better, better_measured)
-    if _gains(better, better_measured):
+    if _gains(better, better_measured) and metric_holds(problem, better.candidates):
         if len(better.candidates) < len(choice.candidates):
             better_measured = replace(better_measured, overruled=f"{overruled}: some were dropped")
         return better, better_measured
@@ -199,7 +199,8 @@ def _pruned(
         if known[picked] > least * WORTH and not set(picked) <= set(exact):
             continue  # an error for nothing
         better = applied(problem, choice.candidates, picked)
-        if budget.error_limit is None or better.error <= max(budget.error_limit, choice.error):
+        within = budget.error_limit is None or better.error <= max(budget.error_limit, choice.error)
+        if within and metric_holds(problem, better.candidates):
             return better, reference.measure(better.graph)
     return applied(problem, choice.candidates, ()), reference.measure(problem.graph)
 

@@ -12,13 +12,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lrcompile.compile import Progress, Result, compile, silent
+from lrcompile.compile import Result, compile
 from lrcompile.errors import InputError
 from lrcompile.frontend.calibration_data import CalibrationData
 from lrcompile.graph.graph import weight_bytes
 from lrcompile.planning.budget import Budget
 from lrcompile.recover import recover
 from lrcompile.recovery.settings import Recovery
+from lrcompile.report.clock import Progress, silent
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,6 +19,8 @@ from lrcompile.frontend.export import batch_size
 from lrcompile.frontend.inputs import call_inputs, example_inputs, input_names, parse_inputs
 from lrcompile.frontend.load import Source, load
 from lrcompile.planning.budget import Budget, parse_latency, parse_size
+from lrcompile.planning.measures import RELATIVE
+from lrcompile.planning.metric import Evaluation, check_metric
 from lrcompile.planning.plan import Plan
 from lrcompile.plugins import configure, discover, parsed_option, select
 from lrcompile.progressive import progressive
@@ -54,6 +56,9 @@ class Request:
     size: str | None
     speedup: float | None
     max_latency: str | None
+    eval: str | None
+    max_drop: float | None
+    measure: str
     confidence: float | None
     strategy: str | None
     passes: str | None
@@ -91,6 +96,7 @@ def compile_files(request: Request, progress: Callable[[str, int, int], None]) -
             check_writable(path, text=True)
     plan = Plan.load(request.plan) if request.plan else None
     budget = _budget(request)
+    metric = check_metric(None if request.eval is None else Evaluation.load(request.eval), budget, plan)
     recovery = _recovery(request)
     asked = _asked(request)
     training = _calibration(request, asked.source, request.recover_data) or asked.options["calibration"]
@@ -103,7 +109,7 @@ def compile_files(request: Request, progress: Callable[[str, int, int], None]) -
         )
     if recovery is not None and training is None:
         raise InputError("--recover has no inputs to learn from; give --calib, or --recover-data, which it alone reads")
-    result = compile_model(*asked.inputs, budget=budget, plan=plan, progress=progress, **asked.options)
+    result = compile_model(*asked.inputs, budget=budget, plan=plan, metric=metric, progress=progress, **asked.options)
     if recovery is not None:
         result = recover(result, training, recovery, labels=labels, progress=progress)
     report = replace(result.report, notes=[*asked.problems, *result.report.notes])
@@ -178,8 +184,10 @@ def family_files(request: Request, progress: Callable[[str, int, int], None]) ->
     recovery = _recovery(request)
     if recovery is None or request.out is None:
         raise InputError("--progressive makes several models and trains each; give --out, and --recover STEPS for each")
-    if request.plan is not None or request.plan_out is not None or request.size is not None:
-        raise InputError("--progressive sets sizes and makes several plans; leave out --size, --plan and --plan-out")
+    for name in ("plan", "plan_out", "report_json", "size", "eval", "max_drop"):
+        if getattr(request, name) is not None:
+            option = "--" + name.replace("_", "-")
+            raise InputError(f"--progressive sets the sizes, and makes several plans and reports; leave out {option}")
     out = Path(request.out)
     manifest = out.with_name(f"{out.stem}.family.json")
     names = [out.with_name(f"{out.stem}-{size:g}{out.suffix}") for size in sizes]
@@ -230,6 +238,7 @@ def _asked(request: Request) -> _Asked:
 
 def _budget(request: Request) -> Budget:
     options: dict[str, Any] = {"max_error": request.max_error, "speedup": request.speedup}
+    options |= {"max_drop": request.max_drop, "measure": request.measure or RELATIVE.name}
     if request.size is not None:
         options["size"] = parse_size(request.size)
     if request.max_latency is not None:

@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "front": "errors planning compile",
     "recovery": "errors graph",
     "recover": "errors graph frontend planning recovery compile",
-    "progressive": "errors frontend graph planning recovery compile recover",
+    "progressive": "errors frontend graph planning report recovery compile recover",
     "session": "errors devices frontend emit plugins planning report compile front recovery recover progressive",
     "cli": "errors devices plugins planning report session",
     "__main__": "cli",

@@ -116,7 +116,7 @@ def convolutions() -> lrcompile.Prepared:
 
 @pytest.mark.parametrize("name", STRATEGY_NAMES)
 def test_the_reach_of_each_strategy_is_reached(convolutions: lrcompile.Prepared, name: str) -> None:
-    problem, free = convolutions.problem, lrcompile.Budget(strategy=name, confidence=0.5)
+    problem, free = convolutions.problem(lrcompile.Budget()), lrcompile.Budget(strategy=name, confidence=0.5)
     strategy = strategy_of(free)
     least_s = strategy.reach_s(problem, free)
     assert least_s < problem.original_s
@@ -127,10 +127,10 @@ def test_the_reach_of_each_strategy_is_reached(convolutions: lrcompile.Prepared,
 @pytest.mark.parametrize("name", RIVALS)
 def test_the_size_that_a_message_names_is_reached(convolutions: lrcompile.Prepared, name: str) -> None:
     with pytest.raises(BudgetError) as caught:
-        search(convolutions.problem, lrcompile.Budget(size=0.001, strategy=name))
+        search(convolutions.problem(lrcompile.Budget()), lrcompile.Budget(size=0.001, strategy=name))
     found = re.search(r"a size of ([\d.]+);", str(caught.value))
     assert found
-    search(convolutions.problem, lrcompile.Budget(size=float(found[1]) + 0.001, strategy=name))
+    search(convolutions.problem(lrcompile.Budget()), lrcompile.Budget(size=float(found[1]) + 0.001, strategy=name))
 
 
 def ranks(offer: Offer, strategy: Sweep) -> list[list[int | None]]:
@@ -142,7 +142,7 @@ def ranks(offer: Offer, strategy: Sweep) -> list[list[int | None]]:
 
 
 def test_uniform_keeps_one_share_everywhere(prepared: lrcompile.Prepared) -> None:
-    offer = offered(prepared.problem, lrcompile.Budget(speedup=1.5))
+    offer = offered(prepared.problem(lrcompile.Budget()), lrcompile.Budget(speedup=1.5))
     settings = ranks(offer, Uniform())
     assert all(len(set(setting)) == 1 for setting in settings)  # layers of one shape
     cut = [setting[0] for setting in settings if setting[0] is not None]
@@ -150,7 +150,7 @@ def test_uniform_keeps_one_share_everywhere(prepared: lrcompile.Prepared) -> Non
 
 
 def test_energy_holds_every_layer_to_one_bound(prepared: lrcompile.Prepared) -> None:
-    offer = offered(prepared.problem, lrcompile.Budget(speedup=1.5))
+    offer = offered(prepared.problem(lrcompile.Budget()), lrcompile.Budget(speedup=1.5))
     for setting in Energy().settings(offer):
         bound = max(cut.candidate.error for cut in setting if cut)
         for layer, cut in zip(offer.choosable(), setting, strict=True):
@@ -161,7 +161,7 @@ def test_energy_holds_every_layer_to_one_bound(prepared: lrcompile.Prepared) -> 
 
 @pytest.mark.parametrize("strategy", [Uniform(), Energy(), LatencyStep()])
 def test_the_mildest_setting_is_taken(prepared: lrcompile.Prepared, strategy: Sweep) -> None:
-    offer = offered(prepared.problem, lrcompile.Budget(speedup=1.5))
+    offer = offered(prepared.problem(lrcompile.Budget()), lrcompile.Budget(speedup=1.5))
     picked = strategy.pick(offer)
     assert picked is not None
     assert offer.holds(picked)
@@ -174,7 +174,7 @@ def test_the_mildest_setting_is_taken(prepared: lrcompile.Prepared, strategy: Sw
 
 @pytest.mark.parametrize("strategy", [Uniform(), Energy(), LatencyStep()])
 def test_the_strongest_setting_within_the_error_is_taken(prepared: lrcompile.Prepared, strategy: Sweep) -> None:
-    offer = offered(prepared.problem, lrcompile.Budget(max_error=0.55))
+    offer = offered(prepared.problem(lrcompile.Budget()), lrcompile.Budget(max_error=0.55))
     picked = strategy.pick(offer)
     picks = [offer.completed(setting) for setting in strategy.settings(offer)]
     distinct = [pick for i, pick in enumerate(picks) if pick not in picks[:i]]
@@ -196,7 +196,7 @@ def test_noise_makes_no_cliff() -> None:
 
 
 def test_latency_step_stays_in_its_window(prepared: lrcompile.Prepared) -> None:
-    layer = offered(prepared.problem, lrcompile.Budget()).layers[0]
+    layer = offered(prepared.problem(lrcompile.Budget()), lrcompile.Budget()).layers[0]
     for compression in (1.0, 1.7, 3.0):
         cut = below_step(layer, compression)
         assert 1 / (compression + 1) <= cut.share <= 1 / compression
@@ -215,16 +215,16 @@ def test_beam_asks_the_score_that_it_is_given(prepared: lrcompile.Prepared) -> N
         return float(any(path.startswith("6.") for path in graph.sites()))
 
     strategy = Beam(width=2, levels=8, score=score)
-    choice = search(prepared.problem, lrcompile.Budget(speedup=1.3, strategy=strategy))
+    choice = search(prepared.problem(lrcompile.Budget()), lrcompile.Budget(speedup=1.3, strategy=strategy))
     assert len(seen) == len(set(seen)) > 0
     assert "6" not in {site for candidate in choice.candidates for site in candidate.sites}
-    milp = search(prepared.problem, lrcompile.Budget(speedup=1.3))
+    milp = search(prepared.problem(lrcompile.Budget()), lrcompile.Budget(speedup=1.3))
     assert "6" in {site for candidate in milp.candidates for site in candidate.sites}
 
 
 @pytest.mark.parametrize("budget", [{"speedup": 1.0}, {"size": 1.0}])
 def test_beam_changes_nothing_where_nothing_is_asked(prepared: lrcompile.Prepared, budget: dict[str, float]) -> None:
-    assert search(prepared.problem, lrcompile.Budget(**budget, strategy="beam")).candidates == ()
+    assert search(prepared.problem(lrcompile.Budget()), lrcompile.Budget(**budget, strategy="beam")).candidates == ()
 
 
 def test_beam_steps_layers_together_that_are_cut_together() -> None:
@@ -242,9 +242,9 @@ def test_beam_steps_layers_together_that_are_cut_together() -> None:
     prepared = lrcompile.prepare_model(Heads().eval(), (X[:512],), target="v100")
     exact = lrcompile.solve(prepared, lrcompile.Budget(max_error=0.0))
     asked = 1.1 * exact.report.latency_ms["speedup"]
-    choice = search(prepared.problem, lrcompile.Budget(speedup=asked, strategy="beam"))
+    choice = search(prepared.problem(lrcompile.Budget()), lrcompile.Budget(speedup=asked, strategy="beam"))
     assert max(len(candidate.sites) for candidate in choice.candidates) > 1
-    offer = offered(prepared.problem, lrcompile.Budget())
+    offer = offered(prepared.problem(lrcompile.Budget()), lrcompile.Budget())
     merged_s = gain_s(offer.completed(()))
     assert all(gain_s(offer.completed([cut])) < merged_s for layer in offer.choosable() for cut in layer)
 
@@ -260,7 +260,7 @@ def test_a_wider_beam_loses_nothing_here(prepared: lrcompile.Prepared) -> None:
     errors = []
     for width in (1, 6):
         budget = lrcompile.Budget(size=0.4, strategy=Beam(width=width, tries=64))
-        choice = search(prepared.problem, budget)
+        choice = search(prepared.problem(lrcompile.Budget()), budget)
         assert bytes_saved(choice.candidates) >= 0.6 * 4 * 512 * 512 * 4
         errors.append(choice.error)
     assert errors[1] <= errors[0]

@@ -15,6 +15,7 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from lrcompile.errors import InputError, VerificationError
+from lrcompile.frontend.calls import signature_of
 from lrcompile.frontend.export import OpenAxes, at_other_sizes, batch_axes, batch_size, export, open_axes
 from lrcompile.frontend.functionalize import drop_last_writes, functionalize
 from lrcompile.frontend.lift import lift
@@ -31,7 +32,8 @@ class Traced:
     inputs that may have other sizes than on the example, and `others` are flat inputs with other sizes of those
     besides the batch, to check with. `max_rank` is the highest rank that values inside the graph may have, and
     `io_rank` that of its inputs and outputs, where there is a limit. `opset` is the version of ONNX operators that it
-    is to be written in, where one was asked for.
+    is to be written in, where one was asked for. `signature` is how the model as given is called; `output_shapes` are
+    those that outputs had before `io_rank` folded them, None for those that it left alone.
     """
 
     graph: Graph
@@ -46,6 +48,8 @@ class Traced:
     max_rank: int | None = None
     io_rank: int | None = None
     opset: int | None = None
+    signature: inspect.Signature = field(default_factory=inspect.Signature)
+    output_shapes: tuple[tuple[int, ...] | None, ...] = ()
 
     @property
     def dynamic_batch(self) -> bool:
@@ -69,6 +73,7 @@ def trace(
     """
     args, kwargs = tuple(args), dict(kwargs or {})
     notes: list[str] = []
+    source = program
     if isinstance(program, torch.jit.ScriptModule):
         program = _convert_torchscript(program, args, kwargs)
     if batch_size(pytree.tree_leaves((args, kwargs))) == 0:
@@ -122,6 +127,7 @@ def trace(
         open_axes=kept,
         others=tuple(other for other, _ in others),
         notes=tuple(notes),
+        signature=signature_of(source, gm),
     )
 
 

@@ -92,7 +92,8 @@ def to_rank(traced: Traced, max_rank: int | None, io_rank: int | None, limit: fl
     args, kwargs = pytree.tree_map(folded_io, (traced.args, traced.kwargs)) if fold_io else (traced.args, traced.kwargs)
     flat = tuple(map(folded_io, traced.flat)) if fold_io else traced.flat
     result = replace(
-        traced, graph=graph, args=args, kwargs=kwargs, flat=flat, max_rank=max_rank, io_rank=io_rank
+        traced, graph=graph, args=args, kwargs=kwargs, flat=flat, max_rank=max_rank, io_rank=io_rank,
+        output_shapes=tuple(_folded_shapes(traced.graph)) if fold_io else (),
     )  # fmt: skip
     check_rank(graph, result)
     errors = []
@@ -123,6 +124,14 @@ def _rank(value: Any) -> int:
     return max((leaf.dim() for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)), default=0)
 
 
+def _folded_shapes(graph: Graph) -> Iterator[tuple[int, ...] | None]:
+    """The shape of each output that is folded, None for the others."""
+    for node in pytree.tree_leaves(list(graph.gm.graph.output_node().args)):
+        yield (
+            tuple(node.meta["val"].shape) if isinstance(node, fx.Node) and _rank(node.meta.get("val")) > RANK else None
+        )
+
+
 def _notes(traced: Traced, fold_io: bool, error: float) -> Iterator[str]:
     yield (
         f"lowered to rank 4, {error:.1e} from the original (relative): the latency before and all other errors are "
@@ -134,10 +143,9 @@ def _notes(traced: Traced, fold_io: bool, error: float) -> Iterator[str]:
         if isinstance(value, Tensor) and value.dim() > RANK:
             shape, folded = list(value.shape), list(folded_io(value).shape)
             yield f"input {name} is taken as {folded} instead of {shape}: {name}.flatten(1, {-RANK + 1})"
-    outputs = pytree.tree_leaves(list(traced.graph.gm.graph.output_node().args))
-    for name, node in zip(traced.output_names, outputs, strict=False):
-        if isinstance(node, fx.Node) and _rank(node.meta.get("val")) > RANK:
-            yield f"output {name} comes as [B, C·T, H, W]: {name}.unflatten(1, {list(node.meta['val'].shape[1:-2])})"
+    for name, whole in zip(traced.output_names, _folded_shapes(traced.graph), strict=False):
+        if whole is not None:
+            yield f"output {name} comes as [B, C·T, H, W]: {name}.unflatten(1, {list(whole[1:-2])})"
 
 
 def _check_sizes(traced: Traced) -> None:

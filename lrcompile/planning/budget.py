@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from lrcompile.errors import InputError
+from lrcompile.planning.measures import MEASURES, OF_FLOATS, RELATIVE, Measure, measure_named
 
 if TYPE_CHECKING:  # strategies search within budgets
     from lrcompile.planning.strategies.strategy import Strategy
@@ -24,11 +25,14 @@ class Budget:
 
     `max_error`: relative output error, ‖y − ŷ‖/‖y‖ of the worst output. `size`: weight bytes as a share of the
     original (≤ 1) or in bytes (> 1). `speedup`: predicted latency before/after. `max_latency_s`: predicted latency
-    in seconds. `confidence`: the least probability of being faster at which a rewrite is accepted. `strategy`: what
-    chooses, a name or one with options of its own, such as `Beam(width=8)`.
+    in seconds. `confidence`: the least probability of being faster at which a rewrite is accepted. `max_drop`: how far
+    the user's metric may fall, in its own units. `measure`: what `max_error` is of, "error" as above, "kl" (divergence
+    of the softmax over the last axis of the first floating-point output from the original's, in nats a position) or
+    "top1" (the share of positions at which the largest entry of that axis is another one). `strategy`: what chooses, a
+    name or one with options of its own, such as `Beam(width=8)`.
 
-    With `max_error`, or with no limit at all (then `DEFAULT_MAX_ERROR` holds), the fastest model within the limits
-    is sought; with only size, speed or latency limits, the most accurate one.
+    With `max_error` or `max_drop`, or with no limit at all (then a `max_error` of `DEFAULT_MAX_ERROR` holds), the
+    fastest model within the limits is sought; with only size, speed or latency limits, the most accurate one.
     """
 
     max_error: float | None = None
@@ -36,13 +40,18 @@ class Budget:
     speedup: float | None = None
     max_latency_s: float | None = None
     confidence: float = DEFAULT_CONFIDENCE
+    max_drop: float | None = None
+    measure: str = "error"
     strategy: str | Strategy = "milp"
 
     def __post_init__(self) -> None:
-        for name in ("max_error", "size", "speedup", "max_latency_s", "confidence"):
+        for name in ("max_error", "size", "speedup", "max_latency_s", "confidence", "max_drop"):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, int | float) and math.isfinite(value) and value >= 0):
                 raise InputError(f"budget {name} is {value!r}; expected a finite number of at least 0")
+        limits = (self.max_error, self.size, self.speedup, self.max_latency_s, self.max_drop)
+        if measure_named(self.measure) != RELATIVE and all(limit is None for limit in limits):
+            raise InputError(f"--measure {self.measure} has no default limit; say how much with --max-error")
         if self.speedup is not None and self.speedup < 1:
             raise InputError(f"--speedup {self.speedup} asks for a slower model; expected 1 or more, such as 1.5")
         if self.size == 0:
@@ -54,10 +63,20 @@ class Budget:
 
     @property
     def error_limit(self) -> float | None:
-        """The error limit in force: the one given, the default where nothing is limited, else None."""
+        """The limit in force on the error, or on the root of another measure; None where nothing limits it.
+
+        It is the one given, or the default where nothing is limited.
+        """
         if self.max_error is not None:
-            return self.max_error
-        return None if any((self.size, self.speedup, self.max_latency_s)) else DEFAULT_MAX_ERROR
+            return MEASURES[self.measure].root(self.max_error)
+        limited = any((self.size, self.speedup, self.max_latency_s)) or self.max_drop is not None
+        return None if limited else DEFAULT_MAX_ERROR
+
+    @property
+    def measure_in_use(self) -> Measure:
+        """What errors are measured in; integer outputs do not count where the user's metric is the judge."""
+        judged = self.max_drop is not None and self.max_error is None
+        return OF_FLOATS if judged and self.measure == RELATIVE.name else MEASURES[self.measure]
 
     @property
     def exact_only(self) -> bool:

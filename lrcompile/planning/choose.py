@@ -40,13 +40,17 @@ class Limits:
 
 
 def choose(
-    candidates: Sequence[Candidate], errors: Sequence[float], limits: Limits, objective: Objective = "latency"
+    candidates: Sequence[Candidate],
+    errors: Sequence[float],
+    limits: Limits,
+    objective: Objective = "latency",
+    gap: float | None = None,
 ) -> list[int] | None:
     """Indices of the best candidates, at most one on any original node; None if the limits cannot be met.
 
     `errors[i]` is the error of the model's output when only candidate i is applied. Errors of several are added in
     quadrature: a guide, not a promise; the caller measures. Candidates without a finite error are not taken where
-    errors count.
+    errors count. `gap` is how far from the optimum the least latency or size may be, relative.
     """
     if not candidates:
         return [] if limits.gain_s <= 0 and limits.bytes_saved <= 0 else None
@@ -65,7 +69,7 @@ def choose(
             scale = float(np.abs(row).max()) or 1.0
             constraints.append(LinearConstraint(row / scale, least / scale, math.inf))
     if objective != "error":
-        return _solved(-(gain if objective == "latency" else saved), constraints, allowed, GAP[objective])
+        return _solved(-(gain if objective == "latency" else saved), constraints, allowed, gap or GAP[objective])
     picked = _solved(square, constraints, allowed, GAP[objective], gain)
     for _ in range(REFINEMENTS):  # the solver's tolerances are absolute: leave out what is beyond the best so far
         least = float(square[picked].sum()) if picked else 0.0

@@ -24,6 +24,7 @@ class Plan:
     `recovery` holds the figures of the training that followed, which a replay does not repeat.
     `max_rank` and `io_rank` limit the rank of values inside the graph and at its ends: the graph that is meant, and
     that the fingerprint is of, is the lowered one. `opset` is that of ONNX output, None for the usual one.
+    `metric` holds the figures of the user's metric, as they were then: a replay does not evaluate it.
     """
 
     target: str
@@ -40,6 +41,7 @@ class Plan:
     io_rank: int | None = None
     opset: int | None = None
     recovery: Mapping[str, Any] | None = None
+    metric: Mapping[str, Any] | None = None
 
     def dumps(self) -> str:
         """The plan as JSON text; the same plan gives the same text."""
@@ -55,6 +57,7 @@ class Plan:
             "calibration": self.calibration,
             "seed": self.seed,
             "budget": self.budget.to_json(),
+            "metric": None if self.metric is None else dict(self.metric),
             "options": {name: dict(options) for name, options in sorted(self.options.items())},
             "rewrites": [rewrite.to_json() for rewrite in self.rewrites],
             "recovery": None if self.recovery is None else dict(self.recovery),
@@ -94,6 +97,7 @@ class Plan:
                 recovery=None
                 if data.get("recovery") is None
                 else {"steps": int(data["recovery"]["steps"]), **data["recovery"]},
+                metric=None if data.get("metric") is None else dict(data["metric"]),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise PlanError(

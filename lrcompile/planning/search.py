@@ -11,27 +11,38 @@ from lrcompile.errors import BudgetError
 from lrcompile.graph.graph import Graph, weight_bytes
 from lrcompile.graph.rewrite import Rewrite
 from lrcompile.passes import Context, Pass
-from lrcompile.planning.budget import Budget
+from lrcompile.planning.budget import DEFAULT_MAX_ERROR, EXACT_ERROR, Budget
 from lrcompile.planning.choose import Limits, Objective, choose
+from lrcompile.planning.metric import CHECK, DropLimit
 from lrcompile.planning.price import Candidate
 from lrcompile.planning.sensitivity import Evaluator, model_errors, rewritten
 
 ROUNDS = 8
 CONFIRMATIONS = 3
 WELL_SPENT = 0.95  # share of the error budget from which looking on is not worth the forwards
+STEP = 4.0  # factor between error limits until one holds and one does not
+CLOSE = 1.002  # ratio of two error limits between which no other choice is looked for
+MOST_LIMIT = 1e3  # a predicted output error at which nothing is left of the output
+WORTH_A_LOOK = 0.002  # share of the latency below which a gain is not worth an evaluation of the metric
+WORTH_A_STEP = 0.01  # the same for one candidate instead of another
+STEPS_IN_VAIN = 5  # of those, in a row, after which the rest is not looked at
+CHECKS = 3  # evaluations kept for the choices that hold, of which each needs a second one
 
 
 @dataclass(frozen=True, eq=False)
 class Choice:
     """The chosen candidates, the graph with them applied, and its measured output error.
 
-    `relaxed` says that rewrites had to be admitted that do not make the target faster, to reach the size asked for.
+    In another measure `error` is the root of that. `relaxed` says that rewrites had to be admitted that do not make the
+    target faster, to reach the size asked for; `untouched` that the graph is the model as given, without exact clean-up
+    either.
     """
 
     candidates: tuple[Candidate, ...]
     graph: Graph
     error: float
     relaxed: bool = False
+    untouched: bool = False
 
     @property
     def rewrites(self) -> tuple[Rewrite, ...]:
@@ -49,7 +60,7 @@ class Problem:
     """Everything a search needs; a new budget on the same problem costs only the solving and the measuring.
 
     `base` prices the graph as it stands; `original_s` is the latency of the model as given, which exact clean-up may
-    have bettered already, and what limits on latency refer to.
+    have bettered already, and what limits on latency refer to. `drop` limits the user's own metric.
     """
 
     graph: Graph
@@ -60,6 +71,7 @@ class Problem:
     base: Cost
     original_s: float
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None
+    drop: DropLimit | None = None
 
 
 def search(problem: Problem, budget: Budget) -> Choice:
@@ -70,9 +82,14 @@ def search(problem: Problem, budget: Budget) -> Choice:
     """
     pools = _pools(problem, budget)
     for pool in pools:
-        choice = _exact(problem, pool) if budget.exact_only else _best(problem, pool, budget.error_limit)
+        if problem.drop is not None:
+            choice = _fastest_that_holds(problem, pool, problem.drop, budget.error_limit)
+        else:
+            choice = _exact(problem, pool) if budget.exact_only else _best(problem, pool, budget.error_limit)
         if choice is not None:
             return replace(choice, relaxed=pool.relaxed)
+    if problem.drop is not None:
+        return _untouched(problem, pools, problem.drop, budget)
     raise BudgetError(_unreachable_together(problem, pools[-1], budget.error_limit or 0.0))
 
 
@@ -175,7 +192,8 @@ def _best(problem: Problem, pool: _Pool, error_limit: float | None) -> Choice | 
             best = tuple(picked)
         if WELL_SPENT * error_limit <= error <= error_limit:
             break
-        before, bias = bias, max(error, 1e-12) / max(_measured(problem, pool, picked, first=1), 1e-12)
+        least = problem.evaluator.resolution
+        before, bias = bias, max(error, least) / max(_measured(problem, pool, picked, first=1), least)
         if bias == before:
             break
     return _exact(problem, pool) if best is None else applied(problem, pool.candidates, best)
@@ -188,14 +206,175 @@ def _most_accurate(problem: Problem, pool: _Pool, errors: Sequence[float]) -> Ch
     several views of them each give a choice: the model's errors in quadrature and as a plain sum, and the layers' own
     errors likewise. The measurement decides.
     """
-    own = [0.0 if candidate.exact else candidate.error for candidate in pool.candidates]
-    views = (errors, [e**0.5 for e in errors], own, [e**0.5 for e in own])
-    found = (choose(pool.candidates, view, pool.limits, "error") for view in views)
+    picks = _accurate(problem, pool, errors)
+    return applied(problem, pool.candidates, picks[0]) if picks else None
+
+
+def _accurate(problem: Problem, pool: _Pool, errors: Sequence[float]) -> list[tuple[int, ...]]:
+    """Choices of little error within the limits, one for each view of how errors add up, the most accurate first."""
+    found = (choose(pool.candidates, view, pool.limits, "error") for view in _views(pool, errors))
     picks = dict.fromkeys(tuple(picked) for picked in found if picked is not None)
-    if not picks:
+    return sorted(picks, key=lambda picked: _measured(problem, pool, picked))
+
+
+def _views(pool: _Pool, errors: Sequence[float]) -> tuple[Sequence[float], ...]:
+    """How errors may add up: the model's in quadrature and as a plain sum, and the layers' own likewise."""
+    own = [0.0 if candidate.exact else candidate.error for candidate in pool.candidates]
+    return errors, [e**0.5 for e in errors], own, [e**0.5 for e in own]
+
+
+def _fastest_that_holds(problem: Problem, pool: _Pool, drop: DropLimit, error_limit: float | None) -> Choice | None:
+    """The fastest choice with which the user's metric, and the error if it is limited, hold as measured.
+
+    Errors order the choices: their limit is bisected between one with which the metric holds and one with which it does
+    not, first in terms of the model's errors, then in other views of them, in which only what is faster still is
+    evaluated. What is taken has held twice.
+    """
+    errors = _errors(problem, pool)
+    known: dict[tuple[int, ...], bool] = {}
+
+    def fastest() -> tuple[int, ...] | None:
+        return max((p for p, held in known.items() if held), key=lambda p: _gain_s(pool, p), default=None)
+
+    def holds(picked: tuple[int, ...]) -> bool:
+        best = fastest()
+        if best is not None and _gain_s(pool, picked) <= _gain_s(pool, best) + _worth_s(problem):
+            return True
+        if picked not in known:
+            possible = error_limit is None or _within_error(problem, pool, picked, error_limit)
+            known[picked] = (
+                possible
+                and _metric_holds(problem, pool, picked)
+                and _within_error(problem, pool, picked, error_limit)  # finite, where it is not limited
+            )
+        return known[picked]
+
+    views = _views(pool, errors)
+    for view in views if max(errors, default=0.0) > EXACT_ERROR else views[2:]:  # no output may tell rewrites apart
+        best = fastest()
+        start = error_limit or DEFAULT_MAX_ERROR if best is None else math.hypot(*(view[i] for i in best))
+        _bisect(problem, pool, view, max(start, EXACT_ERROR), lambda picked: drop.left > CHECKS and holds(picked))
+        if fastest() is None:
+            break
+    vain, steps = 0, _steps(problem, pool, errors, fastest())
+    while steps and vain < STEPS_IN_VAIN and drop.left > CHECKS:
+        picked = steps.pop(0)
+        vain += picked not in known
+        if holds(picked):
+            vain, steps = 0, _steps(problem, pool, errors, picked)
+    last = () if fastest() is not None else (*_accurate(problem, pool, errors), *_exact_picks(pool))
+    for picked in last:
+        if drop.left > 1 and holds(picked):
+            break
+    for picked in sorted((p for p, held in known.items() if held), key=lambda p: -_gain_s(pool, p)):
+        if _metric_holds(problem, pool, picked, CHECK):
+            return applied(problem, pool.candidates, picked)
+    return None
+
+
+def _bisect(
+    problem: Problem, pool: _Pool, view: Sequence[float], start: float, holds: Callable[[tuple[int, ...]], bool]
+) -> None:
+    """Tries choices at limits on the error, in a view of it, closing in on the limit up to which they hold."""
+    widest = choose(pool.candidates, view, replace(pool.limits, error=MOST_LIMIT)) or []
+    most = 1.001 * math.hypot(*(view[i] for i in widest))
+    limit, low, high = start, 0.0, math.inf
+    slowest, fastest = -math.inf, math.inf  # gains at the ends of the bracket
+    while low < most and EXACT_ERROR < high > low * CLOSE and fastest - slowest > _worth_s(problem):
+        found = choose(pool.candidates, view, replace(pool.limits, error=limit), gap=WORTH_A_LOOK / 2)
+        picked = None if found is None else tuple(found)
+        if picked is not None and not holds(picked):
+            high, fastest = min(limit, math.hypot(*(view[i] for i in picked))), _gain_s(pool, picked)
+        else:  # the limits on size and latency ask for more than this error allows, or it holds
+            low, slowest = limit, slowest if picked is None else _gain_s(pool, picked)
+        bracketed = low > 0 and high < math.inf
+        limit = (low * high) ** 0.5 if bracketed else min(STEP * low, most) if low else high / STEP
+
+
+def _steps(
+    problem: Problem, pool: _Pool, errors: Sequence[float], best: tuple[int, ...] | None
+) -> list[tuple[int, ...]]:
+    """Choices that differ from one in a single candidate and are faster, those first that cost the least error."""
+    if best is None:
+        return []
+    found = []
+    for i, candidate in enumerate(pool.candidates):
+        left = (j for j in best if not candidate.footprint & pool.candidates[j].footprint)
+        picked = tuple(sorted((*left, i)))
+        saved = sum(pool.candidates[j].bytes_saved for j in picked)
+        gain_s = _gain_s(pool, picked) - _gain_s(pool, best)
+        if gain_s > WORTH_A_STEP * problem.base.latency_s and saved >= pool.limits.bytes_saved:
+            found.append((math.hypot(*(errors[j] for j in picked)), picked))
+    return [picked for _, picked in sorted(found)]
+
+
+def _worth_s(problem: Problem) -> float:
+    """The gain in seconds for which an evaluation of the metric is worth its time."""
+    return WORTH_A_LOOK * problem.base.latency_s
+
+
+def _within_error(problem: Problem, pool: _Pool, picked: Sequence[int], error_limit: float | None) -> bool:
+    error = _measured(problem, pool, picked)
+    return math.isfinite(error) and (error_limit is None or error <= max(error_limit, EXACT_ERROR))
+
+
+def _metric_holds(problem: Problem, pool: _Pool, picked: Sequence[int], turn: int = 0) -> bool:
+    return metric_holds(problem, [pool.candidates[i] for i in picked], turn)
+
+
+def metric_holds(problem: Problem, candidates: Sequence[Candidate], turn: int = CHECK) -> bool:
+    """Whether the user's metric is known not to fall too far with candidates applied; it holds where none is given."""
+    if problem.drop is None:
+        return True
+    value = _metric(problem, candidates, turn)
+    return value is not None and value >= problem.drop.least
+
+
+def _metric(problem: Problem, candidates: Sequence[Candidate], turn: int) -> float | None:
+    """The user's metric with candidates applied; None where there is none, or no evaluation of it is left."""
+    rewrites = [rewrite for candidate in candidates for rewrite in candidate.rewrites]
+    if problem.drop is None:
         return None
-    best = min(picks, key=lambda picked: _measured(problem, pool, picked))
-    return applied(problem, pool.candidates, best)
+    return problem.drop.value(
+        rewrites, lambda: rewritten(problem.graph, rewrites, problem.passes, problem.context), turn
+    )  # fmt: skip
+
+
+def _exact_picks(pool: _Pool) -> list[tuple[int, ...]]:
+    """The choice of exact candidates alone, where the limits can be met with them, and none at all."""
+    exact = [i for i, candidate in enumerate(pool.candidates) if candidate.exact]
+    picked = choose([pool.candidates[i] for i in exact], [0.0] * len(exact), pool.limits)
+    found = [] if picked is None else [tuple(exact[i] for i in picked)]
+    return [*found, ()] if pool.limits.gain_s <= 0 and pool.limits.bytes_saved <= 0 else found
+
+
+def _untouched(problem: Problem, pools: Sequence[_Pool], drop: DropLimit, budget: Budget) -> Choice:
+    """The model as given, whose metric holds; limits that it does not keep cannot be met.
+
+    Raises:
+        BudgetError: the size or latency asked for cannot be had within the drop; the message holds what can.
+    """
+    total_bytes, original_s = float(weight_bytes(problem.graph.gm)), problem.original_s
+    if budget.latency_limit_s(original_s) >= original_s and budget.bytes_limit(total_bytes) >= total_bytes:
+        return Choice((), drop.metric.traced.graph.copy(), 0.0, untouched=True)
+    pool, base = pools[-1], drop.metric.base
+    falls = "falls too far"
+    for picked in _accurate(problem, pool, _errors(problem, pool))[:1]:
+        if not _within_error(problem, pool, picked, budget.error_limit):
+            raise BudgetError(_unreachable_together(problem, pool, budget.error_limit or 0.0))
+        value = _metric(problem, [pool.candidates[i] for i in picked], 0)
+        falls = falls if value is None else f"falls from {base:.4g} to {value:.4g} with the most accurate choice"
+    free = _fastest_that_holds(problem, replace(pools[0], limits=Limits()), drop, budget.error_limit)
+    if free is None:
+        within = "nothing but the model as it is was found within them"
+    else:
+        left = 1 - sum(candidate.bytes_saved for candidate in free.candidates) / total_bytes
+        ratio = _ratio(original_s, problem.base.latency_s - free.gain_s)
+        within = f"within them a speed-up of {ratio} with a size of {left:.3g} of the original was found"
+    raise BudgetError(
+        f"the limits cannot be met together: with size and latency as asked the metric {falls}, beyond the --max-drop "
+        f"of {drop.max_drop:.4g} and a noise of {drop.metric.noise:.2g}; {within}: allow a larger drop, or ask for less"
+    )
 
 
 def _exact(problem: Problem, pool: _Pool) -> Choice | None:
@@ -263,8 +442,9 @@ def _unreachable_together(problem: Problem, pool: _Pool, error_limit: float) -> 
     picked = choose(candidates, _errors(problem, pool), pool.limits, "error")
     if picked is None:
         return "the limits cannot be met together; relax one of them"
-    measured = applied(problem, candidates, picked).error
+    measure = problem.evaluator.measure
+    measured, limit = measure.value(applied(problem, candidates, picked).error), measure.value(error_limit)
     return (
-        f"the limits cannot be met together: size and latency as asked need a relative output error of about "
-        f"{measured:.3g}, more than the --max-error of {error_limit:.3g}; allow more error, or ask for less"
+        f"the limits cannot be met together: size and latency as asked need a {measure.label} of about "
+        f"{measured:.3g}, more than the --max-error of {limit:.3g}; allow more error, or ask for less"
     )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -14,8 +14,8 @@ from torch.utils import _pytree as pytree
 from lrcompile.frontend.trace import run
 from lrcompile.graph.graph import Graph, prune
 from lrcompile.graph.rewrite import Rewrite
-from lrcompile.graph.verify import ratio, squared_difference
 from lrcompile.passes import Context, Pass, apply
+from lrcompile.planning.measures import RELATIVE, Measure
 from lrcompile.planning.price import Candidate, Family
 
 PROBE_ERROR = 0.1  # relative output error of a layer, well above rounding and well below losing the layer
@@ -23,23 +23,43 @@ KEPT_BYTES = 2**30  # of intermediate values, so that a probe runs only what com
 
 
 class Evaluator:
-    """Measures the relative output error of graphs against one reference on fixed inputs.
+    """Measures the output error of graphs against one reference on fixed inputs.
 
     The error is ‖y − ŷ‖/‖y‖ over all batches together, of the worst floating-point output; infinite where an output
-    is not finite or an integer output differs.
+    is not finite or an integer output differs. With another `measure` it is the root of that.
     """
 
     def __init__(self, graph: Graph, batches: Sequence[Sequence[Any]]) -> None:
+        self.measure = RELATIVE
         self.batches = batches
         self.reference = [run(graph.gm, batch) for batch in batches]
         self.evaluations = 0
         self._known: dict[tuple[str, ...], float] = {}
         self._base: tuple[Graph, dict[str, Any]] | None = None
 
+    def measured_in(self, measure: Measure) -> Evaluator:
+        """The same in another measure; what was measured stays known.
+
+        Raises:
+            InputError: the outputs have nothing that it measures.
+        """
+        if measure == self.measure:
+            return self
+        measure.check(self.reference[0])
+        result = copy.copy(self)
+        result.measure = measure
+        return result
+
+    @property
+    def resolution(self) -> float:
+        """The error below which outputs of the first batch cannot be told apart."""
+        return self.measure.resolution(self.reference[0])
+
     def error(self, graph: Graph, first: int | None = None) -> float:
         """The error of a graph on all batches, or on the first few."""
         self.evaluations += 1
-        return _error((y, run(graph.gm, x)) for x, y in list(zip(self.batches, self.reference, strict=True))[:first])
+        batches = list(zip(self.batches, self.reference, strict=True))[:first]
+        return self.measure.root(self.measure.total((y, run(graph.gm, x)) for x, y in batches))
 
     def error_after(
         self,
@@ -55,14 +75,18 @@ class Evaluator:
         is not computed again on the first batch.
         """
         count = len(self.batches) if first is None else min(first, len(self.batches))
-        key = (str(count), *(str(rewrite) for candidate in candidates for rewrite in candidate.rewrites))
+        key = (
+            self.measure.label,
+            str(count),
+            *(str(rewrite) for candidate in candidates for rewrite in candidate.rewrites),
+        )
         if key not in self._known:
             self.evaluations += 1
             trial = rewritten(graph, [r for candidate in candidates for r in candidate.rewrites], passes, context)
             touched = frozenset[str]().union(*(candidate.footprint for candidate in candidates))
             results = [_resumed(trial, self.batches[0], self._values(graph), touched)]
             results += [run(trial.gm, batch) for batch in self.batches[1:count]]
-            self._known[key] = _error(zip(self.reference, results, strict=False))
+            self._known[key] = self.measure.root(self.measure.total(zip(self.reference, results, strict=False)))
         return self._known[key]
 
     def _values(self, graph: Graph) -> dict[str, Any]:
@@ -92,20 +116,6 @@ def _resumed(graph: Graph, batch: Sequence[Any], values: Mapping[str, Any], touc
     with torch.no_grad():
         result = fx.Interpreter(graph.gm).run(*batch, initial_env=start, enable_io_processing=False)
     return tuple(pytree.tree_leaves(result))
-
-
-def _error(pairs: Iterable[tuple[Sequence[Any], Sequence[Any]]]) -> float:
-    """The relative error of the worst output, over pairs of (expected outputs, outputs)."""
-    difference: dict[int, float] = defaultdict(float)
-    size: dict[int, float] = defaultdict(float)
-    for expected, outputs in pairs:
-        for i, (y, got) in enumerate(zip(expected, outputs, strict=True)):
-            if not isinstance(y, Tensor):
-                continue
-            of_batch = squared_difference(y, got)
-            difference[i] += of_batch[0]
-            size[i] += of_batch[1]
-    return max((ratio(squared, size[i]) for i, squared in difference.items()), default=0.0)
 
 
 def rewritten(graph: Graph, rewrites: Iterable[Rewrite], passes: Mapping[str, Pass], context: Context) -> Graph:
@@ -146,7 +156,8 @@ def model_errors(
     for done, family in enumerate(wanted):
         progress("sensitivity", done, len(wanted))
         probe = probes[family]
-        factor[family] = max(evaluator.error_after(graph, [probe], passes, context, first=1), 1e-9) / probe.error
+        measured = evaluator.error_after(graph, [probe], passes, context, first=1)
+        factor[family] = max(measured, evaluator.resolution, 1e-9) / probe.error
     progress("sensitivity", len(wanted), len(wanted))
     return [c.error * factor[c.family] if c.error > 0 else 0.0 for c in candidates]
 

@@ -18,6 +18,7 @@ WORDS = {
     "sensitivity": "measuring sensitivity",
     "choose": "choosing within the budget",
     "tradeoff": "points of the front",
+    "evaluate": "evaluating the metric",
     "confirm": "measuring the whole model",
     "apply": "applying the plan",
     "rates": "trying learning rates",
@@ -28,7 +29,10 @@ WORDS = {
 
 
 class ProgressDisplay:
-    """A progress callback (stage, done, total); `total` 0 announces a stage of unknown length."""
+    """A progress callback (stage, done, total); `total` 0 announces a stage of unknown length.
+
+    A stage of several words is a remark, which stays on the screen.
+    """
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -53,6 +57,9 @@ class ProgressDisplay:
     def __call__(self, stage: str, done: int, total: int) -> None:
         """Shows that `done` of `total` are done; a total of 0 is unknown."""
         words = WORDS.get(stage, stage)
+        if " " in stage:
+            self.console.print(stage, highlight=False, markup=False)
+            return
         if self.bar:
             if stage != self.stage or self.task is None:
                 if self.task is not None:

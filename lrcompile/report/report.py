@@ -56,7 +56,10 @@ class Decision:
 
 @dataclass(frozen=True)
 class Report:
-    """The result of a compile in figures. Latencies are milliseconds; `kind` is "analytic" or "measured"."""
+    """The result of a compile in figures. Latencies are milliseconds; `kind` is "analytic" or "measured".
+
+    `metric` is the user's own before and after, with the drop allowed; None where none was given.
+    """
 
     target: str
     model: Mapping[str, float]
@@ -69,6 +72,7 @@ class Report:
     rewrites: Sequence[Rewrite] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
     recovery: Mapping[str, Any] | None = None
+    metric: Mapping[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain JSON values."""
@@ -80,6 +84,7 @@ class Report:
                 "model": dict(self.model),
                 "latency_ms": dict(self.latency_ms),
                 "error": dict(self.error),
+                "metric": None if self.metric is None else dict(self.metric),
                 "sites": [decision.to_json() for decision in self.sites],
                 "rewrites": [rewrite.to_json() for rewrite in self.rewrites],
                 "verification": dict(self.verification),
@@ -185,12 +190,13 @@ def operation_count(graph: Graph) -> int:
 
 
 def error_figures(budget: Budget, calibration: CalibrationData | None, measured: float) -> dict[str, Any]:
-    """The report's error entry: what is measured, on what, the limit and the result."""
+    """The report's error entry: what is measured, on what, the limit and the result; `measured` is the root of that."""
+    measure = budget.measure_in_use
     return {
-        "metric": "relative output error",
+        "metric": measure.label,
         "basis": f"calibration data, {calibration.samples} samples" if calibration else "weights only; example inputs",
-        "budget": budget.error_limit,
-        "measured": measured,
+        "budget": budget.error_limit if budget.max_error is None else budget.max_error,
+        "measured": measure.value(measured),
     }
 
 

@@ -35,11 +35,23 @@ def print_report(console: Console, report: Report) -> None:
             f"{trained['seconds'] / 60:.1f} min, {trained['epochs']:.2g} epochs of {trained['samples']} samples "
             f"(measured on {trained['judged_by']} samples kept out)"
         )
+    if report.metric is not None:
+        console.print(metric_line(report.metric))
     onnx = report.verification.get("onnx_vs_torch")
     if onnx is not None:
         console.print(f"verified  ONNX Runtime against the rewritten model: {onnx:.1e} relative")
     for note in report.notes:
         console.print(f"note      {note}")
+
+
+def metric_line(metric: Mapping[str, Any]) -> str:
+    """The user's metric before and after, and how far it was allowed to fall."""
+    noise = f" + {metric['noise']:.2g} noise" if metric["noise"] else ""
+    return (
+        f"metric    {metric['before']:.6g} → {metric['after']:.6g} of {metric['name']} (drop "
+        f"{metric['before'] - metric['after']:.3g}, allowed {metric['max_drop']:g}{noise}; "
+        f"{metric['evaluations']} evaluations of at most {metric['most_evaluations']})"
+    )
 
 
 def decision_table(sites: Sequence[Decision]) -> Table:

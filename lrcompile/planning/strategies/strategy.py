@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import ClassVar
 
-from lrcompile.errors import BudgetError
+from lrcompile.errors import BudgetError, InputError
 from lrcompile.graph.graph import weight_bytes
 from lrcompile.planning.budget import Budget
 from lrcompile.planning.choose import Limits, choose
@@ -122,8 +122,11 @@ class Layerwise(Strategy):
         """The strategy's pick among cuts that are surely faster; for a size, then among all that save anything.
 
         Raises:
+            InputError: the budget limits a metric of the user's.
             BudgetError: the strategy cannot meet the budget; the message says what it reaches.
         """
+        if problem.drop is not None:
+            raise InputError(f"--strategy {self.name} does not search by a metric; leave out --max-drop, or use milp")
         if budget.exact_only:
             return search_whole(problem, budget)
         offers = [offered(problem, budget)]

@@ -1,0 +1,292 @@
+"""The user's own metric: what it gives for the model as it was and for rewritten ones, and how far it may fall."""
+
+from __future__ import annotations
+
+import copy
+import math
+import random
+import time
+import warnings
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from numbers import Real
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from lrcompile.errors import InputError
+from lrcompile.frontend.calls import CalledAsGiven
+from lrcompile.frontend.imports import import_attribute, working_directory_importable
+from lrcompile.frontend.trace import Traced
+from lrcompile.graph.graph import Graph
+from lrcompile.planning.budget import Budget
+from lrcompile.planning.plan import Plan
+
+MOST_EVALUATIONS = 25
+ON_ORIGINAL = 2
+KEPT_BACK = 8  # evaluations for what measurements of the whole model leave of a choice
+CHECK = 1  # the turn of the evaluation that what is emitted has to pass besides the one it was chosen by
+RESOLUTION = 2.0**-22  # relative: metrics come in single precision, where a drop of exactly the limit may be a bit more
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A function that gives the value of a model, higher is better, and its name as the user knows it."""
+
+    function: Callable[[nn.Module], Any]
+    name: str
+    by_name: bool = False
+
+    @classmethod
+    def of(cls, function: Callable[[nn.Module], Any] | Evaluation) -> Evaluation:
+        """The evaluation by a Python function.
+
+        Raises:
+            InputError: it cannot be called.
+        """
+        if isinstance(function, Evaluation):
+            return function
+        if not callable(function):
+            raise InputError(f"the metric is a {type(function).__name__}; expected a function of the model")
+        kind = type(function)
+        name = getattr(function, "__qualname__", kind.__qualname__)
+        return cls(function, f"{getattr(function, '__module__', kind.__module__)}:{name}")
+
+    @classmethod
+    def load(cls, text: str) -> Evaluation:
+        """The evaluation named `pkg.mod:fn`, with the working directory importable.
+
+        Raises:
+            InputError: there is no such thing, or it cannot be called.
+        """
+        function = import_attribute(text)
+        if not callable(function):
+            raise InputError(f"--eval {text} is a {type(function).__name__}; expected a function of the model")
+        return cls(function, text, by_name=True)
+
+    def __call__(self, model: nn.Module) -> float:
+        """The value of a model.
+
+        Raises:
+            InputError: the function raised, or gave something else than one finite number.
+        """
+        try:
+            with torch.no_grad(), working_directory_importable() if self.by_name else nullcontext():
+                value = self.function(model)
+        except (Exception, SystemExit) as error:
+            first = (str(error).strip().splitlines() or [""])[0]
+            raise InputError(
+                f"the metric {self.name} raised {type(error).__name__}: {first[:300]}; it is called with the model, "
+                "which takes what the original takes but has none of its other methods, and must return a number"
+            ) from error
+        number = _number(value)
+        if number is None:
+            raise InputError(
+                f"the metric {self.name} returned {_described(value)}; expected one number, higher is better, such as "
+                "the accuracy as a float"
+            )
+        if not math.isfinite(number):
+            raise InputError(
+                f"the metric {self.name} returned {number}; expected a finite number: check the data it is computed on"
+            )
+        return number
+
+
+def check_metric(
+    metric: Callable[[nn.Module], Any] | Evaluation | None, budget: Budget | None, plan: Plan | None
+) -> Evaluation | None:
+    """The evaluation to hold a compile to, where one is asked for.
+
+    Raises:
+        InputError: a metric without a limit, a limit without a metric, or a plan to replay as well.
+    """
+    limited = budget is not None and budget.max_drop is not None
+    if plan is not None and (metric is not None or limited):
+        raise InputError(
+            "--eval and --max-drop steer a search, and --plan replays one; leave them out, or make a new plan"
+        )
+    if metric is None:
+        DropLimit.of(None, budget or Budget())
+        return None
+    evaluation = Evaluation.of(metric)
+    if not limited:
+        raise InputError(
+            f"the metric {evaluation.name} has no limit; say how far it may fall with --max-drop 0.01 "
+            "(in Python budget=Budget(max_drop=0.01))"
+        )
+    return evaluation
+
+
+def _number(value: Any) -> float | None:
+    """One real number, or None."""
+    if isinstance(value, torch.Tensor | np.ndarray) and math.prod(value.shape) == 1:
+        value = value.item()
+    if isinstance(value, np.generic):
+        value = value.item()
+    return float(value) if isinstance(value, Real) else None
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, torch.Tensor | np.ndarray):
+        return f"{'a tensor' if isinstance(value, torch.Tensor) else 'an array'} of shape {list(value.shape)}"
+    return "None" if value is None else f"a {type(value).__name__}"
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Random numbers from a seed, and afterwards from where they were."""
+    states = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+
+
+@dataclass(frozen=True, eq=False)
+class Metric:
+    """An evaluation on one traced model; `before` are its two values on the model as given.
+
+    A value is computed once for each set of rewrites and `turn`, each with random numbers of its own.
+    `evaluation_s` is how long the first one took, in seconds.
+    """
+
+    evaluation: Evaluation
+    traced: Traced
+    seed: int
+    progress: Progress
+    before: tuple[float, float]
+    evaluation_s: float
+    known: dict[tuple[str, ...], float] = field(default_factory=dict)
+
+    @classmethod
+    def on(cls, traced: Traced, evaluation: Evaluation, seed: int, progress: Progress) -> Metric:
+        """Evaluates the model as given, twice, and says how long one evaluation takes.
+
+        Raises:
+            InputError: the evaluation raised, or gave something else than one finite number.
+        """
+        progress("evaluate", 0, MOST_EVALUATIONS)
+        start = time.perf_counter()
+        first = _value(evaluation, traced.graph, traced, seed, ("original", "0"))
+        taken_s = time.perf_counter() - start
+        progress(f"one evaluation of {evaluation.name} takes {taken_s:.2g} s; at most {MOST_EVALUATIONS} of them", 0, 0)
+        again = _value(evaluation, traced.graph, traced, seed, ("original", "1"))
+        return cls(evaluation, traced, seed, progress, (first, again), taken_s)
+
+    @property
+    def base(self) -> float:
+        """The value of the model as given: the mean of two evaluations."""
+        return sum(self.before) / 2
+
+    @property
+    def noise(self) -> float:
+        """How far apart two evaluations of the same model are."""
+        return abs(self.before[0] - self.before[1])
+
+    def value(self, key: tuple[str, ...], graph: Callable[[], Graph]) -> float:
+        """The value of a rewritten graph that the key stands for."""
+        if key not in self.known:
+            self.known[key] = _value(self.evaluation, graph(), self.traced, self.seed, key)
+        return self.known[key]
+
+
+def _value(evaluation: Evaluation, graph: Graph, traced: Traced, seed: int, key: Sequence[str]) -> float:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # about torch's own deprecated ways
+        own = copy.deepcopy(graph.gm)  # graphs share modules, which a metric may cast or move
+    model = CalledAsGiven(own, traced)
+    with _seeded(zlib.crc32("\n".join([str(seed), *key]).encode())):
+        return evaluation(model)
+
+
+@dataclass(frozen=True)
+class MetricResult:
+    """The metric before and after a compile; `evaluations` were needed of at most `most_evaluations`.
+
+    The drop allowed is `max_drop` and, on top of it, the `noise` between two evaluations of the original.
+    """
+
+    name: str
+    before: float
+    after: float
+    max_drop: float
+    noise: float
+    evaluations: int
+    most_evaluations: int = MOST_EVALUATIONS
+
+    def to_json(self) -> dict[str, Any]:
+        """The figures as plain values."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, eq=False)
+class DropLimit:
+    """How far a metric may fall in one search, and how many evaluations that may take.
+
+    `asked` are the values that the search has asked for, in order: what an earlier one has computed counts as well,
+    so that a search does not depend on what came before it. `most` counts the two on the original.
+    """
+
+    metric: Metric
+    max_drop: float
+    most: int = MOST_EVALUATIONS
+    asked: dict[tuple[str, ...], float] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, metric: Metric | None, budget: Budget) -> DropLimit | None:
+        """The limit that a budget puts on a metric, None where it puts none.
+
+        Raises:
+            InputError: there is no metric to limit.
+        """
+        if budget.max_drop is None:
+            return None
+        if metric is None:
+            raise InputError(
+                f"a drop of at most {budget.max_drop:g} was asked for, but of no metric; give one with "
+                "--eval pkg.mod:fn (in Python metric=fn)"
+            )
+        return cls(metric, budget.max_drop)
+
+    def kept_back(self) -> DropLimit:
+        """The same limit with a part of the evaluations left to those who look at the choice later."""
+        return replace(self, most=self.most - KEPT_BACK)
+
+    @property
+    def left(self) -> int:
+        """How many evaluations are left."""
+        return self.most - ON_ORIGINAL - len(self.asked)
+
+    @property
+    def least(self) -> float:
+        """The least value that holds."""
+        base = self.metric.base
+        return base - self.max_drop - self.metric.noise - RESOLUTION * abs(base)
+
+    def value(self, rewrites: Sequence[object], graph: Callable[[], Graph], turn: int = 0) -> float | None:
+        """The metric with rewrites made; None where no evaluation is left to tell."""
+        key = (str(turn), *map(str, rewrites))
+        if key not in self.asked:
+            if self.left <= 0:
+                return None
+            self.metric.progress("evaluate", self.most - self.left, self.most)
+            self.asked[key] = self.metric.value(key, graph)
+        return self.asked[key]
+
+    def result(self, rewrites: Sequence[object] | None) -> MetricResult:
+        """The figures for rewrites that were checked; None stands for the model as given."""
+        metric = self.metric
+        after = metric.base if rewrites is None else self.asked[(str(CHECK), *map(str, rewrites))]
+        count = ON_ORIGINAL + len(self.asked)
+        return MetricResult(metric.evaluation.name, metric.base, after, self.max_drop, metric.noise, count)

@@ -1,0 +1,202 @@
+"""Errors in measures of classes: what they are, that limits on them hold, and that a plan records them."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lrcompile
+from lrcompile.cli import run
+from lrcompile.errors import BudgetError, InputError
+from lrcompile.planning.measures import MEASURES
+from tests.test_search import decaying
+
+KL, TOP1 = MEASURES["kl"], MEASURES["top1"]
+TARGET = "rpi5"
+
+
+def logits(*shape: int, seed: int = 0) -> Tensor:
+    return 3 * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_divergence_is_that_of_torch() -> None:
+    batches = [(logits(2, 5, 7, seed=1), logits(2, 5, 7, seed=2)), (logits(3, 5, 7, seed=3), logits(3, 5, 7, seed=4))]
+    p, q = (torch.cat([pair[i] for pair in batches]).double().reshape(-1, 7) for i in (0, 1))
+    expected = nn.functional.kl_div(q.log_softmax(-1), p.softmax(-1), reduction="batchmean")
+    assert KL.total(((a,), (b,)) for a, b in batches) == pytest.approx(float(expected), rel=1e-12)
+
+
+def test_divergence_grows_with_the_square_of_a_difference() -> None:
+    y, change = logits(64, 10).double(), 1e-3 * logits(64, 10, seed=1).double()
+    once, twice = (KL.root(KL.total([((y,), (y + factor * change,))])) for factor in (1, 2))
+    assert twice == pytest.approx(2 * once, rel=1e-2)
+    assert KL.value(KL.root(0.3)) == pytest.approx(0.3)
+
+
+def test_disagreement_is_a_share_of_positions() -> None:
+    y = torch.eye(4).repeat(5, 1, 1)
+    other = y.clone()
+    other[0, 1] = torch.tensor([1.0, 0.0, 0.0, 0.0])
+    assert TOP1.total([((y,), (other,))]) == 1 / 20
+    assert TOP1.total([((y,), (other,)), ((y,), (y,))]) == 1 / 40
+    assert TOP1.resolution((y,)) == 1 / 40
+
+
+@pytest.mark.parametrize("measure", MEASURES.values())
+def test_no_difference_and_none_that_is_finite(measure: Any) -> None:
+    y = logits(6, 5)
+    assert measure.total([((y,), (y,))]) == 0
+    broken = y.clone()
+    broken[0, 0] = math.nan
+    assert measure.total([((y,), (broken,))]) == math.inf
+
+
+def test_masked_classes() -> None:
+    y = logits(6, 5)
+    y[:, 2] = -math.inf
+    assert KL.total([((y,), (y + 1,))]) == pytest.approx(0, abs=1e-12)
+    assert KL.total([((logits(6, 5),), (y,))]) == math.inf  # what the original may say is impossible now
+
+
+def test_the_first_floating_output_counts() -> None:
+    y, other = logits(6, 5), logits(6, 5, seed=1)
+    ids = torch.arange(6)
+    assert KL.total([((ids, y, other), (ids + 1, y, y))]) == 0
+    assert TOP1.total([((ids, y, y), (ids, other, y))]) > 0
+
+
+# ------------------------------------------------------------------------------------------------ budgets
+
+
+class Classifier(nn.Module):
+    """Classes of four positions a sample, as integers too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.head = decaying(256, 64, 0.7), decaying(256, 256, 1.0), nn.Linear(256, 10)
+        self.head.weight.data *= 20
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.head(self.second(self.first(x).relu()).relu())
+        return y.argmax(-1), y - y.mean((0, 1))
+
+
+X = torch.randn(64, 4, 64, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def prepared() -> lrcompile.Prepared:
+    return lrcompile.prepare_model(Classifier().eval(), (X,), target=TARGET)
+
+
+def figures(net: nn.Module, model: nn.Module) -> dict[str, float]:
+    with torch.no_grad():
+        (_, y), (_, other) = net(X), model(X)
+    kl = nn.functional.kl_div(
+        other.double().log_softmax(-1).flatten(0, 1), y.double().softmax(-1).flatten(0, 1), reduction="batchmean"
+    )
+    return {"kl": float(kl), "top1": float((y.argmax(-1) != other.argmax(-1)).double().mean())}
+
+
+@pytest.mark.parametrize(
+    ("measure", "limits"), [("kl", (1e-4, 1e-3, 1e-2)), ("top1", (0.02, 0.1, 0.3))]
+)  # fmt: skip
+def test_limits_hold_as_measured(prepared: lrcompile.Prepared, measure: str, limits: tuple[float, ...]) -> None:
+    gains = []
+    for limit in limits:
+        result = lrcompile.solve(prepared, lrcompile.Budget(max_error=limit, measure=measure))
+        measured = figures(Classifier().eval(), result.model)[measure]
+        error = result.report.error
+        assert measured <= limit * (1 + 1e-9)
+        assert error["measured"] == pytest.approx(measured, rel=1e-4, abs=1e-9)
+        assert (error["budget"], error["metric"]) == (limit, MEASURES[measure].label)
+        gains.append(result.report.latency_ms["speedup"])
+    assert gains == sorted(gains)
+    assert gains[0] < gains[-1]
+
+
+@pytest.mark.parametrize("measure", ["kl", "top1"])
+def test_nothing_allowed_is_exact(prepared: lrcompile.Prepared, measure: str) -> None:
+    result = lrcompile.solve(prepared, lrcompile.Budget(max_error=0.0, measure=measure))
+    assert all(rewrite.exact for rewrite in result.plan.rewrites)
+
+
+def test_the_least_in_the_measure_is_sought_for_a_size(prepared: lrcompile.Prepared) -> None:
+    """Of the output that is no class, the relative error would be another aim."""
+    result = lrcompile.solve(prepared, lrcompile.Budget(size=0.4, measure="kl"))
+    by_accident = lrcompile.solve(prepared, lrcompile.Budget(size=0.4, measure="top1"))
+    kl = [figures(Classifier().eval(), found.model)["kl"] for found in (result, by_accident)]
+    assert kl[0] <= kl[1]
+    assert result.report.error["measured"] == pytest.approx(kl[0], rel=1e-4)
+
+
+def test_a_metric_judges_models_whose_outputs_are_classes() -> None:
+    """An integer output that differs is no error where the metric holds."""
+    net = Classifier().eval()
+    expected = net(X)[0]
+
+    def agreement(model: nn.Module) -> Tensor:
+        return (model(X)[0] == expected).float().mean()
+
+    class OnlyClasses(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = Classifier()
+
+        def forward(self, x: Tensor) -> tuple[Tensor]:
+            return (self.net(x)[0],)
+
+    for model in (net, OnlyClasses().eval()):
+        budget = lrcompile.Budget(max_drop=0.1)
+        result = lrcompile.compile(model, (X,), target=TARGET, metric=agreement, budget=budget)
+        assert result.report.latency_ms["speedup"] > 1.1
+        assert agreement(result.model) >= 0.9 - 1e-6
+
+
+def test_limits_that_exclude_each_other(prepared: lrcompile.Prepared) -> None:
+    with pytest.raises(BudgetError, match=r"need a KL divergence of classes, in nats of about \S+, more than .* 1e-08"):
+        lrcompile.solve(prepared, lrcompile.Budget(size=0.2, max_error=1e-8, measure="kl"))
+
+
+def test_a_plan_records_the_measure(prepared: lrcompile.Prepared) -> None:
+    result = lrcompile.solve(prepared, lrcompile.Budget(max_error=0.01, measure="kl"))
+    plan = lrcompile.Plan.loads(result.plan.dumps())
+    assert json.loads(result.plan.dumps())["budget"]["measure"] == plan.budget.measure == "kl"
+    again = lrcompile.replay(Classifier().eval(), (X,), plan=plan)
+    assert again.report.error == result.report.error
+    assert again.report.verification == result.report.verification
+
+
+@pytest.mark.parametrize("net", [nn.Linear(8, 1), nn.Sequential(nn.Linear(8, 4), nn.Flatten(0))])
+def test_outputs_without_classes(net: nn.Module) -> None:
+    budget = lrcompile.Budget(max_error=0.1, measure="kl")
+    x = torch.randn(4, 8)
+    if isinstance(net, nn.Linear):
+        with pytest.raises(InputError, match=r"the first floating-point output is of shape \[4, 1\]; expected two"):
+            lrcompile.compile(net.eval(), (x,), budget=budget)
+    else:
+        assert lrcompile.compile(net.eval(), (x,), budget=budget).report.error["measured"] == 0
+
+
+def test_measures_that_cannot_be_asked_for() -> None:
+    with pytest.raises(InputError, match="there is no measure 'kul'; expected one of error, kl, top1"):
+        lrcompile.Budget(max_error=0.1, measure="kul")
+    with pytest.raises(InputError, match="--measure top1 has no default limit"):
+        lrcompile.Budget(measure="top1")
+
+
+@pytest.mark.usefixtures("tmp_path")
+def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["tests.test_measures:Classifier", "--input", "x=float32[64,4,64]", "--target", TARGET]
+    assert run([*words, "--max-error", "0.01", "--measure", "kl"]) == 0
+    assert "KL divergence of classes, in nats (measured; weights only; example inputs, budget 0.01)" in " ".join(
+        capsys.readouterr().out.split()
+    )
+    assert run([*words, "--measure", "cosine", "--max-error", "0.1"]) == 2
+    assert "there is no measure 'cosine'" in capsys.readouterr().err
