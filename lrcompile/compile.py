@@ -34,7 +34,7 @@ from lrcompile.graph.rewrite import Rewrite
 from lrcompile.lower.rank4 import check_rank, folded_io, to_rank
 from lrcompile.passes import Context, Pass, Stage
 from lrcompile.planning.budget import Budget
-from lrcompile.planning.calibration import collect
+from lrcompile.planning.calibration import Split, collect
 from lrcompile.planning.canonicalize import canonicalize, check_exact, check_finite, rounding
 from lrcompile.planning.plan import Plan
 from lrcompile.planning.price import Pricing, price
@@ -83,6 +83,7 @@ class Prepared:
     passes: Mapping[str, Pass]
     context: Context
     evaluator: Evaluator
+    held_out: int
     pricing: Pricing
     base: Cost
     original: Cost
@@ -167,16 +168,16 @@ def prepare_model(
     target = target.for_model(traced.dynamic_batch, opset)
     reference = Reference.of(traced) if target.is_local else None
     keep, skipped = _keeper(traced.graph, skip)
-    batches = _batches(traced, calibration)
+    data = Split.of(_batches(traced, calibration))
     with clock("canonicalize"):
         context = Context(target.device, dtype)
         graph, canonical, refusals = canonicalize(traced.graph, transforms, context, keep)
-        evaluator = Evaluator(traced.graph, batches)
+        evaluator = Evaluator(traced.graph, data.judged)
         by_name = {transform.name: transform for transform in transforms}
         check_exact(traced.graph, canonical, by_name, context, evaluator, evaluator.error(graph, first=1))
     if calibration:
         with clock("calibrate"):
-            statistics = collect(graph, batches, clock.progress)
+            statistics = collect(graph, data.fitted, clock.progress)
             context = Context(target.device, dtype, statistics.grams, statistics.token_counts)
     with clock("price"):
         pricing = price(graph, transforms, context, target.model, keep, clock.progress)
@@ -192,6 +193,7 @@ def prepare_model(
         passes=by_name,
         context=context,
         evaluator=evaluator,
+        held_out=data.held_out,
         pricing=pricing,
         base=base,
         original=original,
@@ -242,6 +244,7 @@ def solve(prepared: Prepared, budget: Budget) -> Result:
         max_rank=p.traced.max_rank,
         io_rank=p.traced.io_rank,
         opset=p.traced.opset,
+        held_out=p.held_out,
         fingerprint=fingerprint(p.traced.graph.gm),
         calibration=p.calibration.digest if p.calibration else None,
         seed=p.seed,
@@ -260,7 +263,7 @@ def solve(prepared: Prepared, budget: Budget) -> Result:
         target=p.target.name,
         model=model_figures(p.traced, choice.graph),
         latency_ms=latency,
-        error=error_figures(budget, p.calibration, choice.error),
+        error=error_figures(budget, p.calibration, choice.error, p.held_out),
         sites=decisions,
         verification={"torch_vs_original": choice.error, "onnx_vs_torch": None},
         timings_s=dict(clock.seconds),
@@ -285,6 +288,11 @@ def _remarks(p: Prepared, choice: Choice, measured: Measured | None) -> list[str
     remarks += p.target.remarks()
     if not p.calibration:
         remarks.append("no calibration data: decompositions see the weights only, errors are on the example inputs")
+    elif not p.held_out:
+        remarks.append(
+            "fewer than 4 calibration batches: factors are fitted to what their error is measured on, and errors on "
+            "unseen data may be larger; give more data, or a smaller --batch"
+        )
     return remarks
 
 
@@ -321,7 +329,7 @@ def replay(
         traced = to_rank(traced, plan.max_rank, plan.io_rank, rounding(dtype))
     traced = replace(traced, opset=check_opset(plan.opset if opset is None else opset))
     plan.check_fits(fingerprint(traced.graph.gm), calibration.digest if calibration else None)
-    batches = _batches(traced, calibration)
+    data = Split.of(_batches(traced, calibration), plan.held_out)
     context = Context(target.device, dtype)
     canonical_names = {name for name, transform in by_name.items() if transform.stage is Stage.CANONICALIZE}
     count = next(
@@ -330,10 +338,10 @@ def replay(
     with clock("apply"):
         graph = rewritten(traced.graph, plan.rewrites[:count], by_name, context)
         if calibration:
-            statistics = collect(graph, batches, clock.progress)
+            statistics = collect(graph, data.fitted, clock.progress)
             context = Context(target.device, dtype, statistics.grams, statistics.token_counts)
         graph_after = rewritten(graph, plan.rewrites[count:], by_name, context)
-        error = Evaluator(traced.graph, batches).error(graph_after)
+        error = Evaluator(traced.graph, data.judged).error(graph_after)
     check_rank(graph_after, traced)
     choice = Choice((), graph_after, error)
     if target.is_local:
@@ -347,7 +355,7 @@ def replay(
         target=plan.target,
         model=model_figures(traced, graph_after),
         latency_ms=latency,
-        error=error_figures(plan.budget, calibration, choice.error),
+        error=error_figures(plan.budget, calibration, choice.error, plan.held_out),
         sites=[Decision.from_json(site) for site in plan.sites],
         verification={"torch_vs_original": error, "onnx_vs_torch": None},
         timings_s=dict(clock.seconds),

@@ -2,6 +2,7 @@
 
 python -m tools.bench_planner speed       CPU time of each stage, and of a second budget
 python -m tools.bench_planner policies    the planner against two policies that know neither device nor sensitivity
+python -m tools.bench_planner unseen      measured errors against errors on unseen data, with and without held-out data
 python -m tools.bench_planner defaults    what a compile without options gains on trained models
 """
 
@@ -30,7 +31,7 @@ from lrcompile.graph.op import OpDesc
 from lrcompile.graph.rewrite import Rewrite
 from lrcompile.passes import Context
 from lrcompile.planning.budget import Budget
-from lrcompile.planning.calibration import collect
+from lrcompile.planning.calibration import Split, collect
 from lrcompile.planning.canonicalize import canonicalize
 from lrcompile.planning.price import Candidate, price
 from lrcompile.planning.search import Problem, search
@@ -87,19 +88,27 @@ class Stages:
 
 
 def prepared(
-    example: Example, target: Target, calibration: Sequence[Sequence[Any]] = (), stages: Stages | None = None
+    example: Example,
+    target: Target,
+    calibration: Sequence[Sequence[Any]] = (),
+    stages: Stages | None = None,
+    held_out: int | None = None,
 ) -> tuple[Traced, Problem]:
-    """A model up to the choice, as `lrcompile.compile` prepares it, with the time of each stage."""
+    """A model up to the choice, as `lrcompile.compile` prepares it, with the time of each stage.
+
+    `held_out` is how many of the calibration batches errors are measured on alone, by default as in a compile.
+    """
     stage = stages or Stages()
     model, args = example
     passes = discover().passes
     traced = stage("trace", lambda: trace(model, args))
     context = Context(target.device)
     graph, _, _ = stage("canonicalize", lambda: canonicalize(traced.graph, passes, context))
+    data = Split.of(calibration or [traced.flat], held_out)
     if calibration:
-        found = stage("calibrate", lambda: collect(graph, calibration))
+        found = stage("calibrate", lambda: collect(graph, data.fitted))
         context = Context(target.device, grams=found.grams, token_counts=found.token_counts)
-    evaluator = stage("evaluator", lambda: Evaluator(traced.graph, calibration or [traced.flat]))
+    evaluator = stage("evaluator", lambda: Evaluator(traced.graph, data.judged))
     pricing = stage("price", lambda: price(graph, passes, context, target.model))
     by_name = {transform.name: transform for transform in passes}
     base, original = latency(graph, target), latency(traced.graph, target)
@@ -249,6 +258,26 @@ def policies(shares: Sequence[float], device: str) -> Iterator[str]:
         yield f"{o.asked:14.2f}{o.policy:>10}{o.latency:10.3f}{o.error:10.4f}{o.calibration_error:16.4f}"
 
 
+# ------------------------------------------------------------------------------------------------------------ unseen
+
+
+def unseen(budgets: Sequence[float], device: str) -> Iterator[str]:
+    """Budgets on MiniLM: the error as measured in a compile, and on 128 sentences that nothing was fitted to."""
+    yield f"MiniLM-L6, {device}, batch 8 × 128 tokens; relative output error"
+    yield f"{'fitted':>8}{'judged':>8}{'budget':>8}{'measured':>10}{'unseen':>8}{'ratio':>7}{'speed-up':>10}"
+    calibration = sentences(0, 64)
+    for held_out in (0, None):
+        traced, problem = prepared(models.minilm(), resolve_target(device), calibration, held_out=held_out)
+        judged = len(problem.evaluator.batches)
+        fitted = len(calibration) - (judged if held_out is None else 0)
+        judge = Evaluator(traced.graph, sentences(5000, 128))
+        for budget in budgets:
+            choice = search(problem, Budget(max_error=budget))
+            error, gained = judge.error(choice.graph), problem.original_s / (problem.base.latency_s - choice.gain_s)
+            ratio = error / choice.error if choice.error else 1.0
+            yield f"{fitted:8}{judged:8}{budget:8}{choice.error:10.4f}{error:8.4f}{ratio:7.2f}{gained:10.3f}"
+
+
 # ---------------------------------------------------------------------------------------------------------- defaults
 
 
@@ -278,12 +307,18 @@ def defaults() -> Iterator[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", choices=("speed", "policies", "defaults"))
-    parser.add_argument("--device", default="v100", help="for policies (default: %(default)s)")
+    parser.add_argument("table", choices=("speed", "policies", "unseen", "defaults"))
+    parser.add_argument("--device", default="v100", help="for policies, unseen (default: %(default)s)")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.95, 0.9, 0.8, 0.7], help="for policies")
+    parser.add_argument("--budgets", type=float, nargs="+", default=[0.05, 0.1, 0.2, 0.3], help="for unseen")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)  # threads that wait for each other would count as CPU time
-    tables = {"speed": speed, "defaults": defaults, "policies": lambda: policies(options.shares, options.device)}
+    tables = {
+        "speed": speed,
+        "defaults": defaults,
+        "policies": lambda: policies(options.shares, options.device),
+        "unseen": lambda: unseen(options.budgets, options.device),
+    }
     try:
         for line in tables[options.table]():
             print(line, flush=True)

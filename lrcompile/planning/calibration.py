@@ -9,9 +9,39 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from lrcompile.errors import PlanError
 from lrcompile.graph.graph import Graph
 
+HELD_OUT = 4  # one batch in so many is kept for judging
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Flat input batches that decompositions are fitted to, and those that errors are measured on.
+
+    Where there are `HELD_OUT` batches or more, the last quarter judges alone, so that what is reported is an error on
+    data that the factors have not seen; with fewer, all batches do both.
+    """
+
+    fitted: Sequence[Sequence[Any]]
+    judged: Sequence[Sequence[Any]]
+    held_out: int
+
+    @classmethod
+    def of(cls, batches: Sequence[Sequence[Any]], held_out: int | None = None) -> Split:
+        """The split of some batches; `held_out` is how many judge alone, by default a quarter.
+
+        Raises:
+            PlanError: so many cannot be held out of these.
+        """
+        held_out = len(batches) // HELD_OUT if held_out is None else held_out
+        if not 0 <= held_out < len(batches):
+            raise PlanError(
+                f"the plan holds {held_out} calibration batches out, but there are {len(batches)}; make a new plan"
+            )
+        kept = len(batches) - held_out
+        return cls(batches[:kept], batches[kept:] or batches, held_out)
 
 
 @dataclass(frozen=True)

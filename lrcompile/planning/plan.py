@@ -22,7 +22,8 @@ class Plan:
     `fingerprint` is that of the traced graph with its weights; `calibration` is the digest of the calibration data,
     None where there were none; `options` holds the fields of every pass in use; `sites` is the decision table.
     `max_rank` and `io_rank` limit the rank of values inside the graph and at its ends: the graph that is meant, and
-    that the fingerprint is of, is the lowered one. `opset` is that of ONNX output, None for the usual one.
+    that the fingerprint is of, is the lowered one. `opset` is that of ONNX output, None for the usual one. `held_out`
+    counts the calibration batches, from the end, that the factors are not fitted to.
     """
 
     target: str
@@ -38,6 +39,7 @@ class Plan:
     max_rank: int | None = None
     io_rank: int | None = None
     opset: int | None = None
+    held_out: int = 0
 
     def dumps(self) -> str:
         """The plan as JSON text; the same plan gives the same text."""
@@ -51,6 +53,7 @@ class Plan:
             "opset": self.opset,
             "fingerprint": self.fingerprint,
             "calibration": self.calibration,
+            "held_out": self.held_out,
             "seed": self.seed,
             "budget": self.budget.to_json(),
             "options": {name: dict(options) for name, options in sorted(self.options.items())},
@@ -88,6 +91,7 @@ class Plan:
                 max_rank=data.get("max_rank"),
                 io_rank=data.get("io_rank"),
                 opset=data.get("opset"),
+                held_out=int(data.get("held_out", 0)),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise PlanError(
