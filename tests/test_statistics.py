@@ -63,8 +63,8 @@ def test_held_out_batches_judge_and_are_not_fitted_to() -> None:
     assert (error["batches_fitted"], error["batches_judged"]) == (3, 1)
     assert error["basis"] == "calibration data, 128 samples: 32 held out to measure on, 96 fitted to"
     last = samples(4)[-BATCH:]
-    expected = Narrow()(last)
-    got = result.model(last)
+    expected = Narrow()(last).detach()
+    got = result.model(last).detach()
     assert error["measured"] == pytest.approx(float((got - expected).norm() / expected.norm()), rel=1e-3)
     assert not any("unseen" in note for note in result.report.notes)
 
