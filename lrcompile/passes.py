@@ -20,8 +20,11 @@ from lrcompile.errors import LrcompileError, PassError
 from lrcompile.graph.graph import Graph, Site
 from lrcompile.graph.rewrite import Refusal, Rewrite, Rewriter, value_names
 from lrcompile.planning.decompose import Spectrum, Tucker, spectrum, tucker
+from lrcompile.planning.moments import Moments, Window
+from lrcompile.planning.windows import window_spectrum, window_tucker
 
 T = TypeVar("T")
+S = TypeVar("S", Tensor, Moments)
 
 
 class Stage(Enum):
@@ -73,13 +76,14 @@ class Pass(ABC):
 class Context:
     """What passes may ask: the device, the model's precision, and decompositions, which are computed once.
 
-    `grams` maps (node name, feature axis) to XᵀX [features × features] in float64, collected on calibration data;
+    `grams` maps (node name, feature axis, or window of a convolution) to the moments of what is seen of that value,
+    collected on calibration data;
     `token_counts` maps the name of an index node to how often each row was looked up.
     """
 
     device: Device
     dtype: str = "fp32"
-    grams: Mapping[tuple[str, int], Tensor] = field(default_factory=dict)
+    grams: Mapping[tuple[str, int | Window], Moments] = field(default_factory=dict)
     token_counts: Mapping[str, Tensor] = field(default_factory=dict)
     _memo: dict[tuple[str, str], Any] = field(default_factory=dict, repr=False)
     _digests: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary, repr=False)
@@ -90,11 +94,29 @@ class Context:
 
     def gram(self, node: fx.Node, axis: int = -1) -> Tensor | None:
         """XᵀX over a value's feature axis (-1 for linear layers, 1 for convolutions), or None without calibration."""
-        return next((self.grams[name, axis] for name in value_names(node) if (name, axis) in self.grams), None)
+        known = self.moments(node, axis)
+        return None if known is None else known.gram
 
     def input_gram(self, site: Site, axis: int = -1) -> Tensor | None:
         """XᵀX over the inputs of all of a site's calls, or None unless each of them was calibrated."""
-        return _sum(self.gram(node.args[0], axis) for node in site.nodes)  # type: ignore[arg-type]
+        known = self.input_moments(site, axis)
+        return None if known is None else known.gram
+
+    def moments(self, node: fx.Node, seen: int | Window = -1) -> Moments | None:
+        """Moments of a value's features, or of the patches that a window sees of it, or None without calibration."""
+        return next((self.grams[name, seen] for name in value_names(node) if (name, seen) in self.grams), None)
+
+    def input_moments(self, site: Site, seen: int | Window = -1) -> Moments | None:
+        """Moments over the inputs of all of a site's calls, or None unless each of them was calibrated."""
+        return _sum(self.moments(node.args[0], seen) for node in site.nodes)  # type: ignore[arg-type]
+
+    def patches(self, site: Site) -> Moments | None:
+        """Moments of the patches [channels × taps] that a convolution sees at every position of its output.
+
+        None without calibration, and where `Window.of` makes none of the convolution.
+        """
+        window = Window.of(site.module)
+        return None if window is None else self.input_moments(site, window)
 
     def lookups(self, site: Site) -> Tensor | None:
         """How often all of an embedding's calls looked up each row, or None unless each call was calibrated."""
@@ -113,12 +135,9 @@ class Context:
         if isinstance(site.module, nn.Linear):
             return self.svd(site, "linear", lambda: weight, self.input_gram(site))
         transposed = isinstance(site.module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d)
-        return self.svd(
-            site,
-            "pointwise",
-            lambda: weight.flatten(1).T if transposed else weight.flatten(1),
-            self.input_gram(site, 1),
-        )
+        seen = self.patches(site)  # those of a stride
+        gram = self.input_gram(site, 1) if seen is None else seen.gram
+        return self.svd(site, "pointwise", lambda: weight.flatten(1).T if transposed else weight.flatten(1), gram)
 
     def error(self, site: Site, rank: int) -> float:
         """The relative output error of a site split by `spectrum` at a rank."""
@@ -128,9 +147,35 @@ class Context:
         """The SVD of a matrix made from a site's weight; `form` names the way it is made and is part of the key."""
         return self.once(site, form, lambda: spectrum(matrix(), gram))
 
-    def tucker(self, site: Site) -> Tucker:
-        """Tucker-2 of a convolution's kernel as [S × C × taps]; a transposed convolution's is turned that way first."""
+    def separable(self, site: Site, axes: tuple[int, ...]) -> Spectrum:
+        """The SVD of a convolution's kernel as [(S, other taps) × (C, taps of `axes`)], `axes` counting spatial ones.
+
+        With calibration data the second factor is fitted to the patches that the window sees, where they were kept.
+        """
         weight: Any = site.module.weight
+        others = [axis for axis in range(weight.dim() - 2) if axis not in axes]
+
+        def matrix() -> Tensor:
+            order = (0, *(axis + 2 for axis in others), 1, *(axis + 2 for axis in axes))
+            return weight.permute(order).flatten(0, len(others)).flatten(1)
+
+        form, known = f"separable {axes}", self.patches(site)
+        if known is None:
+            return self.svd(site, form, matrix, self.input_gram(site, 1))
+        channels, *taps = weight.shape[1:]
+        order = torch.arange(len(known.gram)).view(channels, *taps)
+        order = order.permute(0, *(axis + 1 for axis in axes), *(axis + 1 for axis in others)).flatten()
+        return self.once(site, form, lambda: window_spectrum(matrix(), known.gram[order][:, order]))
+
+    def tucker(self, site: Site) -> Tucker:
+        """Tucker-2 of a convolution's kernel as [S × C × taps]; a transposed convolution's is turned that way first.
+
+        With calibration data its core is fitted to the patches that the window sees, where they were kept.
+        """
+        weight: Any = site.module.weight
+        known = self.patches(site)
+        if known is not None:
+            return self.once(site, "tucker", lambda: window_tucker(weight, known.gram))
         transposed = isinstance(site.module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d)
         kernel = weight.transpose(0, 1) if transposed else weight
         return self.once(site, "tucker", lambda: tucker(kernel, self.input_gram(site, 1)))
@@ -168,10 +213,18 @@ class TrialContext(Context):
         known = super().gram(node, axis)
         return None if known is None else self._fake(known)
 
+    def input_gram(self, site: Site, axis: int = -1) -> Tensor | None:
+        """A fake of the Gram matrix over all calls, where there is one."""
+        return _sum(self.gram(node.args[0], axis) for node in site.nodes)  # type: ignore[arg-type]
+
     def lookups(self, site: Site) -> Tensor | None:
         """A fake of the counts, where there are any."""
         known = super().lookups(site)
         return None if known is None else self._fake(known)
+
+    def patches(self, site: Site) -> Moments | None:
+        """None: what is fitted to patches has the same shapes as what is not."""
+        return None
 
     def svd(self, site: Site, form: str, matrix: Callable[[], Tensor], gram: Tensor | None = None) -> Spectrum:
         """A spectrum whose factors have shapes only."""
@@ -272,12 +325,12 @@ def apply(graph: Graph, transform: Pass, rewrite: Rewrite, context: Context) -> 
     return rewriter
 
 
-def _sum(tensors: Iterable[Tensor | None]) -> Tensor | None:
-    total: Tensor | None = None
-    for tensor in tensors:
-        if tensor is None:
+def _sum(terms: Iterable[S | None]) -> S | None:
+    total: S | None = None
+    for term in terms:
+        if term is None:
             return None
-        total = tensor if total is None else total + tensor
+        total = term if total is None else total + term
     return total
 
 

@@ -84,6 +84,9 @@ class Tucker:
 
     def factors(self, rank_out: int, rank_in: int) -> tuple[Tensor, Tensor, Tensor]:
         """(up [S × r2], core [r2 × r1 × taps…], down [r1 × C]) in the dtype of the kernel."""
+        return self._projected(rank_out, rank_in)
+
+    def _projected(self, rank_out: int, rank_in: int) -> tuple[Tensor, Tensor, Tensor]:
         kernel, taps = self.kernel, self.kernel.shape[2:]
         up = self.out_basis[:, :rank_out]
         flat = kernel.double().flatten(2)
@@ -101,7 +104,7 @@ class Tucker:
 
     def branches(self, rank_out: int, rank_in: int, groups: int) -> tuple[Tensor, Tensor, Tensor]:
         """(up [S × r2], diagonal blocks of the core [r2 × r1/groups × taps…], down [r1 × C]), ranks in new order."""
-        up, core, down = self.factors(rank_out, rank_in)
+        up, core, down = self._projected(rank_out, rank_in)
         order_out, order_in = self.branch_order(rank_out, rank_in, groups)
         blocks = core[order_out][:, order_in].unflatten(0, (groups, -1)).unflatten(2, (groups, -1))
         kept = torch.cat([blocks[i, :, i] for i in range(groups)])

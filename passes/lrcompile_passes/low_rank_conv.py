@@ -2,7 +2,8 @@
 
 "pointwise" is the SVD of a 1×1 kernel. "tucker" puts a small kernel between two 1×1 convolutions (Kim et al.
 2016). "spatial" splits a 2-D kernel in a column and a row (Jaderberg et al. 2014; in the SVD form of Tai et al.
-2016). Weighting by the calibration inputs' channels, window positions taken as alike, is our reading.
+2016). With calibration data what reads the input is weighted by its channels, positions of the window taken as alike,
+and the rest is fitted to the patches that the window sees (`lrcompile.planning.windows`; our reading).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from functools import partial
 from math import ceil, prod
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from lrcompile.graph.graph import Graph, Site, owners, shape
 from lrcompile.graph.rewrite import Refusal, Rewrite, Rewriter
@@ -171,13 +172,7 @@ def _spatial_error(site: Site, context: Context, rank: int) -> float:
 
 def _spatial(site: Site, context: Context) -> Spectrum:
     """The SVD of the kernel as [(S, row tap) × (C, column tap)]."""
-
-    def matrix() -> Tensor:
-        kernel: Any = site.module.weight
-        out, into, high, wide = kernel.shape
-        return kernel.permute(0, 3, 1, 2).reshape(out * wide, into * high)
-
-    return context.svd(site, "spatial", matrix, context.input_gram(site, 1))
+    return context.separable(site, (0,))
 
 
 def _pointwise_chain(site: Site, context: Context, params: Any) -> list[nn.Module]:
