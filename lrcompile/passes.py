@@ -129,28 +129,47 @@ class Context:
         """A weight as `apply` may compute with it: itself, or on trial a fake of its shape."""
         return tensor.detach()
 
-    def spectrum(self, site: Site) -> Spectrum:
-        """The activation-aware SVD of a linear layer's weight, or of a 1×1 convolution's as [S × C]."""
+    def spectrum(self, site: Site, centered: bool = False) -> Spectrum:
+        """The activation-aware SVD of a linear layer's weight, or of a 1×1 convolution's as [S × C].
+
+        With `centered` the inputs count from their mean, so `apply` has to add `lost_mean` to the bias. Transposed and
+        padded 1×1 convolutions, whose outputs do not all see inputs, are never taken so.
+        """
         weight: Any = site.module.weight
         if isinstance(site.module, nn.Linear):
-            return self.svd(site, "linear", lambda: weight, self.input_gram(site))
+            return self.svd(site, "linear", lambda: weight, self.input_moments(site), centered)
         transposed = isinstance(site.module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d)
-        seen = self.patches(site)  # those of a stride
-        gram = self.input_gram(site, 1) if seen is None else seen.gram
-        return self.svd(site, "pointwise", lambda: weight.flatten(1).T if transposed else weight.flatten(1), gram)
+        padding: Any = site.module.padding
+        seen = self.patches(site) or self.input_moments(site, 1)  # patches are what a stride leaves
+        centered &= not transposed and (isinstance(padding, str) or not any(padding))
+        return self.svd(
+            site, "pointwise", lambda: weight.flatten(1).T if transposed else weight.flatten(1), seen, centered
+        )
 
-    def error(self, site: Site, rank: int) -> float:
+    def error(self, site: Site, rank: int, centered: bool = False) -> float:
         """The relative output error of a site split by `spectrum` at a rank."""
-        return self.spectrum(site).tail(rank)
+        return self.spectrum(site, centered).tail(rank)
 
-    def svd(self, site: Site, form: str, matrix: Callable[[], Tensor], gram: Tensor | None = None) -> Spectrum:
+    def svd(
+        self,
+        site: Site,
+        form: str,
+        matrix: Callable[[], Tensor],
+        known: Moments | None = None,
+        centered: bool = False,
+    ) -> Spectrum:
         """The SVD of a matrix made from a site's weight; `form` names the way it is made and is part of the key."""
-        return self.once(site, form, lambda: spectrum(matrix(), gram))
+        if known is None:
+            return self.once(site, form, lambda: spectrum(matrix()))
+        if centered:
+            return self.once(site, f"{form} centered", lambda: spectrum(matrix(), centered=known))
+        return self.once(site, form, lambda: spectrum(matrix(), known.gram))
 
-    def separable(self, site: Site, axes: tuple[int, ...]) -> Spectrum:
+    def separable(self, site: Site, axes: tuple[int, ...], centered: bool = False) -> Spectrum:
         """The SVD of a convolution's kernel as [(S, other taps) × (C, taps of `axes`)], `axes` counting spatial ones.
 
-        With calibration data the second factor is fitted to the patches that the window sees, where they were kept.
+        With calibration data the second factor is fitted to the patches that the window sees, where they were kept,
+        and with `centered` they count from their mean, as in `spectrum`.
         """
         weight: Any = site.module.weight
         others = [axis for axis in range(weight.dim() - 2) if axis not in axes]
@@ -161,21 +180,29 @@ class Context:
 
         form, known = f"separable {axes}", self.patches(site)
         if known is None:
-            return self.svd(site, form, matrix, self.input_gram(site, 1))
-        channels, *taps = weight.shape[1:]
-        order = torch.arange(len(known.gram)).view(channels, *taps)
-        order = order.permute(0, *(axis + 1 for axis in axes), *(axis + 1 for axis in others)).flatten()
-        return self.once(site, form, lambda: window_spectrum(matrix(), known.gram[order][:, order]))
+            return self.svd(site, form, matrix, self.input_moments(site, 1))
+        places = torch.arange(len(known.total)).view(weight.shape[1:])
+        places = places.permute(0, *(axis + 1 for axis in axes), *(axis + 1 for axis in others)).flatten()
+        return self.windowed(site, form, matrix, lambda: known.reordered(places), centered)
 
-    def tucker(self, site: Site) -> Tucker:
+    def windowed(
+        self, site: Site, form: str, matrix: Callable[[], Tensor], patches: Callable[[], Moments], centered: bool
+    ) -> Spectrum:
+        """A split of a kernel's matrix that is fitted to patches, as `window_spectrum`; `form` as in `svd`."""
+        words = f"{form} centered" if centered else form
+        return self.once(site, words, lambda: window_spectrum(matrix(), patches(), centered))
+
+    def tucker(self, site: Site, centered: bool = False) -> Tucker:
         """Tucker-2 of a convolution's kernel as [S × C × taps]; a transposed convolution's is turned that way first.
 
-        With calibration data its core is fitted to the patches that the window sees, where they were kept.
+        With calibration data its core is fitted to the patches that the window sees, where they were kept, and with
+        `centered` they count from their mean, as in `spectrum`.
         """
         weight: Any = site.module.weight
         known = self.patches(site)
         if known is not None:
-            return self.once(site, "tucker", lambda: window_tucker(weight, known.gram))
+            form = "tucker centered" if centered else "tucker"
+            return self.once(site, form, lambda: window_tucker(weight, known, centered))
         transposed = isinstance(site.module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d)
         kernel = weight.transpose(0, 1) if transposed else weight
         return self.once(site, "tucker", lambda: tucker(kernel, self.input_gram(site, 1)))
@@ -222,23 +249,38 @@ class TrialContext(Context):
         known = super().lookups(site)
         return None if known is None else self._fake(known)
 
-    def patches(self, site: Site) -> Moments | None:
-        """None: what is fitted to patches has the same shapes as what is not."""
-        return None
-
-    def svd(self, site: Site, form: str, matrix: Callable[[], Tensor], gram: Tensor | None = None) -> Spectrum:
+    def svd(
+        self,
+        site: Site,
+        form: str,
+        matrix: Callable[[], Tensor],
+        known: Moments | None = None,
+        centered: bool = False,
+    ) -> Spectrum:
         """A spectrum whose factors have shapes only."""
+        return self._spectrum(matrix, known is not None, centered and known is not None, None)
+
+    def windowed(
+        self, site: Site, form: str, matrix: Callable[[], Tensor], patches: Callable[[], Moments], centered: bool
+    ) -> Spectrum:
+        """A split whose factors have shapes only."""
+        return self._spectrum(matrix, True, centered, len(site.module.weight))  # type: ignore[arg-type]
+
+    def _spectrum(self, matrix: Callable[[], Tensor], aware: bool, shifts: bool, outputs: int | None) -> Spectrum:
         with self.fake_mode, torch.no_grad():
             fake = self._fake(matrix())
-            return TrialSpectrum(fake, torch.empty(min(fake.shape)), fake, fake, gram is not None)
+            values = torch.empty(min(fake.shape))
+        mean = fake if shifts else None
+        return TrialSpectrum(fake, values, fake, fake, aware, mean, outputs=outputs or len(fake))
 
-    def tucker(self, site: Site) -> Tucker:
+    def tucker(self, site: Site, centered: bool = False) -> Tucker:
         """A Tucker decomposition whose factors have shapes only."""
         weight: Any = site.module.weight
         transposed = isinstance(site.module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d)
         with self.fake_mode, torch.no_grad():
             kernel = self._fake(weight.transpose(0, 1) if transposed else weight)
-            return TrialTucker(kernel, kernel, kernel, kernel, kernel, False)
+        shifts = centered and self.patches(site) is not None
+        return TrialTucker(kernel, kernel, kernel, kernel, kernel, False, shifts=shifts)
 
     def _fake(self, tensor: Tensor) -> Tensor:
         return (
@@ -260,8 +302,11 @@ class ShapesOnly(FakeTensorMode):
         return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
 
+@dataclass(frozen=True, eq=False)
 class TrialSpectrum(Spectrum):
-    """A spectrum without values."""
+    """A spectrum without values; the layer has `outputs` of them."""
+
+    outputs: int = field(kw_only=True)
 
     @property
     def basis(self) -> Tensor:  # type: ignore[override]
@@ -273,15 +318,27 @@ class TrialSpectrum(Spectrum):
         rows, columns = self.matrix.shape
         return self.matrix.new_empty(rows, rank), self.matrix.new_empty(rank, columns)
 
+    def lost_mean(self, rank: int) -> Tensor | None:
+        """Empty, [outputs], where a mean is lost."""
+        return None if self.mean is None or rank >= self.full_rank else self.matrix.new_empty(self.outputs)
 
+
+@dataclass(frozen=True, eq=False)
 class TrialTucker(Tucker):
-    """A Tucker decomposition without values."""
+    """A Tucker decomposition without values; `shifts` says that it loses a mean."""
+
+    shifts: bool = field(kw_only=True)
 
     def factors(self, rank_out: int, rank_in: int) -> tuple[Tensor, Tensor, Tensor]:
         """Empty (up [S × r2], core [r2 × r1 × taps…], down [r1 × C])."""
         out, into, *taps = self.kernel.shape
         new = self.kernel.new_empty
         return new(out, rank_out), new(rank_out, rank_in, *taps), new(rank_in, into)
+
+    def lost_mean(self, rank_out: int, rank_in: int) -> Tensor | None:
+        """Empty, [S], where a mean is lost."""
+        out, into, *_ = self.kernel.shape
+        return self.kernel.new_empty(out) if self.shifts and (rank_out < out or rank_in < into) else None
 
     def branches(self, rank_out: int, rank_in: int, groups: int) -> tuple[Tensor, Tensor, Tensor]:
         """Empty (up [S × r2], diagonal blocks [r2 × r1/groups × taps…], down [r1 × C])."""

@@ -8,6 +8,7 @@ import pytest
 import torch
 from lrcompile_passes.factorize_conv3d import FactorizeConv3d
 from lrcompile_passes.low_rank_conv import LowRankConv
+from lrcompile_passes.low_rank_linear import LowRankLinear
 from torch import Tensor, nn
 
 from lrcompile.errors import InputError
@@ -55,11 +56,50 @@ def check(graph: Graph, transform: Pass, x: Tensor) -> None:
         assert measured <= common.difference(blind, graph, x) * (1 + 1e-6), rewrite
 
 
+@pytest.mark.parametrize("center", [False, True])
 @pytest.mark.parametrize("options", IMAGES, ids=str)
-def test_error_of_splits_of_images_is_exact_and_no_larger(options: dict[str, Any]) -> None:
+def test_error_of_splits_of_images_is_exact_and_no_larger(options: dict[str, Any], center: bool) -> None:
     x = smooth(6, 16, 12, 12)
     torch.manual_seed(0)
-    check(common.drawn(nn.Sequential(nn.Conv2d(16, 24, **options, bias=False)).double(), x), LowRankConv(), x)
+    model = nn.Sequential(nn.Conv2d(16, 24, **options, bias=False)).double()
+    check(common.drawn(model, x), LowRankConv(center=center), x)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("options", [None, IMAGES[0], IMAGES[4]], ids=str)
+def test_the_mean_output_is_kept(options: dict[str, Any] | None, bias: bool) -> None:
+    """A bias takes what a split loses of the mean, so errors are smaller at the same rank, and still exact."""
+    torch.manual_seed(0)
+    x = smooth(6, 16, 12, 12) + torch.randn(16, 1, 1, dtype=torch.float64)
+    kind = LowRankConv if options else LowRankLinear
+    layer = nn.Conv2d(16, 24, **options, bias=bias) if options else nn.Linear(12, 24, bias=bias)
+    graph = common.drawn(nn.Sequential(layer).double(), x)
+    ctx = common.context(graph, (x,))
+    (expected,) = common.outputs(graph, x)
+    axes = (0, 2, 3) if options else (0, 1, 2)
+    bias_of = torch.zeros(24) if layer.bias is None else layer.bias.detach()
+    unbiased = expected.detach() - bias_of.view(-1, 1, 1) if options else expected.detach() - bias_of
+    for rewrite in common.rewrites(graph, kind(center=True), ctx):
+        (got,) = common.outputs(common.applied(graph, kind(center=True), rewrite, ctx), x)
+        (without,) = common.outputs(common.applied(graph, kind(), rewrite, ctx), x)
+        assert torch.allclose(got.mean(axes), expected.mean(axes), atol=1e-9)
+        lost = float((got - expected).norm() / unbiased.norm())
+        assert lost == pytest.approx(rewrite.error, rel=1e-3, abs=1e-6)
+        assert lost < float((without - expected).norm() / unbiased.norm())
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(8, 12, bias=False), nn.Conv2d(8, 12, 1), nn.Conv2d(8, 12, 3)], ids=str)
+def test_at_full_rank_no_bias_changes(layer: Any) -> None:
+    x = smooth(4, 8, 8, 8)
+    graph = common.drawn(nn.Sequential(layer).double(), x)
+    ctx, site = common.context(graph, (x,)), graph.site("0")
+    if layer.weight.dim() == 2 or layer.kernel_size == (1, 1):
+        lost = [ctx.spectrum(site, centered=True).lost_mean(rank) for rank in (7, 8)]
+    else:
+        lost = [ctx.tucker(site, centered=True).lost_mean(*ranks) for ranks in ((12, 7), (12, 8))]
+        assert ctx.separable(site, (0,), centered=True).lost_mean(24) is None
+    assert lost[0] is not None
+    assert lost[1] is None
 
 
 def test_error_of_splits_of_sequences_is_exact_and_no_larger() -> None:
@@ -177,7 +217,7 @@ def test_no_memory_at_all_is_said_in_words(monkeypatch: pytest.MonkeyPatch) -> N
     graph = common.drawn(nn.Sequential(nn.Linear(3, 3)), torch.ones(1, 3))
     with monkeypatch.context() as patch:
         patch.setattr(moments_module, "_product", refuse)
-        with pytest.raises(InputError, match="not enough memory for the Gram matrix of 3 .* without --calib$"):
+        with pytest.raises(InputError, match=r"not enough memory for the Gram matrix of 3 .* without --calib$"):
             collect(graph, [(torch.ones(1, 3),)])
 
     class Hungry(nn.Linear):
@@ -185,7 +225,9 @@ def test_no_memory_at_all_is_said_in_words(monkeypatch: pytest.MonkeyPatch) -> N
             raise RuntimeError("[enforce fail] not enough memory: you tried to allocate 1 TB")
 
     graph.gm.add_module("0", Hungry(3, 3))
-    with pytest.raises(InputError, match="not enough memory to run the model on a calibration batch.* other programs$"):
+    with pytest.raises(
+        InputError, match=r"not enough memory to run the model on a calibration batch.* other programs$"
+    ):
         collect(graph, [(torch.ones(1, 3),)])
 
 

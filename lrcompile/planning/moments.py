@@ -26,6 +26,10 @@ class Moments:
     def __add__(self, other: Moments) -> Moments:
         return Moments(self.gram + other.gram, self.total + other.total, self.rows + other.rows)
 
+    def reordered(self, order: Tensor) -> Moments:
+        """Those of the features in another order."""
+        return Moments(self.gram[order][:, order], self.total[order], self.rows)
+
     @property
     def mean(self) -> Tensor:
         """The mean row, [features]."""

@@ -9,13 +9,14 @@ alike.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from lrcompile.planning.decompose import Spectrum, Tucker, spectrum, tucker
+from lrcompile.planning.moments import Moments
 
 RIDGE = 1e-6  # of the mean of P's diagonal, added to the diagonal: keeps the weights where the data excite nothing
 
@@ -24,33 +25,36 @@ RIDGE = 1e-6  # of the mean of P's diagonal, added to the diagonal: keeps the we
 class Fit:
     """Least squares of y = W·x, x [features × taps], on the taps of the first r rows of V·x, for every r; float64.
 
-    `reader` is V [rank × features], `lower` is L, `parts` [out × rank × taps] is y in the coordinates L⁻¹z; all squares
-    are relative to ‖y‖².
+    `reader` is V [rank × features], `lower` is L, `parts` [out × rank × taps] is y in the coordinates L⁻¹z; `unit` is
+    ‖y‖². Where `mean` is known, the mean patch [features × taps], x counts from it, and `mean_output` is W·mean.
     """
 
     reader: Tensor
     lower: Tensor
     parts: Tensor
     unit: float
+    mean: Tensor | None
+    mean_output: Tensor | None
 
     @classmethod
-    def of(cls, weight: Tensor, reader: Tensor, gram: Tensor, unit: float | None = None) -> Fit:
-        """The fit for W [out × features × taps] and P [features·taps × features·taps].
-
-        Squares are relative to `unit`, by default tr(W·P·Wᵀ).
-        """
+    def of(cls, weight: Tensor, reader: Tensor, patches: Moments, is_centered: bool) -> Fit:
+        """The fit for W [out × features × taps] and the moments of patches [features × taps]."""
         out, features, taps = weight.shape
         weight, reader = weight.double(), reader.double()
+        gram = patches.centered if is_centered else patches.gram
         gram = gram + RIDGE * gram.diagonal().mean().clamp_min(1e-300) * torch.eye(len(gram), dtype=gram.dtype)
         seen = weight.flatten(1) @ gram  # [out × features·taps]
-        if unit is None:
-            unit = float((seen * weight.flatten(1)).sum())
+        unit = float((seen * weight.flatten(1)).sum())
+        mean, mean_output = None, None
+        if is_centered:
+            mean, mean_output = patches.mean.view(features, taps), weight.flatten(1) @ patches.mean
+            unit += patches.rows * float(mean_output.square().sum())
         mixed = (reader @ gram.view(features, -1)).view(len(reader), taps, features, taps)
         joint = torch.einsum("gf,itfu->itgu", reader, mixed).reshape(len(reader) * taps, -1)
         lower = _cholesky(joint)
         cross = torch.einsum("gf,oft->ogt", reader, seen.view(out, features, taps)).flatten(1)
         parts = torch.linalg.solve_triangular(lower, cross.T, upper=False).T
-        return cls(reader, lower, parts.view(out, len(reader), taps), max(unit, 1e-300))
+        return cls(reader, lower, parts.view(out, len(reader), taps), max(unit, 1e-300), mean, mean_output)
 
     def coefficients(self, rank: int) -> Tensor:
         """The map of the taps of the first `rank` features of z to y, [out × rank × taps]."""
@@ -59,12 +63,19 @@ class Fit:
         parts = self.parts[:, :rank].flatten(1)
         return torch.linalg.solve_triangular(known, parts, upper=False, left=False).view(len(parts), rank, taps)
 
+    def lost_mean(self, rank: int, up: Tensor | None = None) -> Tensor | None:
+        """What the chain takes from the mean output, [out]; `up` is a basis that outputs are projected on."""
+        if self.mean is None or self.mean_output is None:
+            return None
+        kept = torch.einsum("ort,rf,ft->o", self.coefficients(rank), self.reader[:rank], self.mean)
+        return self.mean_output - (kept if up is None else up @ (up.T @ kept))
+
 
 @dataclass(frozen=True, eq=False)
 class WindowSpectrum(Spectrum):
     """A split of a kernel in two convolutions, W [(out, taps) × features], whose second is fitted to patches."""
 
-    fit: Fit
+    fit: Fit = field(kw_only=True)
 
     @cached_property
     def tails(self) -> Tensor:
@@ -74,9 +85,16 @@ class WindowSpectrum(Spectrum):
 
     def factors(self, rank: int) -> tuple[Tensor, Tensor]:
         """(up [rows × rank], down [rank × columns]) in the dtype of W."""
+        if rank >= self.full_rank:
+            return super().factors(rank)  # needs no fit, and has none of its rounding
         up = self.fit.coefficients(rank).transpose(1, 2).flatten(0, 1)
         down = self.fit.reader[:rank]
         return up.to(self.matrix.dtype).contiguous(), down.to(self.matrix.dtype).contiguous()
+
+    def lost_mean(self, rank: int) -> Tensor | None:
+        """What the split takes from the mean output over all positions, those at padded borders too, [out]."""
+        lost = None if rank >= self.full_rank else self.fit.lost_mean(rank)
+        return None if lost is None else lost.to(self.matrix.dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,11 +110,20 @@ class WindowTucker(Tucker):
 
     def factors(self, rank_out: int, rank_in: int) -> tuple[Tensor, Tensor, Tensor]:
         """(up [S × r2], core [r2 × r1 × taps…], down [r1 × C]) in the dtype of the kernel."""
+        if rank_out >= len(self.fit.parts) and rank_in >= len(self.fit.reader):
+            return super().factors(rank_out, rank_in)
         up = self._output(rank_in)[1][:, :rank_out]
         core = torch.einsum("so,sik->oik", up, self.fit.coefficients(rank_in))
         parts = (up, core.reshape(rank_out, rank_in, *self.kernel.shape[2:]), self.fit.reader[:rank_in])
         up, core, down = (t.to(self.kernel.dtype).contiguous() for t in parts)
         return up, core, down
+
+    def lost_mean(self, rank_out: int, rank_in: int) -> Tensor | None:
+        """What the split takes from the mean output over all positions, those at padded borders too, [S]."""
+        if rank_out >= len(self.fit.parts) and rank_in >= len(self.fit.reader):
+            return None
+        lost = self.fit.lost_mean(rank_in, self._output(rank_in)[1][:, :rank_out])
+        return None if lost is None else lost.to(self.kernel.dtype)
 
     @cached_property
     def _outputs(self) -> dict[int, tuple[Tensor, Tensor]]:
@@ -111,23 +138,19 @@ class WindowTucker(Tucker):
         return self._outputs[rank_in]
 
 
-def window_spectrum(matrix: Tensor, gram: Tensor, unit: float | None = None) -> WindowSpectrum:
-    """Splits W [(out, taps) × features]; `gram` is that of patches [features × taps], flattened.
-
-    `unit` is the squared size of the outputs that errors are relative to, by default that for `gram`.
-    """
-    first = spectrum(matrix, _per_feature(gram, matrix.shape[1]))
+def window_spectrum(matrix: Tensor, patches: Moments, is_centered: bool = False) -> WindowSpectrum:
+    """Splits W [(out, taps) × features] for patches [features × taps], counted from their mean if `is_centered`."""
     features = matrix.shape[1]
-    weight = matrix.detach().unflatten(0, (-1, len(gram) // features)).transpose(1, 2)
-    reader = first.basis.T @ matrix.detach().double()
-    fit = Fit.of(weight, reader, gram, unit)
-    return WindowSpectrum(first.matrix, first.singular_values, first.vectors, first.scaled, True, fit)
+    first = spectrum(matrix, _per_feature(patches.centered if is_centered else patches.gram, features))
+    weight = matrix.detach().unflatten(0, (-1, len(patches.gram) // features)).transpose(1, 2)
+    fit = Fit.of(weight, first.basis.T @ matrix.detach().double(), patches, is_centered)
+    return WindowSpectrum(first.matrix, first.singular_values, first.vectors, first.scaled, True, fit=fit)
 
 
-def window_tucker(kernel: Tensor, gram: Tensor, unit: float | None = None) -> WindowTucker:
-    """Tucker-2 of a kernel [S × C × spatial…]; `gram` and `unit` as for `window_spectrum`."""
-    first = tucker(kernel, _per_feature(gram, kernel.shape[1]))
-    fit = Fit.of(kernel.detach().flatten(2), first.into_inverse, gram, unit)
+def window_tucker(kernel: Tensor, patches: Moments, is_centered: bool = False) -> WindowTucker:
+    """Tucker-2 of a kernel [S × C × spatial…] for patches [C × taps], as `window_spectrum`."""
+    first = tucker(kernel, _per_feature(patches.centered if is_centered else patches.gram, kernel.shape[1]))
+    fit = Fit.of(kernel.detach().flatten(2), first.into_inverse, patches, is_centered)
     return WindowTucker(**vars(first), fit=fit)
 
 
