@@ -15,7 +15,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from lrcompile.planning.decompose import Spectrum, Tucker, spectrum, tucker
+from lrcompile.planning.decompose import Spectrum, Tucker, cholesky, spectrum, tucker
 from lrcompile.planning.moments import Moments
 
 RIDGE = 1e-6  # of the mean of P's diagonal, added to the diagonal: keeps the weights where the data excite nothing
@@ -42,7 +42,8 @@ class Fit:
         out, features, taps = weight.shape
         weight, reader = weight.double(), reader.double()
         gram = patches.centered if is_centered else patches.gram
-        gram = gram + RIDGE * gram.diagonal().mean().clamp_min(1e-300) * torch.eye(len(gram), dtype=gram.dtype)
+        gram = gram.clone()
+        gram.diagonal().add_(RIDGE * gram.diagonal().mean().clamp_min(1e-300))
         seen = weight.flatten(1) @ gram  # [out × features·taps]
         unit = float((seen * weight.flatten(1)).sum())
         mean, mean_output = None, None
@@ -51,7 +52,7 @@ class Fit:
             unit += patches.rows * float(mean_output.square().sum())
         mixed = (reader @ gram.view(features, -1)).view(len(reader), taps, features, taps)
         joint = torch.einsum("gf,itfu->itgu", reader, mixed).reshape(len(reader) * taps, -1)
-        lower = _cholesky(joint)
+        lower = cholesky(joint)
         cross = torch.einsum("gf,oft->ogt", reader, seen.view(out, features, taps)).flatten(1)
         parts = torch.linalg.solve_triangular(lower, cross.T, upper=False).T
         return cls(reader, lower, parts.view(out, len(reader), taps), max(unit, 1e-300), mean, mean_output)
@@ -158,14 +159,3 @@ def _per_feature(gram: Tensor, features: int) -> Tensor:
     """The Gram matrix of features, taps as rows of their own, of that of patches [features × taps]."""
     taps = len(gram) // features
     return gram.view(features, taps, features, taps).diagonal(dim1=1, dim2=3).sum(-1)
-
-
-def _cholesky(gram: Tensor) -> Tensor:
-    """The lower factor; what rounding made indefinite is damped until it is not."""
-    scale = float(gram.diagonal().mean())
-    for power in range(-16, 1):
-        lower, failed = torch.linalg.cholesky_ex(gram)
-        if not int(failed):
-            return lower
-        gram = gram + 10.0**power * scale * torch.eye(len(gram), dtype=gram.dtype)
-    raise torch.linalg.LinAlgError("a Gram matrix holds values that are not finite")
