@@ -23,6 +23,7 @@ from lrcompile.confirm import Measured, Reference, confirm
 from lrcompile.devices.cost import Cost, total
 from lrcompile.devices.fusion import describe_all
 from lrcompile.devices.target import Target, resolve_target
+from lrcompile.devices.timings import default_cache_dir
 from lrcompile.emit.write import check_opset, emit
 from lrcompile.errors import InputError, PlanError
 from lrcompile.frontend.calibration_data import CalibrationData
@@ -40,6 +41,7 @@ from lrcompile.planning.plan import Plan
 from lrcompile.planning.price import Pricing, price
 from lrcompile.planning.search import Choice, Problem, search
 from lrcompile.planning.sensitivity import Evaluator, rewritten
+from lrcompile.planning.store import Store
 from lrcompile.plugins import discover
 from lrcompile.report.report import Decision, Report, decide, error_figures, latency_figures, model_figures
 
@@ -178,7 +180,7 @@ def prepare_model(
     if calibration:
         with clock("calibrate"):
             statistics = collect(graph, data.fitted, clock.progress)
-            context = Context(target.device, dtype, statistics.grams, statistics.token_counts)
+            context = Context(target.device, dtype, statistics.grams, statistics.token_counts, _store())
     with clock("price"):
         pricing = price(graph, transforms, context, target.model, keep, clock.progress)
         costs = {} if target.is_local else _node_costs(graph, target)
@@ -339,7 +341,7 @@ def replay(
         graph = rewritten(traced.graph, plan.rewrites[:count], by_name, context)
         if calibration:
             statistics = collect(graph, data.fitted, clock.progress)
-            context = Context(target.device, dtype, statistics.grams, statistics.token_counts)
+            context = Context(target.device, dtype, statistics.grams, statistics.token_counts, _store())
         graph_after = rewritten(graph, plan.rewrites[count:], by_name, context)
         error = Evaluator(traced.graph, data.judged).error(graph_after)
     check_rank(graph_after, traced)
@@ -408,6 +410,10 @@ def _batches(traced: Traced, calibration: CalibrationData | None) -> list[tuple[
                 f"the model takes batches of {size} only, the calibration data come in {got}; give --batch {size}"
             )
     return [tuple(batch[name] for name in traced.input_names) for batch in checked.batches]
+
+
+def _store() -> Store:
+    return Store(default_cache_dir().parent / "decompositions")
 
 
 def _keeper(graph: Graph, skip: Sequence[str]) -> tuple[Callable[[str], bool], tuple[str, ...]]:

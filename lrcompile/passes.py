@@ -21,10 +21,12 @@ from lrcompile.graph.graph import Graph, Site
 from lrcompile.graph.rewrite import Refusal, Rewrite, Rewriter, value_names
 from lrcompile.planning.decompose import Spectrum, Tucker, spectrum, tucker
 from lrcompile.planning.moments import Moments, Window
+from lrcompile.planning.store import Store
 from lrcompile.planning.windows import window_spectrum, window_tucker
 
 T = TypeVar("T")
 S = TypeVar("S", Tensor, Moments)
+D = TypeVar("D", Spectrum, Tucker)
 
 
 class Stage(Enum):
@@ -78,13 +80,15 @@ class Context:
 
     `grams` maps (node name, feature axis, or window of a convolution) to the moments of what is seen of that value,
     collected on calibration data;
-    `token_counts` maps the name of an index node to how often each row was looked up.
+    `token_counts` maps the name of an index node to how often each row was looked up. `store` remembers decompositions
+    from one compile to the next.
     """
 
     device: Device
     dtype: str = "fp32"
     grams: Mapping[tuple[str, int | Window], Moments] = field(default_factory=dict)
     token_counts: Mapping[str, Tensor] = field(default_factory=dict)
+    store: Store | None = None
     _memo: dict[tuple[str, str], Any] = field(default_factory=dict, repr=False)
     _digests: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary, repr=False)
 
@@ -160,10 +164,10 @@ class Context:
     ) -> Spectrum:
         """The SVD of a matrix made from a site's weight; `form` names the way it is made and is part of the key."""
         if known is None:
-            return self.once(site, form, lambda: spectrum(matrix()))
+            return self.once(site, form, lambda: self._decomposed(spectrum, matrix()))
         if centered:
-            return self.once(site, f"{form} centered", lambda: spectrum(matrix(), centered=known))
-        return self.once(site, form, lambda: spectrum(matrix(), known.gram))
+            return self.once(site, f"{form} centered", lambda: self._decomposed(spectrum, matrix(), None, known))
+        return self.once(site, form, lambda: self._decomposed(spectrum, matrix(), known.gram))
 
     def separable(self, site: Site, axes: tuple[int, ...], centered: bool = False) -> Spectrum:
         """The SVD of a convolution's kernel as [(S, other taps) × (C, taps of `axes`)], `axes` counting spatial ones.
@@ -190,7 +194,7 @@ class Context:
     ) -> Spectrum:
         """A split of a kernel's matrix that is fitted to patches, as `window_spectrum`; `form` as in `svd`."""
         words = f"{form} centered" if centered else form
-        return self.once(site, words, lambda: window_spectrum(matrix(), patches(), centered))
+        return self.once(site, words, lambda: self._decomposed(window_spectrum, matrix(), patches(), centered))
 
     def tucker(self, site: Site, centered: bool = False) -> Tucker:
         """Tucker-2 of a convolution's kernel as [S × C × taps]; a transposed convolution's is turned that way first.
@@ -202,10 +206,13 @@ class Context:
         known = self.patches(site)
         if known is not None:
             form = "tucker centered" if centered else "tucker"
-            return self.once(site, form, lambda: window_tucker(weight, known, centered))
+            return self.once(site, form, lambda: self._decomposed(window_tucker, weight, known, centered))
         transposed = isinstance(site.module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d)
         kernel = weight.transpose(0, 1) if transposed else weight
-        return self.once(site, "tucker", lambda: tucker(kernel, self.input_gram(site, 1)))
+        return self.once(site, "tucker", lambda: self._decomposed(tucker, kernel, self.input_gram(site, 1)))
+
+    def _decomposed(self, decompose: Callable[..., D], weight: Tensor, *inputs: Moments | Tensor | bool | None) -> D:
+        return decompose(weight, *inputs) if self.store is None else self.store.of(decompose, weight, *inputs)
 
     def once(self, site: Site, form: str, compute: Callable[[], T]) -> T:
         """What `compute` makes of a site's weight and inputs, computed once; `form` names what that is."""
@@ -221,7 +228,7 @@ class Context:
     def on_trial(self, fake_mode: FakeTensorMode) -> Context:
         """The same context for pricing: decompositions and statistics have shapes and no values, so it is cheap."""
         return TrialContext(
-            self.device, self.dtype, self.grams, self.token_counts, self._memo, self._digests, fake_mode=fake_mode
+            self.device, self.dtype, self.grams, self.token_counts, None, self._memo, self._digests, fake_mode=fake_mode
         )
 
 
