@@ -3,6 +3,7 @@
 python -m tools.bench_planner speed       CPU time of each stage, and of a second budget
 python -m tools.bench_planner policies    the planner against two policies that know neither device nor sensitivity
 python -m tools.bench_planner unseen      measured errors against errors on unseen data, with and without held-out data
+python -m tools.bench_planner windows     splits of convolutions fitted to patches, against those fitted to channels
 python -m tools.bench_planner defaults    what a compile without options gains on trained models
 """
 
@@ -29,7 +30,7 @@ from lrcompile.graph.describe import describe
 from lrcompile.graph.graph import Graph
 from lrcompile.graph.op import OpDesc
 from lrcompile.graph.rewrite import Rewrite
-from lrcompile.passes import Context
+from lrcompile.passes import Context, proposals
 from lrcompile.planning.budget import Budget
 from lrcompile.planning.calibration import Split, collect
 from lrcompile.planning.canonicalize import canonicalize
@@ -278,6 +279,43 @@ def unseen(budgets: Sequence[float], device: str) -> Iterator[str]:
             yield f"{fitted:8}{judged:8}{budget:8}{choice.error:10.4f}{error:8.4f}{ratio:7.2f}{gained:10.3f}"
 
 
+# ----------------------------------------------------------------------------------------------------------- windows
+
+
+def small_cnn(steps: int = 200) -> nn.Module:
+    """A convolutional net of three 3×3 layers, trained on a part of Fashion-MNIST with a fixed seed."""
+    torch.manual_seed(0)
+    sizes = [(1, 32, 1), (32, 64, 2), (64, 128, 2)]
+    layers = [[nn.Conv2d(c, s, 3, stride, 1), nn.ReLU()] for c, s, stride in sizes]
+    model = nn.Sequential(*(layer for pair in layers for layer in pair), nn.Flatten(), nn.Linear(128 * 49, 10))
+    images, labels = models.fashion_mnist("train")
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    for step in range(steps):
+        batch = slice(128 * step, 128 * (step + 1))
+        loss = nn.functional.cross_entropy(model(images[batch]), labels[batch])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return model.eval()
+
+
+def windows() -> Iterator[str]:
+    """Each split of one layer of a trained net alone: the error of its output on 256 unseen images, at equal rank."""
+    model, (images, _), (unseen, _) = small_cnn(), models.fashion_mnist("train"), models.fashion_mnist("t10k")
+    graph = trace(model, (images[:32],)).graph
+    grams = collect(graph, [(part,) for part in images[-256:].split(32)]).grams
+    device = resolve_target("v100").device
+    split = next(transform for transform in discover().passes if transform.name == "low-rank-conv")
+    fitted, blind = Context(device, grams=grams), Context(device, grams={k: m for k, m in grams.items() if k[1] == 1})
+    judge = Evaluator(graph, [(unseen[:256],)])
+    yield f"{'layer':7}{'split':42}{'channels':>10}{'patches':>10}  (errors of the model's output, one layer split)"
+    for rewrite in proposals(graph, split, fitted):
+        if isinstance(rewrite, Rewrite):
+            errors = [judge.error(rewritten(graph, [rewrite], {split.name: split}, c)) for c in (blind, fitted)]
+            words = ", ".join(f"{key}={value}" for key, value in rewrite.params.items())
+            yield f"{rewrite.site[0]:7}{words:42}{errors[0]:10.4f}{errors[1]:10.4f}"
+
+
 # ---------------------------------------------------------------------------------------------------------- defaults
 
 
@@ -307,7 +345,7 @@ def defaults() -> Iterator[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", choices=("speed", "policies", "unseen", "defaults"))
+    parser.add_argument("table", choices=("speed", "policies", "unseen", "windows", "defaults"))
     parser.add_argument("--device", default="v100", help="for policies, unseen (default: %(default)s)")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.95, 0.9, 0.8, 0.7], help="for policies")
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.05, 0.1, 0.2, 0.3], help="for unseen")
@@ -315,6 +353,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)  # threads that wait for each other would count as CPU time
     tables = {
         "speed": speed,
+        "windows": windows,
         "defaults": defaults,
         "policies": lambda: policies(options.shares, options.device),
         "unseen": lambda: unseen(options.budgets, options.device),

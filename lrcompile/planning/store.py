@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import tempfile
 from collections.abc import Callable, Mapping
@@ -29,6 +30,7 @@ D = TypeVar("D", Spectrum, Tucker)
 
 _KINDS: Mapping[str, Any] = {kind.__name__: kind for kind in (Spectrum, Tucker, WindowSpectrum, WindowTucker)}
 _GIVEN = ("matrix", "kernel")  # the layer's own weight, which is not written
+_TRIANGULAR = "fit.lower"  # the largest by far, of which half is written
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,8 @@ def _packed(found: Any, prefix: str = "") -> tuple[dict[str, Tensor], dict[str, 
             tensors, plain = {**tensors, **parts[0]}, {**plain, **parts[1]}
         elif isinstance(value, Tensor):
             if entry.name not in _GIVEN:
-                tensors[name] = value.detach().clone(memory_format=torch.contiguous_format)
+                whole = value.detach().clone(memory_format=torch.contiguous_format)
+                tensors[name] = whole[*_triangle(len(whole))] if name == _TRIANGULAR else whole
         else:
             plain[name] = value
     return tensors, plain
@@ -115,10 +118,19 @@ def _packed(found: Any, prefix: str = "") -> tuple[dict[str, Tensor], dict[str, 
 def _unpacked(tensors: Mapping[str, Tensor], plain: Mapping[str, Any], weight: Tensor) -> Spectrum | Tucker:
     kind = _KINDS[plain["kind"]]
     given = {**plain, **tensors, **dict.fromkeys(_GIVEN, weight.detach())}
+    if _TRIANGULAR in given:
+        packed = given[_TRIANGULAR]
+        side = (math.isqrt(8 * len(packed) + 1) - 1) // 2
+        given[_TRIANGULAR] = packed.new_zeros(side, side).index_put_(_triangle(side), packed)
     fit = {name.removeprefix("fit."): value for name, value in given.items() if name.startswith("fit.")}
     if fit:
         given["fit"] = Fit(**fit)
     return kind(**{entry.name: given[entry.name] for entry in fields(kind)})  # type: ignore[no-any-return]
+
+
+def _triangle(side: int) -> tuple[Tensor, Tensor]:
+    rows, columns = torch.tril_indices(side, side)
+    return rows, columns
 
 
 def _read(path: Path, weight: Tensor) -> Spectrum | Tucker | None:
