@@ -248,3 +248,48 @@ def test_collected_from_a_generator() -> None:
     assert found.grams.keys() == same.grams.keys()
     assert all(torch.equal(known.gram, same.grams[key].gram) for key, known in found.grams.items())
     assert {known.rows for known in found.grams.values()} == {15, 60, 240}
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), 1e30])
+def test_inputs_of_a_layer_that_are_not_finite_are_named(value: float) -> None:
+    class Overflows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(3, 3), nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(self.first(x) * value)
+
+    graph = common.drawn(Overflows(), torch.ones(1, 3))
+    with pytest.raises(InputError, match=r"the inputs of second are infinite, NaN or beyond 1e19"):
+        collect(graph, [(torch.ones(2, 3),)])
+
+
+def test_a_layer_on_a_single_row_or_vector() -> None:
+    """One row is its own mean: nothing is left of it, and a bias can hold all that any rank loses."""
+    torch.manual_seed(0)
+    graph = common.drawn(nn.Sequential(nn.Linear(16, 24)), torch.ones(16))
+    x = torch.linspace(-1, 2, 16)
+    ctx = common.context(graph, (x,))
+    site = graph.site("0")
+    assert ctx.spectrum(site, centered=True).tail(1) < 1e-3
+    assert ctx.spectrum(site).tail(1) < 0.1
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64])
+def test_inputs_that_do_not_vary(kind: torch.dtype) -> None:
+    """Rounding leaves a centred Gram matrix that may be indefinite; zeros leave one that is nothing at all."""
+    torch.manual_seed(0)
+    layer = nn.Conv2d(8, 16, 3, dtype=kind)
+    graph = common.drawn(
+        nn.Sequential(layer, nn.Flatten(), nn.Linear(64, 32, dtype=kind)), torch.ones(1, 8, 4, 4, dtype=kind)
+    )
+    for x in (torch.randn(1, 8, 4, 4, dtype=kind).expand(30, -1, -1, -1) * 1e3, torch.zeros(3, 8, 4, 4, dtype=kind)):
+        ctx = common.context(graph, (x,))
+        for centered in (False, True):
+            conv, dense = graph.site("0"), graph.site("2")
+            tails = [ctx.spectrum(dense, centered).tail(8), ctx.tucker(conv, centered).tail(8, 4)]
+            tails.append(ctx.separable(conv, (0,), centered).tail(8))
+            assert all(0 <= tail <= 1 for tail in tails), (centered, tails)
+            factors = [*ctx.spectrum(dense, centered).factors(8), *ctx.tucker(conv, centered).factors(8, 4)]
+            assert all(bool(factor.isfinite().all()) for factor in factors)

@@ -67,11 +67,12 @@ def collect(
     Memory is bounded by the Gram matrices and one batch's activations: each batch is added in pieces and let go.
 
     Raises:
-        InputError: memory runs out.
+        InputError: memory runs out, or a layer's inputs are not finite.
     """
     statistics = Statistics()
     wanted: dict[fx.Node, dict[int | Window, None]] = {}
     rows: dict[fx.Node, int] = {}
+    readers: dict[str, str] = {}
     for site in graph.modules_of(nn.Linear, nn.Embedding, *CONVS):
         window = Window.of(site.module)
         for node in site.nodes:
@@ -80,6 +81,7 @@ def collect(
             if isinstance(site.module, nn.Embedding):
                 rows[source] = site.module.num_embeddings
                 continue
+            readers.setdefault(source.name, site.path)
             keys = wanted.setdefault(source, {})
             keys[-1 if isinstance(site.module, nn.Linear) else 1] = None
             if window is not None and source.meta["val"].dim() == len(window.size) + 2:
@@ -98,6 +100,12 @@ def collect(
                 "programs"
             ) from error
     progress("calibrate", total, total)
+    for (name, _), known in statistics.grams.items():
+        if not known.gram.trace().isfinite():  # by Cauchy and Schwarz, then all of it is
+            raise InputError(
+                f"the inputs of {readers[name]} are infinite, NaN or beyond 1e19 on the calibration data: "
+                "compile with --dtype fp32, or give data that the model was made for"
+            )
     return statistics
 
 

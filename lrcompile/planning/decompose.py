@@ -245,8 +245,8 @@ def cholesky(gram: Tensor) -> Tensor:
     Raises:
         torch.linalg.LinAlgError: the matrix holds values that are not finite.
     """
-    scale = float(gram.diagonal().mean())
-    for power in range(-16, 1):
+    scale = float(gram.abs().max())
+    for power in range(-16, 5):  # at the last, the diagonal outweighs any row
         lower, failed = torch.linalg.cholesky_ex(gram)
         if not int(failed):
             return lower

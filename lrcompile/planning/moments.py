@@ -13,6 +13,7 @@ from lrcompile.errors import InputError
 
 MOST_NUMBERS = 2**22  # of a value in one product: 16 MB in single precision, short enough sums for it
 MOST_FEATURES = 2304  # of a window's patch: 256 channels of 3×3, whose Gram matrix takes 42 MB
+ROUNDING = 1e-12  # of the mean square, below which a variance is what rounding left
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,8 +38,10 @@ class Moments:
 
     @cached_property
     def centered(self) -> Tensor:
-        """Σ (x − mean)·(x − mean)ᵀ, [features × features]."""
-        return self.gram - torch.outer(self.total, self.mean)
+        """Σ (x − mean)·(x − mean)ᵀ, [features × features]; a variance is never below rounding."""
+        left = self.gram - torch.outer(self.total, self.mean)
+        left.diagonal().clamp_(min=ROUNDING * float(self.gram.diagonal().mean()))
+        return left
 
 
 @dataclass(frozen=True)
