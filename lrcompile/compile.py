@@ -22,6 +22,7 @@ from lrcompile.confirm import Measured, Reference, confirm
 from lrcompile.devices.cost import Cost, total
 from lrcompile.devices.fusion import describe_all
 from lrcompile.devices.target import Target, resolve_target
+from lrcompile.devices.timings import default_cache_dir
 from lrcompile.emit.write import check_opset, emit
 from lrcompile.errors import InputError, PlanError
 from lrcompile.frontend.calibration_data import CalibrationData
@@ -33,13 +34,14 @@ from lrcompile.graph.rewrite import Rewrite
 from lrcompile.lower.rank4 import check_rank, folded_io, to_rank
 from lrcompile.passes import Context, Pass, Stage
 from lrcompile.planning.budget import Budget
-from lrcompile.planning.calibration import collect
+from lrcompile.planning.calibration import Split, collect
 from lrcompile.planning.canonicalize import canonicalize, check_exact, check_finite, rounding
 from lrcompile.planning.metric import DropLimit, Evaluation, Metric, check_metric
 from lrcompile.planning.plan import Plan
 from lrcompile.planning.price import Pricing, price
 from lrcompile.planning.search import Choice, Problem
 from lrcompile.planning.sensitivity import Evaluator, rewritten
+from lrcompile.planning.store import Store
 from lrcompile.planning.strategies import search
 from lrcompile.plugins import discover
 from lrcompile.report.clock import Clock, Progress, silent
@@ -83,6 +85,7 @@ class Prepared:
     passes: Mapping[str, Pass]
     context: Context
     evaluator: Evaluator
+    held_out: int
     pricing: Pricing
     base: Cost
     original: Cost
@@ -184,17 +187,17 @@ def prepare_model(
     target = target.for_model(traced.dynamic_batch, opset)
     reference = Reference.of(traced) if target.is_local else None
     keep, skipped = _keeper(traced.graph, skip)
-    batches = model_batches(traced, calibration)
+    data = Split.of(model_batches(traced, calibration))
     with clock("canonicalize"):
         context = Context(target.device, dtype)
         graph, canonical, refusals = canonicalize(traced.graph, transforms, context, keep)
-        evaluator = Evaluator(traced.graph, batches)
+        evaluator = Evaluator(traced.graph, data.judged)
         by_name = {transform.name: transform for transform in transforms}
         check_exact(traced.graph, canonical, by_name, context, evaluator, evaluator.error(graph, first=1))
     if calibration:
         with clock("calibrate"):
-            statistics = collect(graph, batches, clock.progress)
-            context = Context(target.device, dtype, statistics.grams, statistics.token_counts)
+            statistics = collect(graph, data.fitted, clock.progress)
+            context = Context(target.device, dtype, statistics.grams, statistics.token_counts, _store())
     with clock("price"):
         pricing = price(graph, transforms, context, target.model, keep, clock.progress)
         costs = {} if target.is_local else _node_costs(graph, target)
@@ -209,6 +212,7 @@ def prepare_model(
         passes=by_name,
         context=context,
         evaluator=evaluator,
+        held_out=data.held_out,
         pricing=pricing,
         base=cost,
         original=original,
@@ -262,6 +266,7 @@ def solve(prepared: Prepared, budget: Budget) -> Result:
         max_rank=p.traced.max_rank,
         io_rank=p.traced.io_rank,
         opset=p.traced.opset,
+        held_out=p.held_out,
         fingerprint=fingerprint(p.traced.graph.gm),
         calibration=p.calibration.digest if p.calibration else None,
         seed=p.seed,
@@ -281,7 +286,7 @@ def solve(prepared: Prepared, budget: Budget) -> Result:
         target=p.target.name,
         model=model_figures(p.traced, choice.graph),
         latency_ms=latency,
-        error=error_figures(budget, p.calibration, choice.error),
+        error=error_figures(budget, p.calibration, choice.error, p.held_out),
         sites=decisions,
         verification={"torch_vs_original": _relative_error(p, budget, choice), "onnx_vs_torch": None},
         timings_s=dict(clock.seconds),
@@ -321,6 +326,11 @@ def _remarks(p: Prepared, choice: Choice, measured: Measured | None) -> list[str
     remarks += p.target.remarks()
     if not p.calibration:
         remarks.append("no calibration data: decompositions see the weights only, errors are on the example inputs")
+    elif not p.held_out:
+        remarks.append(
+            "fewer than 4 calibration batches: factors are fitted to what their error is measured on, and errors on "
+            "unseen data may be larger; give more data, or a smaller --batch"
+        )
     return remarks
 
 
@@ -357,7 +367,7 @@ def replay(
         traced = to_rank(traced, plan.max_rank, plan.io_rank, rounding(dtype))
     traced = replace(traced, opset=check_opset(plan.opset if opset is None else opset))
     plan.check_fits(fingerprint(traced.graph.gm), calibration.digest if calibration else None)
-    batches = model_batches(traced, calibration)
+    data = Split.of(model_batches(traced, calibration), plan.held_out)
     context = Context(target.device, dtype)
     canonical_names = {name for name, transform in by_name.items() if transform.stage is Stage.CANONICALIZE}
     count = next(
@@ -366,10 +376,10 @@ def replay(
     with clock("apply"):
         graph = rewritten(traced.graph, plan.rewrites[:count], by_name, context)
         if calibration:
-            statistics = collect(graph, batches, clock.progress)
-            context = Context(target.device, dtype, statistics.grams, statistics.token_counts)
+            statistics = collect(graph, data.fitted, clock.progress)
+            context = Context(target.device, dtype, statistics.grams, statistics.token_counts, _store())
         graph_after = rewritten(graph, plan.rewrites[count:], by_name, context)
-        evaluator = Evaluator(traced.graph, batches)
+        evaluator = Evaluator(traced.graph, data.judged)
         error = evaluator.error(graph_after)
         measured_error = evaluator.measured_in(plan.budget.measure_in_use).error(graph_after)
     check_rank(graph_after, traced)
@@ -384,7 +394,7 @@ def replay(
         target=plan.target,
         model=model_figures(traced, graph_after),
         latency_ms=latency,
-        error=error_figures(plan.budget, calibration, measured_error),
+        error=error_figures(plan.budget, calibration, measured_error, plan.held_out),
         sites=[Decision.from_json(site) for site in plan.sites],
         verification={"torch_vs_original": error, "onnx_vs_torch": None},
         timings_s=dict(clock.seconds),
@@ -448,6 +458,10 @@ def model_batches(traced: Traced, calibration: CalibrationData | None) -> list[t
                 f"the model takes batches of {size} only, the calibration data come in {got}; give --batch {size}"
             )
     return [tuple(batch[name] for name in traced.input_names) for batch in checked.batches]
+
+
+def _store() -> Store:
+    return Store(default_cache_dir().parent / "decompositions")
 
 
 def _keeper(graph: Graph, skip: Sequence[str]) -> tuple[Callable[[str], bool], tuple[str, ...]]:

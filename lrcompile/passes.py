@@ -20,8 +20,13 @@ from lrcompile.errors import LrcompileError, PassError
 from lrcompile.graph.graph import Graph, Site
 from lrcompile.graph.rewrite import Refusal, Rewrite, Rewriter, value_names
 from lrcompile.planning.decompose import Spectrum, Tucker, spectrum, tucker
+from lrcompile.planning.moments import Moments, Window
+from lrcompile.planning.store import Store
+from lrcompile.planning.windows import window_spectrum, window_tucker
 
 T = TypeVar("T")
+S = TypeVar("S", Tensor, Moments)
+D = TypeVar("D", Spectrum, Tucker)
 
 
 class Stage(Enum):
@@ -73,14 +78,17 @@ class Pass(ABC):
 class Context:
     """What passes may ask: the device, the model's precision, and decompositions, which are computed once.
 
-    `grams` maps (node name, feature axis) to XᵀX [features × features] in float64, collected on calibration data;
-    `token_counts` maps the name of an index node to how often each row was looked up.
+    `grams` maps (node name, feature axis, or window of a convolution) to the moments of what is seen of that value,
+    collected on calibration data;
+    `token_counts` maps the name of an index node to how often each row was looked up. `store` remembers decompositions
+    from one compile to the next.
     """
 
     device: Device
     dtype: str = "fp32"
-    grams: Mapping[tuple[str, int], Tensor] = field(default_factory=dict)
+    grams: Mapping[tuple[str, int | Window], Moments] = field(default_factory=dict)
     token_counts: Mapping[str, Tensor] = field(default_factory=dict)
+    store: Store | None = None
     _memo: dict[tuple[str, str], Any] = field(default_factory=dict, repr=False)
     _digests: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary, repr=False)
 
@@ -90,11 +98,29 @@ class Context:
 
     def gram(self, node: fx.Node, axis: int = -1) -> Tensor | None:
         """XᵀX over a value's feature axis (-1 for linear layers, 1 for convolutions), or None without calibration."""
-        return next((self.grams[name, axis] for name in value_names(node) if (name, axis) in self.grams), None)
+        known = self.moments(node, axis)
+        return None if known is None else known.gram
 
     def input_gram(self, site: Site, axis: int = -1) -> Tensor | None:
         """XᵀX over the inputs of all of a site's calls, or None unless each of them was calibrated."""
-        return _sum(self.gram(node.args[0], axis) for node in site.nodes)  # type: ignore[arg-type]
+        known = self.input_moments(site, axis)
+        return None if known is None else known.gram
+
+    def moments(self, node: fx.Node, seen: int | Window = -1) -> Moments | None:
+        """Moments of a value's features, or of the patches that a window sees of it, or None without calibration."""
+        return next((self.grams[name, seen] for name in value_names(node) if (name, seen) in self.grams), None)
+
+    def input_moments(self, site: Site, seen: int | Window = -1) -> Moments | None:
+        """Moments over the inputs of all of a site's calls, or None unless each of them was calibrated."""
+        return _sum(self.moments(node.args[0], seen) for node in site.nodes)  # type: ignore[arg-type]
+
+    def patches(self, site: Site) -> Moments | None:
+        """Moments of the patches [channels × taps] that a convolution sees at every position of its output.
+
+        None without calibration, and where `Window.of` makes none of the convolution.
+        """
+        window = Window.of(site.module)
+        return None if window is None else self.input_moments(site, window)
 
     def lookups(self, site: Site) -> Tensor | None:
         """How often all of an embedding's calls looked up each row, or None unless each call was calibrated."""
@@ -107,33 +133,86 @@ class Context:
         """A weight as `apply` may compute with it: itself, or on trial a fake of its shape."""
         return tensor.detach()
 
-    def spectrum(self, site: Site) -> Spectrum:
-        """The activation-aware SVD of a linear layer's weight, or of a 1×1 convolution's as [S × C]."""
+    def spectrum(self, site: Site, centered: bool = False) -> Spectrum:
+        """The activation-aware SVD of a linear layer's weight, or of a 1×1 convolution's as [S × C].
+
+        With `centered` the inputs count from their mean, so `apply` has to add `lost_mean` to the bias. Transposed and
+        padded 1×1 convolutions, whose outputs do not all see inputs, are never taken so.
+        """
         weight: Any = site.module.weight
         if isinstance(site.module, nn.Linear):
-            return self.svd(site, "linear", lambda: weight, self.input_gram(site))
+            return self.svd(site, "linear", lambda: weight, self.input_moments(site), centered)
         transposed = isinstance(site.module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d)
+        padding: Any = site.module.padding
+        seen = self.patches(site) or self.input_moments(site, 1)  # patches are what a stride leaves
+        centered &= not transposed and (isinstance(padding, str) or not any(padding))
         return self.svd(
-            site,
-            "pointwise",
-            lambda: weight.flatten(1).T if transposed else weight.flatten(1),
-            self.input_gram(site, 1),
+            site, "pointwise", lambda: weight.flatten(1).T if transposed else weight.flatten(1), seen, centered
         )
 
-    def error(self, site: Site, rank: int) -> float:
+    def error(self, site: Site, rank: int, centered: bool = False) -> float:
         """The relative output error of a site split by `spectrum` at a rank."""
-        return self.spectrum(site).tail(rank)
+        return self.spectrum(site, centered).tail(rank)
 
-    def svd(self, site: Site, form: str, matrix: Callable[[], Tensor], gram: Tensor | None = None) -> Spectrum:
+    def svd(
+        self,
+        site: Site,
+        form: str,
+        matrix: Callable[[], Tensor],
+        known: Moments | None = None,
+        centered: bool = False,
+    ) -> Spectrum:
         """The SVD of a matrix made from a site's weight; `form` names the way it is made and is part of the key."""
-        return self.once(site, form, lambda: spectrum(matrix(), gram))
+        if known is None:
+            return self.once(site, form, lambda: self._decomposed(spectrum, matrix()))
+        if centered:
+            return self.once(site, f"{form} centered", lambda: self._decomposed(spectrum, matrix(), None, known))
+        return self.once(site, form, lambda: self._decomposed(spectrum, matrix(), known.gram))
 
-    def tucker(self, site: Site) -> Tucker:
-        """Tucker-2 of a convolution's kernel as [S × C × taps]; a transposed convolution's is turned that way first."""
+    def separable(self, site: Site, axes: tuple[int, ...], centered: bool = False) -> Spectrum:
+        """The SVD of a convolution's kernel as [(S, other taps) × (C, taps of `axes`)], `axes` counting spatial ones.
+
+        With calibration data the second factor is fitted to the patches that the window sees, where they were kept,
+        and with `centered` they count from their mean, as in `spectrum`.
+        """
         weight: Any = site.module.weight
+        others = [axis for axis in range(weight.dim() - 2) if axis not in axes]
+
+        def matrix() -> Tensor:
+            order = (0, *(axis + 2 for axis in others), 1, *(axis + 2 for axis in axes))
+            return weight.permute(order).flatten(0, len(others)).flatten(1)
+
+        form, known = f"separable {axes}", self.patches(site)
+        if known is None:
+            return self.svd(site, form, matrix, self.input_moments(site, 1))
+        places = torch.arange(len(known.total)).view(weight.shape[1:])
+        places = places.permute(0, *(axis + 1 for axis in axes), *(axis + 1 for axis in others)).flatten()
+        return self.windowed(site, form, matrix, lambda: known.reordered(places), centered)
+
+    def windowed(
+        self, site: Site, form: str, matrix: Callable[[], Tensor], patches: Callable[[], Moments], centered: bool
+    ) -> Spectrum:
+        """A split of a kernel's matrix that is fitted to patches, as `window_spectrum`; `form` as in `svd`."""
+        words = f"{form} centered" if centered else form
+        return self.once(site, words, lambda: self._decomposed(window_spectrum, matrix(), patches(), centered))
+
+    def tucker(self, site: Site, centered: bool = False) -> Tucker:
+        """Tucker-2 of a convolution's kernel as [S × C × taps]; a transposed convolution's is turned that way first.
+
+        With calibration data its core is fitted to the patches that the window sees, where they were kept, and with
+        `centered` they count from their mean, as in `spectrum`.
+        """
+        weight: Any = site.module.weight
+        known = self.patches(site)
+        if known is not None:
+            form = "tucker centered" if centered else "tucker"
+            return self.once(site, form, lambda: self._decomposed(window_tucker, weight, known, centered))
         transposed = isinstance(site.module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d)
         kernel = weight.transpose(0, 1) if transposed else weight
-        return self.once(site, "tucker", lambda: tucker(kernel, self.input_gram(site, 1)))
+        return self.once(site, "tucker", lambda: self._decomposed(tucker, kernel, self.input_gram(site, 1)))
+
+    def _decomposed(self, decompose: Callable[..., D], weight: Tensor, *inputs: Moments | Tensor | bool | None) -> D:
+        return decompose(weight, *inputs) if self.store is None else self.store.of(decompose, weight, *inputs)
 
     def once(self, site: Site, form: str, compute: Callable[[], T]) -> T:
         """What `compute` makes of a site's weight and inputs, computed once; `form` names what that is."""
@@ -149,7 +228,7 @@ class Context:
     def on_trial(self, fake_mode: FakeTensorMode) -> Context:
         """The same context for pricing: decompositions and statistics have shapes and no values, so it is cheap."""
         return TrialContext(
-            self.device, self.dtype, self.grams, self.token_counts, self._memo, self._digests, fake_mode=fake_mode
+            self.device, self.dtype, self.grams, self.token_counts, None, self._memo, self._digests, fake_mode=fake_mode
         )
 
 
@@ -168,24 +247,47 @@ class TrialContext(Context):
         known = super().gram(node, axis)
         return None if known is None else self._fake(known)
 
+    def input_gram(self, site: Site, axis: int = -1) -> Tensor | None:
+        """A fake of the Gram matrix over all calls, where there is one."""
+        return _sum(self.gram(node.args[0], axis) for node in site.nodes)  # type: ignore[arg-type]
+
     def lookups(self, site: Site) -> Tensor | None:
         """A fake of the counts, where there are any."""
         known = super().lookups(site)
         return None if known is None else self._fake(known)
 
-    def svd(self, site: Site, form: str, matrix: Callable[[], Tensor], gram: Tensor | None = None) -> Spectrum:
+    def svd(
+        self,
+        site: Site,
+        form: str,
+        matrix: Callable[[], Tensor],
+        known: Moments | None = None,
+        centered: bool = False,
+    ) -> Spectrum:
         """A spectrum whose factors have shapes only."""
+        return self._spectrum(matrix, known is not None, centered and known is not None, None)
+
+    def windowed(
+        self, site: Site, form: str, matrix: Callable[[], Tensor], patches: Callable[[], Moments], centered: bool
+    ) -> Spectrum:
+        """A split whose factors have shapes only."""
+        return self._spectrum(matrix, True, centered, len(site.module.weight))  # type: ignore[arg-type]
+
+    def _spectrum(self, matrix: Callable[[], Tensor], aware: bool, shifts: bool, outputs: int | None) -> Spectrum:
         with self.fake_mode, torch.no_grad():
             fake = self._fake(matrix())
-            return TrialSpectrum(fake, torch.empty(min(fake.shape)), fake, fake, gram is not None)
+            values = torch.empty(min(fake.shape))
+        mean = fake if shifts else None
+        return TrialSpectrum(fake, values, fake, fake, aware, mean, outputs=outputs or len(fake))
 
-    def tucker(self, site: Site) -> Tucker:
+    def tucker(self, site: Site, centered: bool = False) -> Tucker:
         """A Tucker decomposition whose factors have shapes only."""
         weight: Any = site.module.weight
         transposed = isinstance(site.module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d)
         with self.fake_mode, torch.no_grad():
             kernel = self._fake(weight.transpose(0, 1) if transposed else weight)
-            return TrialTucker(kernel, kernel, kernel, kernel, kernel, False)
+        shifts = centered and self.patches(site) is not None
+        return TrialTucker(kernel, kernel, kernel, kernel, kernel, False, shifts=shifts)
 
     def _fake(self, tensor: Tensor) -> Tensor:
         return (
@@ -207,8 +309,11 @@ class ShapesOnly(FakeTensorMode):
         return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
 
+@dataclass(frozen=True, eq=False)
 class TrialSpectrum(Spectrum):
-    """A spectrum without values."""
+    """A spectrum without values; the layer has `outputs` of them."""
+
+    outputs: int = field(kw_only=True)
 
     @property
     def basis(self) -> Tensor:  # type: ignore[override]
@@ -220,15 +325,27 @@ class TrialSpectrum(Spectrum):
         rows, columns = self.matrix.shape
         return self.matrix.new_empty(rows, rank), self.matrix.new_empty(rank, columns)
 
+    def lost_mean(self, rank: int) -> Tensor | None:
+        """Empty, [outputs], where a mean is lost."""
+        return None if self.mean is None or rank >= self.full_rank else self.matrix.new_empty(self.outputs)
 
+
+@dataclass(frozen=True, eq=False)
 class TrialTucker(Tucker):
-    """A Tucker decomposition without values."""
+    """A Tucker decomposition without values; `shifts` says that it loses a mean."""
+
+    shifts: bool = field(kw_only=True)
 
     def factors(self, rank_out: int, rank_in: int) -> tuple[Tensor, Tensor, Tensor]:
         """Empty (up [S × r2], core [r2 × r1 × taps…], down [r1 × C])."""
         out, into, *taps = self.kernel.shape
         new = self.kernel.new_empty
         return new(out, rank_out), new(rank_out, rank_in, *taps), new(rank_in, into)
+
+    def lost_mean(self, rank_out: int, rank_in: int) -> Tensor | None:
+        """Empty, [S], where a mean is lost."""
+        out, into, *_ = self.kernel.shape
+        return self.kernel.new_empty(out) if self.shifts and (rank_out < out or rank_in < into) else None
 
     def branches(self, rank_out: int, rank_in: int, groups: int) -> tuple[Tensor, Tensor, Tensor]:
         """Empty (up [S × r2], diagonal blocks [r2 × r1/groups × taps…], down [r1 × C])."""
@@ -272,12 +389,12 @@ def apply(graph: Graph, transform: Pass, rewrite: Rewrite, context: Context) -> 
     return rewriter
 
 
-def _sum(tensors: Iterable[Tensor | None]) -> Tensor | None:
-    total: Tensor | None = None
-    for tensor in tensors:
-        if tensor is None:
+def _sum(terms: Iterable[S | None]) -> S | None:
+    total: S | None = None
+    for term in terms:
+        if term is None:
             return None
-        total = tensor if total is None else total + tensor
+        total = term if total is None else total + term
     return total
 
 

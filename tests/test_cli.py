@@ -111,7 +111,7 @@ def test_main_form_writes_a_verified_model(cwd: Path, capsys: pytest.CaptureFixt
     figures = {"params_before", "params_after", "flops_before", "flops_after", "ops_before", "ops_after"}
     assert set(report["model"]) >= figures
     assert set(report["latency_ms"]) == {"before", "after", "speedup", "kind", "sigma"}
-    assert set(report["error"]) == {"metric", "basis", "budget", "measured"}
+    assert set(report["error"]) == {"metric", "basis", "batches_fitted", "batches_judged", "budget", "measured"}
     assert set(report["sites"][0]) >= {
         "site", "op", "decision", "pass", "params", "error", "latency_ms_before", "latency_ms_after", "p_faster",
         "reason",

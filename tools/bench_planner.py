@@ -2,6 +2,8 @@
 
 python -m tools.bench_planner speed       CPU time of each stage, and of a second budget
 python -m tools.bench_planner strategies  every strategy at the same predicted latencies, judged on data not seen
+python -m tools.bench_planner unseen      measured errors against errors on unseen data, with and without held-out data
+python -m tools.bench_planner windows     splits of convolutions fitted to patches, against those fitted to channels
 python -m tools.bench_planner defaults    what a compile without options gains on trained models
 """
 
@@ -26,13 +28,14 @@ from lrcompile.frontend.trace import Traced, trace
 from lrcompile.graph.describe import describe
 from lrcompile.graph.graph import Graph
 from lrcompile.graph.op import OpDesc
-from lrcompile.passes import Context
+from lrcompile.graph.rewrite import Rewrite
+from lrcompile.passes import Context, proposals
 from lrcompile.planning.budget import STRATEGY_NAMES, Budget
-from lrcompile.planning.calibration import collect
+from lrcompile.planning.calibration import Split, collect
 from lrcompile.planning.canonicalize import canonicalize
 from lrcompile.planning.price import price
 from lrcompile.planning.search import Problem
-from lrcompile.planning.sensitivity import Evaluator
+from lrcompile.planning.sensitivity import Evaluator, rewritten
 from lrcompile.planning.strategies import search
 from lrcompile.plugins import discover
 from tools import models
@@ -85,19 +88,27 @@ class Stages:
 
 
 def prepared(
-    example: Example, target: Target, calibration: Sequence[Sequence[Any]] = (), stages: Stages | None = None
+    example: Example,
+    target: Target,
+    calibration: Sequence[Sequence[Any]] = (),
+    stages: Stages | None = None,
+    held_out: int | None = None,
 ) -> tuple[Traced, Problem]:
-    """A model up to the choice, as `lrcompile.compile` prepares it, with the time of each stage."""
+    """A model up to the choice, as `lrcompile.compile` prepares it, with the time of each stage.
+
+    `held_out` is how many of the calibration batches errors are measured on alone, by default as in a compile.
+    """
     stage = stages or Stages()
     model, args = example
     passes = discover().passes
     traced = stage("trace", lambda: trace(model, args))
     context = Context(target.device)
     graph, _, _ = stage("canonicalize", lambda: canonicalize(traced.graph, passes, context))
+    data = Split.of(calibration or [traced.flat], held_out)
     if calibration:
-        found = stage("calibrate", lambda: collect(graph, calibration))
+        found = stage("calibrate", lambda: collect(graph, data.fitted))
         context = Context(target.device, grams=found.grams, token_counts=found.token_counts)
-    evaluator = stage("evaluator", lambda: Evaluator(traced.graph, calibration or [traced.flat]))
+    evaluator = stage("evaluator", lambda: Evaluator(traced.graph, data.judged))
     pricing = stage("price", lambda: price(graph, passes, context, target.model))
     by_name = {transform.name: transform for transform in passes}
     base, original = latency(graph, target), latency(traced.graph, target)
@@ -145,7 +156,7 @@ def speed() -> Iterator[str]:
         _, problem = prepared(example, target, stages=stages)
         for i, budget in enumerate(budgets):
             given = ", ".join(
-                f"{k}={v}" for k, v in budget.to_json().items() if v and k not in ("confidence", "strategy")
+                f"{k}={v}" for k, v in budget.to_json().items() if v and k not in ("confidence", "strategy", "measure")
             )
             words = f"{'choose' if i == 0 else 'choose again'} ({given or 'default budget'})"
             stages(words, partial(search, problem, budget))
@@ -206,6 +217,63 @@ def strategies(shares: Sequence[float], device: str) -> Iterator[str]:
         )
 
 
+# ------------------------------------------------------------------------------------------------------------ unseen
+
+
+def unseen(budgets: Sequence[float], device: str) -> Iterator[str]:
+    """Budgets on MiniLM: the error as measured in a compile, and on 128 sentences that nothing was fitted to."""
+    yield f"MiniLM-L6, {device}, batch 8 × 128 tokens; relative output error"
+    yield f"{'fitted':>8}{'judged':>8}{'budget':>8}{'measured':>10}{'unseen':>8}{'ratio':>7}{'speed-up':>10}"
+    calibration = sentences(0, 64)
+    for held_out in (0, None):
+        traced, problem = prepared(models.minilm(), resolve_target(device), calibration, held_out=held_out)
+        judged = len(problem.evaluator.batches)
+        fitted = len(calibration) - (judged if held_out is None else 0)
+        judge = Evaluator(traced.graph, sentences(5000, 128))
+        for budget in budgets:
+            choice = search(problem, Budget(max_error=budget))
+            error, gained = judge.error(choice.graph), problem.original_s / (problem.base.latency_s - choice.gain_s)
+            ratio = error / choice.error if choice.error else 1.0
+            yield f"{fitted:8}{judged:8}{budget:8}{choice.error:10.4f}{error:8.4f}{ratio:7.2f}{gained:10.3f}"
+
+
+# ----------------------------------------------------------------------------------------------------------- windows
+
+
+def small_cnn(steps: int = 200) -> nn.Module:
+    """A convolutional net of three 3×3 layers, trained on a part of Fashion-MNIST with a fixed seed."""
+    torch.manual_seed(0)
+    sizes = [(1, 32, 1), (32, 64, 2), (64, 128, 2)]
+    layers = [[nn.Conv2d(c, s, 3, stride, 1), nn.ReLU()] for c, s, stride in sizes]
+    model = nn.Sequential(*(layer for pair in layers for layer in pair), nn.Flatten(), nn.Linear(128 * 49, 10))
+    images, labels = models.fashion_mnist("train")
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    for step in range(steps):
+        batch = slice(128 * step, 128 * (step + 1))
+        loss = nn.functional.cross_entropy(model(images[batch]), labels[batch])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return model.eval()
+
+
+def windows() -> Iterator[str]:
+    """Each split of one layer of a trained net alone: the error of its output on 256 unseen images, at equal rank."""
+    model, (images, _), (unseen, _) = small_cnn(), models.fashion_mnist("train"), models.fashion_mnist("t10k")
+    graph = trace(model, (images[:32],)).graph
+    grams = collect(graph, [(part,) for part in images[-256:].split(32)]).grams
+    device = resolve_target("v100").device
+    split = next(transform for transform in discover().passes if transform.name == "low-rank-conv")
+    fitted, blind = Context(device, grams=grams), Context(device, grams={k: m for k, m in grams.items() if k[1] == 1})
+    judge = Evaluator(graph, [(unseen[:256],)])
+    yield f"{'layer':7}{'split':42}{'channels':>10}{'patches':>10}  (errors of the model's output, one layer split)"
+    for rewrite in proposals(graph, split, fitted):
+        if isinstance(rewrite, Rewrite):
+            errors = [judge.error(rewritten(graph, [rewrite], {split.name: split}, c)) for c in (blind, fitted)]
+            words = ", ".join(f"{key}={value}" for key, value in rewrite.params.items())
+            yield f"{rewrite.site[0]:7}{words:42}{errors[0]:10.4f}{errors[1]:10.4f}"
+
+
 # ---------------------------------------------------------------------------------------------------------- defaults
 
 
@@ -235,12 +303,19 @@ def defaults() -> Iterator[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", choices=("speed", "strategies", "defaults"))
-    parser.add_argument("--device", default="v100", help="for strategies (default: %(default)s)")
+    parser.add_argument("table", choices=("speed", "strategies", "unseen", "windows", "defaults"))
+    parser.add_argument("--device", default="v100", help="for strategies, unseen (default: %(default)s)")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.95, 0.9, 0.8, 0.7], help="for strategies")
+    parser.add_argument("--budgets", type=float, nargs="+", default=[0.05, 0.1, 0.2, 0.3], help="for unseen")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)  # threads that wait for each other would count as CPU time
-    tables = {"speed": speed, "defaults": defaults, "strategies": lambda: strategies(options.shares, options.device)}
+    tables = {
+        "speed": speed,
+        "windows": windows,
+        "defaults": defaults,
+        "strategies": lambda: strategies(options.shares, options.device),
+        "unseen": lambda: unseen(options.budgets, options.device),
+    }
     try:
         for line in tables[options.table]():
             print(line, flush=True)

@@ -126,8 +126,16 @@ def imagenet_images() -> tuple[Tensor, Tensor]:
 
 def calibration_images(samples: int = 64) -> Tensor:
     """Random crops and flips of the last ten ImageNet images; the first ten stay unseen, for judging."""
+    return _crops(_photographs()[10:], samples)
+
+
+def unseen_images(samples: int) -> Tensor:
+    """The same of the first ten."""
+    return _crops(_photographs()[:10], samples)
+
+
+def _crops(paths: Sequence[Path], samples: int) -> Tensor:
     chance = random.Random(0)
-    paths = _photographs()[10:]
     images = []
     for i in range(samples):
         image = _crop(_resized(paths[i % len(paths)], chance.randint(240, 320)), chance.random(), chance.random())

@@ -15,6 +15,8 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from lrcompile.planning.moments import Moments
+
 DAMPING = 1e-4  # of the mean of G's diagonal, added to the diagonal: orders directions that the data do not excite
 
 SINGLE_FROM = 512  # smaller side from which single-precision weights are decomposed in single precision
@@ -25,6 +27,8 @@ class Spectrum:
     """W [rows × columns] ≈ basis[:, :r] · (basis[:, :r]ᵀ · W) for every r.
 
     `singular_values` are those of `scaled` = W·S, descending; `vectors` are its singular vectors on the smaller side.
+    Where `mean` is known, the mean input, S is that of centred inputs, and `lost_mean` belongs into the bias.
+    `mean_energy` is what the mean adds to ‖W·S‖², in the units of S.
     """
 
     matrix: Tensor
@@ -32,6 +36,8 @@ class Spectrum:
     vectors: Tensor
     scaled: Tensor
     activation_aware: bool
+    mean: Tensor | None = None
+    mean_energy: float = 0.0
 
     @property
     def full_rank(self) -> int:
@@ -47,7 +53,7 @@ class Spectrum:
         """The relative error of each rank from 0 to the full one, [full rank + 1]."""
         energy = self.singular_values.square()
         left = torch.cat([energy.flip(0).cumsum(0).flip(0), energy.new_zeros(1)])
-        return (left / left[0].clamp_min(1e-300)).sqrt()
+        return (left / (left[0] + self.mean_energy).clamp_min(1e-300)).sqrt()
 
     @cached_property
     def basis(self) -> Tensor:
@@ -62,6 +68,13 @@ class Spectrum:
         up = self.basis[:, :rank]
         down = up.T @ self.matrix.double()
         return up.to(self.matrix.dtype).contiguous(), down.to(self.matrix.dtype).contiguous()
+
+    def lost_mean(self, rank: int) -> Tensor | None:
+        """(W − W_r)·mean, what the split takes from the mean output, [rows]; None at full rank or without a mean."""
+        if self.mean is None or rank >= self.full_rank:
+            return None
+        output, up = self.matrix.double() @ self.mean, self.basis[:, :rank]
+        return (output - up @ (up.T @ output)).to(self.matrix.dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,6 +97,13 @@ class Tucker:
 
     def factors(self, rank_out: int, rank_in: int) -> tuple[Tensor, Tensor, Tensor]:
         """(up [S × r2], core [r2 × r1 × taps…], down [r1 × C]) in the dtype of the kernel."""
+        return self._projected(rank_out, rank_in)
+
+    def lost_mean(self, rank_out: int, rank_in: int) -> Tensor | None:
+        """As `Spectrum.lost_mean`; None, for a window's mean differs at the borders."""
+        return None
+
+    def _projected(self, rank_out: int, rank_in: int) -> tuple[Tensor, Tensor, Tensor]:
         kernel, taps = self.kernel, self.kernel.shape[2:]
         up = self.out_basis[:, :rank_out]
         flat = kernel.double().flatten(2)
@@ -101,7 +121,7 @@ class Tucker:
 
     def branches(self, rank_out: int, rank_in: int, groups: int) -> tuple[Tensor, Tensor, Tensor]:
         """(up [S × r2], diagonal blocks of the core [r2 × r1/groups × taps…], down [r1 × C]), ranks in new order."""
-        up, core, down = self.factors(rank_out, rank_in)
+        up, core, down = self._projected(rank_out, rank_in)
         order_out, order_in = self.branch_order(rank_out, rank_in, groups)
         blocks = core[order_out][:, order_in].unflatten(0, (groups, -1)).unflatten(2, (groups, -1))
         kept = torch.cat([blocks[i, :, i] for i in range(groups)])
@@ -136,21 +156,29 @@ class Tucker:
         return torch.diff(rows, dim=1, prepend=rows.new_zeros(len(rows), 1)).clamp_min(0)
 
 
-def spectrum(matrix: Tensor, gram: Tensor | None = None) -> Spectrum:
+def spectrum(matrix: Tensor, gram: Tensor | None = None, centered: Moments | None = None) -> Spectrum:
     """Decomposes W [rows × columns]; `gram` is XᵀX [columns × columns] of the inputs X, or None.
+
+    With `centered` in its place, inputs count from their mean, and what a split takes from the mean is known.
 
     A `gram` of channels alone holds for columns that are [channels × taps]: taps are taken as alike (our reading).
     Works on the Gram matrix of the smaller side, so that a wide or tall layer costs min(rows, columns)³.
     """
     weight = matrix.detach()
     scaled = weight.double()
+    mean, mean_energy = None, 0.0
+    if centered is not None:
+        gram, mean = centered.centered, centered.mean
+        mean_energy = centered.rows * float((scaled @ mean).square().sum()) / _scale(gram)
     if gram is not None:
         taps = scaled.unflatten(1, (len(gram), -1)).mT  # [rows × taps × channels]
-        scaled = (taps @ _root(gram)[0]).mT.flatten(1)
+        whole = taps.flatten(0, 1) @ _root(gram)  # one product: a batch of small ones takes ten times longer
+        scaled = whole.view(taps.shape).mT.flatten(1)
     scaled = scaled.to(_precision(weight))
     rows, columns = scaled.shape
     values, vectors = _eigh(scaled @ scaled.T if rows <= columns else scaled.T @ scaled)
-    return Spectrum(weight, values.flip(0).double().clamp_min(0).sqrt(), vectors.flip(1), scaled, gram is not None)
+    values = values.flip(0).double().clamp_min(0).sqrt()
+    return Spectrum(weight, values, vectors.flip(1), scaled, gram is not None, mean, mean_energy)
 
 
 def tucker(kernel: Tensor, gram: Tensor | None = None) -> Tucker:
@@ -159,7 +187,7 @@ def tucker(kernel: Tensor, gram: Tensor | None = None) -> Tucker:
     With a Gram matrix the input mode is whitened by it, positions of the window taken as alike (our reading).
     """
     weight = kernel.detach().double().flatten(2)
-    root, inverse = (None, None) if gram is None else _root(gram)
+    root = None if gram is None else _root(gram)
     scaled = weight if root is None else torch.einsum("sck,cd->sdk", weight, root)
     scaled = scaled.to(_precision(kernel.flatten(2)[:, :, 0]))
     out_basis = _eigh(_mode_gram(scaled, 0))[1].flip(1)
@@ -169,7 +197,9 @@ def tucker(kernel: Tensor, gram: Tensor | None = None) -> Tucker:
     captured = energy.cumsum(0).cumsum(1) / energy.sum().clamp_min(1e-300)
     out_basis, into_basis = out_basis.double(), into_basis.double()
     onto = into_basis if root is None else root @ into_basis
-    back = into_basis.T if inverse is None else into_basis.T @ inverse
+    back = into_basis.T
+    if root is not None:  # Bᵀ·S⁻¹
+        back = torch.linalg.solve_triangular(root, back, upper=False, left=False)
     return Tucker(kernel.detach(), out_basis, onto, back, captured, gram is not None)
 
 
@@ -200,11 +230,29 @@ def _mode_gram(tensor: Tensor, mode: int) -> Tensor:
     return unfolded @ unfolded.T
 
 
-def _root(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """(S, S⁻¹) with S·Sᵀ = the damped Gram matrix."""
-    damped = gram.double()
-    scale = damped.diagonal().mean().clamp_min(1e-300)
-    damped = damped / scale + DAMPING * torch.eye(len(gram), dtype=torch.float64)
-    values, vectors = torch.linalg.eigh(damped)
-    root = values.clamp_min(DAMPING).sqrt()
-    return vectors * root, (vectors / root).T
+def _root(gram: Tensor) -> Tensor:
+    """S, lower triangular, with S·Sᵀ = the damped Gram matrix in units of its scale.
+
+    Any root will do, for U and the subspaces do not depend on it; this one costs a tenth of a symmetric one.
+    """
+    damped = gram.double() / _scale(gram)
+    return cholesky(damped + DAMPING * torch.eye(len(gram), dtype=torch.float64))
+
+
+def cholesky(gram: Tensor) -> Tensor:
+    """The lower factor of a Gram matrix; one that rounding made indefinite is damped until it is not.
+
+    Raises:
+        torch.linalg.LinAlgError: the matrix holds values that are not finite.
+    """
+    scale = float(gram.abs().max())
+    for power in range(-16, 5):  # at the last, the diagonal outweighs any row
+        lower, failed = torch.linalg.cholesky_ex(gram)
+        if not int(failed):
+            return lower
+        gram = gram + 10.0**power * scale * torch.eye(len(gram), dtype=gram.dtype)
+    raise torch.linalg.LinAlgError("a Gram matrix holds values that are not finite")
+
+
+def _scale(gram: Tensor) -> float:
+    return max(float(gram.diagonal().mean()), 1e-300)

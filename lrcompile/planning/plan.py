@@ -23,7 +23,8 @@ class Plan:
     None where there were none; `options` holds the fields of every pass in use; `sites` is the decision table.
     `recovery` holds the figures of the training that followed, which a replay does not repeat.
     `max_rank` and `io_rank` limit the rank of values inside the graph and at its ends: the graph that is meant, and
-    that the fingerprint is of, is the lowered one. `opset` is that of ONNX output, None for the usual one.
+    that the fingerprint is of, is the lowered one. `opset` is that of ONNX output, None for the usual one. `held_out`
+    counts the calibration batches, from the end, that the factors are not fitted to.
     `metric` holds the figures of the user's metric, as they were then: a replay does not evaluate it.
     """
 
@@ -42,6 +43,7 @@ class Plan:
     opset: int | None = None
     recovery: Mapping[str, Any] | None = None
     metric: Mapping[str, Any] | None = None
+    held_out: int = 0
 
     def dumps(self) -> str:
         """The plan as JSON text; the same plan gives the same text."""
@@ -55,6 +57,7 @@ class Plan:
             "opset": self.opset,
             "fingerprint": self.fingerprint,
             "calibration": self.calibration,
+            "held_out": self.held_out,
             "seed": self.seed,
             "budget": self.budget.to_json(),
             "metric": None if self.metric is None else dict(self.metric),
@@ -98,6 +101,7 @@ class Plan:
                 if data.get("recovery") is None
                 else {"steps": int(data["recovery"]["steps"]), **data["recovery"]},
                 metric=None if data.get("metric") is None else dict(data["metric"]),
+                held_out=int(data.get("held_out", 0)),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise PlanError(

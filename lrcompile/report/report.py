@@ -189,12 +189,27 @@ def operation_count(graph: Graph) -> int:
     return sum(describe(graph.gm, node).kind != "view" for node in calls)
 
 
-def error_figures(budget: Budget, calibration: CalibrationData | None, measured: float) -> dict[str, Any]:
-    """The report's error entry: what is measured, on what, the limit and the result; `measured` is the root of that."""
+def error_figures(
+    budget: Budget, calibration: CalibrationData | None, measured: float, held_out: int = 0
+) -> dict[str, Any]:
+    """The report's error entry: what is measured, on what, the limit and the result; `measured` is the root of that.
+
+    Of the calibration batches, the last `held_out` were measured on and the others fitted to; with 0, all were both.
+    """
     measure = budget.measure_in_use
+    basis = "weights only; example inputs"
+    batches = {"batches_fitted": 0, "batches_judged": 1}
+    if calibration is not None:
+        count = len(calibration.batches)
+        batches = {"batches_fitted": count - held_out, "batches_judged": held_out or count}
+        basis = f"calibration data, {calibration.samples} samples"
+        if held_out:
+            size = calibration.samples // count
+            basis += f": {held_out * size} held out to measure on, {(count - held_out) * size} fitted to"
     return {
         "metric": measure.label,
-        "basis": f"calibration data, {calibration.samples} samples" if calibration else "weights only; example inputs",
+        "basis": basis,
+        **batches,
         "budget": budget.error_limit if budget.max_error is None else budget.max_error,
         "measured": measure.value(measured),
     }

@@ -16,7 +16,7 @@ from math import ceil, prod
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from lrcompile.graph.graph import Graph, Site, owners, shape
 from lrcompile.graph.rewrite import Refusal, Rewrite, Rewriter
@@ -125,14 +125,7 @@ def _split_error(site: Site, context: Context, form: str, rank: int) -> float:
 
 def _split(site: Site, context: Context, form: str) -> Spectrum:
     """The SVD of the kernel as [(S, time) × (C, space)] for "2plus1", as [(S, space) × (C, time)] for "1plus2"."""
-
-    def matrix() -> Tensor:
-        weight: Any = site.module.weight
-        kernel = weight.flatten(3)  # [S × C × time × space]
-        kernel = kernel.permute(0, 2, 1, 3) if form == "2plus1" else kernel.permute(0, 3, 1, 2)
-        return kernel.reshape(kernel.shape[0] * kernel.shape[1], -1)
-
-    return context.svd(site, form, matrix, context.input_gram(site, 1))
+    return context.separable(site, (1, 2) if form == "2plus1" else (0,))
 
 
 def _is_centered(module: Any) -> bool:

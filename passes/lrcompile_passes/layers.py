@@ -56,6 +56,13 @@ def with_weight(module: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Mo
     return _assign(clone, module, weight, bias)
 
 
+def shifted(bias: Tensor | None, lost: Tensor | None) -> Tensor | None:
+    """A bias with the mean output added that a split loses; either may be missing."""
+    if bias is None or lost is None:
+        return lost if bias is None else bias
+    return bias + lost
+
+
 def geometry(module: Any) -> dict[str, Any]:
     """The options of a convolution that place its window: stride, padding, dilation, output padding."""
     padding = 0 if module.padding == "same" and is_pointwise(module) else module.padding

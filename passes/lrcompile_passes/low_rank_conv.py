@@ -2,7 +2,8 @@
 
 "pointwise" is the SVD of a 1×1 kernel. "tucker" puts a small kernel between two 1×1 convolutions (Kim et al.
 2016). "spatial" splits a 2-D kernel in a column and a row (Jaderberg et al. 2014; in the SVD form of Tai et al.
-2016). Weighting by the calibration inputs' channels, window positions taken as alike, is our reading.
+2016). With calibration data what reads the input is weighted by its channels, positions of the window taken as alike,
+and the rest is fitted to the patches that the window sees (`lrcompile.planning.windows`; our reading).
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from lrcompile_passes.layers import (
     conv_transpose,
     geometry,
     is_pointwise,
+    shifted,
 )
 
 
@@ -35,11 +37,15 @@ class LowRankConv(Pass):
     """Conv(W) → Conv(V) ; Conv(core) ; Conv(U).
 
     `pairs` bounds how many pairs of Tucker ranks are proposed a site: those that no other pair beats in both
-    error and multiply-adds.
+    error and multiply-adds. With `center`, calibration inputs count from their mean, and what the split takes from the
+    mean output is added to the bias, which a layer without one gets. The mean is that over all positions: with zeros
+    around the input, outputs at the border are shifted by what suits the average one. Transposed convolutions, padded
+    1×1 ones and those whose patches are too large to be kept are not shifted.
     """
 
     stage = Stage.FACTORIZE
     pairs: int = 16
+    center: bool = False
 
     def propose(self, graph: Graph, context: Context) -> Iterator[Rewrite | Refusal]:
         """Every form that fits the site, at every rank that saves both weights and multiply-adds."""
@@ -60,7 +66,7 @@ class LowRankConv(Pass):
         module: Any = site.module
         if is_pointwise(module):
             for rank in context.ranks(below=sizes.break_even(sizes.into + sizes.out, sizes.into + sizes.out, 1)):
-                yield site.rewrite(form="pointwise", rank=rank, error=partial(context.error, site, rank))
+                yield site.rewrite(form="pointwise", rank=rank, error=partial(context.error, site, rank, self.center))
             return
         yield from self._tucker(site, context, sizes)
         if isinstance(module, nn.Conv2d) and min(module.kernel_size) > 1:
@@ -68,18 +74,21 @@ class LowRankConv(Pass):
             middle = shape(site.nodes[0])[-2] * shape(site.input)[-1]
             limit = sizes.break_even(high + wide, high * middle + wide * sizes.after, sizes.after)
             for rank in context.ranks(below=limit):
-                yield site.rewrite(form="spatial", rank=rank, error=partial(_spatial_error, site, context, rank))
+                yield site.rewrite(form="spatial", rank=rank, error=partial(self._spatial_error, site, context, rank))
 
     def _tucker(self, site: Site, context: Context, sizes: Sizes) -> Iterator[Rewrite]:
-        for rank_out, rank_in in tucker_ranks(site, context, sizes, self.pairs):
-            error = context.tucker(site).tail(rank_out, rank_in)
+        for rank_out, rank_in in tucker_ranks(site, context, sizes, self.pairs, center=self.center):
+            error = context.tucker(site, self.center).tail(rank_out, rank_in)
             yield site.rewrite(form="tucker", rank_out=rank_out, rank_in=rank_in, error=error)
+
+    def _spatial_error(self, site: Site, context: Context, rank: int) -> float:
+        return _spatial(site, context, self.center).tail(rank)
 
     def apply(self, rewriter: Rewriter, rewrite: Rewrite) -> None:
         """Puts the chain in the place of every call; only its last convolution has a bias."""
         make = {"pointwise": _pointwise_chain, "tucker": _tucker_chain, "spatial": _spatial_chain}
         site = rewriter.site()
-        chain = make[rewrite.params["form"]](site, rewriter.context, rewrite.params)  # type: ignore[index]
+        chain = make[rewrite.params["form"]](site, rewriter.context, rewrite.params, self.center)  # type: ignore[index]
         rewriter.replace_module(site, chain)
 
 
@@ -128,7 +137,9 @@ class Sizes:
         return weights < self.weights and self.tucker_work(rank_out, rank_in, groups) < self.weights * self.positions
 
 
-def tucker_ranks(site: Site, context: Context, sizes: Sizes, pairs: int, groups: int = 1) -> list[tuple[int, int]]:
+def tucker_ranks(
+    site: Site, context: Context, sizes: Sizes, pairs: int, groups: int = 1, center: bool = False
+) -> list[tuple[int, int]]:
     """Pairs (r2, r1) that save weights and work, those that no other beats in error and work; at most `pairs`.
 
     With a core in groups the error is that before the blocks are cut, which is enough to leave out poor pairs.
@@ -141,7 +152,7 @@ def tucker_ranks(site: Site, context: Context, sizes: Sizes, pairs: int, groups:
     ]
     if not choices:
         return []
-    tucker = context.tucker(site)
+    tucker = context.tucker(site, center)
     front: list[tuple[float, int, int]] = []
     for _, rank_out, rank_in in sorted(choices):
         error = tucker.tail(rank_out, rank_in)
@@ -165,50 +176,51 @@ def cannot_split(site: Site) -> str | None:
     return None
 
 
-def _spatial_error(site: Site, context: Context, rank: int) -> float:
-    return _spatial(site, context).tail(rank)
-
-
-def _spatial(site: Site, context: Context) -> Spectrum:
+def _spatial(site: Site, context: Context, center: bool) -> Spectrum:
     """The SVD of the kernel as [(S, row tap) × (C, column tap)]."""
-
-    def matrix() -> Tensor:
-        kernel: Any = site.module.weight
-        out, into, high, wide = kernel.shape
-        return kernel.permute(0, 3, 1, 2).reshape(out * wide, into * high)
-
-    return context.svd(site, "spatial", matrix, context.input_gram(site, 1))
+    return context.separable(site, (0,), center)
 
 
-def _pointwise_chain(site: Site, context: Context, params: Any) -> list[nn.Module]:
+def _bias(site: Site, context: Context, lost: Tensor | None) -> Tensor | None:
+    bias: Any = site.module.bias
+    return shifted(None if bias is None else context.constant(bias), lost)
+
+
+def _pointwise_chain(site: Site, context: Context, params: Any, center: bool) -> list[nn.Module]:
     module: Any = site.module
-    up, down = context.spectrum(site).factors(params["rank"])
+    spectrum = context.spectrum(site, center)
+    up, down = spectrum.factors(params["rank"])
+    bias = _bias(site, context, spectrum.lost_mean(params["rank"]))
     taps = (1,) * len(module.kernel_size)
     if isinstance(module, TRANSPOSED_CONVS):  # the first works on the smaller side, so the second carries the stride
         widen = up.T.contiguous().unflatten(1, (-1, *taps))
         first = conv(module, down.unflatten(1, (-1, *taps)))
-        return [first, conv_transpose(module, widen, module.bias, **geometry(module))]
+        return [first, conv_transpose(module, widen, bias, **geometry(module))]
     first = conv(module, down.unflatten(1, (-1, *taps)), **geometry(module))
-    return [first, conv(module, up.unflatten(1, (-1, *taps)), module.bias)]
+    return [first, conv(module, up.unflatten(1, (-1, *taps)), bias)]
 
 
-def _tucker_chain(site: Site, context: Context, params: Any) -> list[nn.Module]:
+def _tucker_chain(site: Site, context: Context, params: Any, center: bool) -> list[nn.Module]:
     module: Any = site.module
-    up, core, down = context.tucker(site).factors(params["rank_out"], params["rank_in"])
+    tucker, ranks = context.tucker(site, center), (params["rank_out"], params["rank_in"])
+    up, core, down = tucker.factors(*ranks)
+    bias = _bias(site, context, tucker.lost_mean(*ranks))
     taps = (1,) * len(module.kernel_size)
     if isinstance(module, TRANSPOSED_CONVS):
         middle: nn.Module = conv_transpose(module, core.transpose(0, 1).contiguous(), **geometry(module))
     else:
         middle = conv(module, core, **geometry(module))
     first, last = down.unflatten(1, (-1, *taps)), up.unflatten(1, (-1, *taps))
-    return [conv(module, first), middle, conv(module, last, module.bias)]
+    return [conv(module, first), middle, conv(module, last, bias)]
 
 
-def _spatial_chain(site: Site, context: Context, params: Any) -> list[nn.Module]:
+def _spatial_chain(site: Site, context: Context, params: Any, center: bool) -> list[nn.Module]:
     module: Any = site.module
     high, wide = module.kernel_size
     rank = params["rank"]
-    up, down = _spatial(site, context).factors(rank)
+    spectrum = _spatial(site, context, center)
+    up, down = spectrum.factors(rank)
+    bias = _bias(site, context, spectrum.lost_mean(rank))
     column = down.reshape(rank, module.in_channels, high, 1)
     row = up.reshape(module.out_channels, wide, rank).transpose(1, 2).unsqueeze(2).contiguous()
     (stride_y, stride_x), (dilation_y, dilation_x) = module.stride, module.dilation
@@ -216,5 +228,5 @@ def _spatial_chain(site: Site, context: Context, params: Any) -> list[nn.Module]
     padding_y, padding_x = ("same", "same") if same else ((module.padding[0], 0), (0, module.padding[1]))
     return [
         conv(module, column, stride=(stride_y, 1), padding=padding_y, dilation=(dilation_y, 1)),
-        conv(module, row, module.bias, stride=(1, stride_x), padding=padding_x, dilation=(1, dilation_x)),
+        conv(module, row, bias, stride=(1, stride_x), padding=padding_x, dilation=(1, dilation_x)),
     ]

@@ -9,20 +9,26 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from torch import nn
 
 from lrcompile.graph.graph import Graph, owners
 from lrcompile.graph.rewrite import Refusal, Rewrite, Rewriter
 from lrcompile.passes import Context, Pass, Stage
-from lrcompile_passes.layers import cannot_rebuild, linear
+from lrcompile_passes.layers import cannot_rebuild, linear, shifted
 
 
 @dataclass(frozen=True)
 class LowRankLinear(Pass):
-    """Linear(W) → Linear(V_r) ; Linear(U_r)."""
+    """Linear(W) → Linear(V_r) ; Linear(U_r).
+
+    With `center`, calibration inputs count from their mean, and what the split takes from the mean output is added to
+    the bias, which a layer without one gets.
+    """
 
     stage = Stage.FACTORIZE
+    center: bool = False
 
     def propose(self, graph: Graph, context: Context) -> Iterator[Rewrite | Refusal]:
         """One rewrite a rank below break-even, r < CS/(C+S); layers called often are split once for all calls."""
@@ -38,13 +44,18 @@ class LowRankLinear(Pass):
                 yield site.refuse(f"too small: no rank of the device's step saves weights of {rows}×{columns}")
                 continue
             for rank in ranks:
-                yield site.rewrite(rank=rank, error=partial(context.error, site, rank))
+                yield site.rewrite(rank=rank, error=partial(context.error, site, rank, self.center))
 
     def apply(self, rewriter: Rewriter, rewrite: Rewrite) -> None:
         """Puts the two layers in the place of every call; the second keeps the bias."""
-        site = rewriter.site()
-        up, down = rewriter.context.spectrum(site).factors(int(rewrite.params["rank"]))  # type: ignore[arg-type]
-        rewriter.replace_module(site, [linear(site.module, down), linear(site.module, up, site.module.bias)])  # type: ignore[arg-type]
+        site, context = rewriter.site(), rewriter.context
+        module: Any = site.module
+        rank: Any = rewrite.params["rank"]
+        spectrum = context.spectrum(site, self.center)
+        up, down = spectrum.factors(rank)
+        bias = None if module.bias is None else context.constant(module.bias)
+        chain = [linear(module, down), linear(module, up, shifted(bias, spectrum.lost_mean(rank)))]
+        rewriter.replace_module(site, chain)
 
 
 def break_even(rows: int, columns: int) -> int:

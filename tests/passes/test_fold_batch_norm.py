@@ -177,7 +177,7 @@ def test_statistics_of_the_batch_norm_hold_for_the_folded_conv() -> None:
     result = common.applied(graph, PASS, rewrite, ctx)
     gram = ctx.input_gram(result.site("2"), 1)
     assert gram is not None
-    assert torch.equal(gram, ctx.grams["_1", 1])
+    assert torch.equal(gram, ctx.grams["_1", 1].gram)
 
 
 class Before(nn.Module):

@@ -1,0 +1,234 @@
+"""How fast trained models become at which accuracy: `python tools/bench_accuracy.py minilm --out docs/accuracy.md`.
+
+A model is compiled for this machine (`--target local`) at each of some speed-ups, as accurate as that allows, and
+trained for some minutes on inputs without labels. What comes out is judged on data that neither saw, and measured in
+ONNX Runtime against the original, paired.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+import lrcompile
+from lrcompile import CalibrationData, Result, calibration_from
+from lrcompile.devices.bench import paired
+from lrcompile.errors import BudgetError
+from lrcompile.report.progress import ProgressDisplay
+from tools import models
+from tools.fetch_data import DataMissing
+from tools.recipes import accuracy, fashion, trained_on_fashion
+from tools.validate_profiles import put
+
+SENTENCE = 48  # tokens
+TRAINING = 9000  # sentences
+BENCH_S = 12.0
+
+
+class Encoder(nn.Module):
+    """A sentence encoder: the mean of the last hidden state over a sentence's tokens, normalised."""
+
+    def __init__(self, bert: nn.Module) -> None:
+        super().__init__()
+        self.bert = bert
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        hidden = self.bert(input_ids, attention_mask)[0]
+        weight = attention_mask.unsqueeze(-1).to(hidden.dtype)
+        return nn.functional.normalize((hidden * weight).sum(1) / weight.sum(1), dim=-1)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A trained model; what it is calibrated and trained with, by the names of its inputs; and who judges it."""
+
+    model: nn.Module
+    example: tuple[Tensor, ...]
+    calibration: CalibrationData
+    training: CalibrationData
+    judge: Callable[[Callable[..., Tensor]], Mapping[str, float]]
+    settings: str
+
+
+def minilm() -> Task:
+    """MiniLM-L6 on film reviews: 9,000 sentences to learn from, the other 1,605 judge."""
+    from scipy.stats import spearmanr
+    from sklearn.linear_model import LogisticRegression
+
+    bert, _ = models.minilm(SENTENCE, 8)
+    model = Encoder(bert).eval()
+    texts, scores = models.movie_sentences()
+    ids, mask = models.tokenise(texts, SENTENCE)
+    names = ("input_ids", "attention_mask")
+    upper = torch.triu_indices(512, 512, 1)
+    clear = (scores.abs() > 0.5).nonzero().flatten()
+    learned, asked = clear[clear < TRAINING][-3000:], clear[clear >= TRAINING][:1000]
+
+    def embedded(model: Callable[..., Tensor], index: Tensor) -> Tensor:
+        with torch.no_grad():
+            return torch.cat([model(ids[part], mask[part]) for part in index.split(64)])
+
+    def similarities(vectors: Tensor) -> Tensor:
+        return (vectors @ vectors.T)[upper[0], upper[1]]
+
+    unseen = torch.arange(TRAINING, TRAINING + 512)
+    expected = similarities(embedded(model, unseen))
+
+    def judge(model: Callable[..., Tensor]) -> dict[str, float]:
+        rank = spearmanr(similarities(embedded(model, unseen)).numpy(), expected.numpy()).statistic
+        known = (scores > 0).long().numpy()
+        probe = LogisticRegression(C=10, max_iter=1000).fit(embedded(model, learned).numpy(), known[learned])
+        right = probe.score(embedded(model, asked).numpy(), known[asked])
+        return {"Spearman": float(rank), "sentiment %": 100 * float(right)}
+
+    def data(count: int) -> CalibrationData:
+        given = dict(zip(names, (ids[:count], mask[:count]), strict=True))
+        return calibration_from(given, names, 8, max_batches=None)
+
+    words = f"batch 8 × {SENTENCE} tokens; probe on 3,000 sentences, asked 1,000 others; similarities of 512 sentences"
+    return Task(model, (ids[:8], mask[:8]), data(512), data(TRAINING), judge, words)
+
+
+def of_fashion(name: str) -> Task:
+    """A network of `tools/recipes.py` on Fashion-MNIST: training images without labels to learn from."""
+    model = trained_on_fashion(name, say=lambda line: print(line, file=sys.stderr, flush=True))
+    (images, _), test = fashion()
+
+    def data(part: Tensor) -> CalibrationData:
+        return calibration_from({"images": part}, ["images"], 8, max_batches=None)
+
+    def judge(model: Callable[..., Tensor]) -> dict[str, float]:
+        return {"accuracy %": accuracy(model, test)}
+
+    return Task(model, (images[:8],), data(images[:512]), data(images[512:]), judge, "batch 8; the 10,000 test images")
+
+
+def efficientnet() -> Task:
+    """EfficientNet-Lite0 on crops of ten photographs; crops of ten others judge by the class that the original says."""
+    model, (images,) = models.efficientnet_lite0(8)
+    crops = models.calibration_images(320)
+    unseen = models.unseen_images(400)
+    with torch.no_grad():
+        expected = torch.cat([model(part).argmax(1) for part in unseen.split(20)])
+
+    def judge(model: Callable[..., Tensor]) -> dict[str, float]:
+        with torch.no_grad():
+            same = torch.cat([model(part).argmax(1) for part in unseen.split(20)]) == expected
+        return {"agreement %": 100 * float(same.float().mean())}
+
+    def data(part: Tensor) -> CalibrationData:
+        return calibration_from({"inputs": part}, ["inputs"], 8, max_batches=None)
+
+    return Task(model, (images,), data(crops[:64]), data(crops), judge, "batch 8; 400 crops of ten unseen photographs")
+
+
+TASKS: dict[str, Callable[[], Task]] = {
+    "minilm": minilm,
+    "resnet": lambda: of_fashion("resnet"),
+    "vit": lambda: of_fashion("vit"),
+    "efficientnet-lite0": efficientnet,
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A speed-up asked for, and what came of it: time over the original's with its interval of 95 %, and figures."""
+
+    asked: str
+    ratio: tuple[float, float, float]
+    size: float
+    error: float
+    before: Mapping[str, float]
+    after: Mapping[str, float] | None
+    minutes: float
+    steps: int
+
+
+def rows(task: Task, speedups: Sequence[float], minutes: Sequence[float], folder: Path) -> Iterator[Row]:
+    """One for each speed-up; `minutes` of training for each, 0 for none."""
+    with ProgressDisplay(Console(stderr=True)) as progress:
+        prepared = lrcompile.prepare_model(
+            task.model, task.example, target="local", calibration=task.calibration, progress=progress
+        )
+        assert prepared.reference is not None
+        for speedup, length in zip(speedups, minutes, strict=True):
+            try:
+                found = lrcompile.solve(prepared, lrcompile.Budget(speedup=speedup))
+            except BudgetError as problem:
+                print(f"{speedup}: {problem}", file=sys.stderr)
+                continue
+            after: Result | None = None
+            start = time.monotonic()
+            if length:
+                after = lrcompile.recover(found, task.training, minutes=length, progress=progress)
+            taken = (time.monotonic() - start) / 60
+            path = folder / "found.onnx"
+            (after or found).save(path)
+            result = paired(prepared.reference.onnx, path, batch=len(task.example[0]), seconds=BENCH_S)
+            figures = after.report.recovery if after else None
+            yield Row(
+                f"{speedup:g}×", (result.ratio, result.ratio_low, result.ratio_high),
+                found.report.model["weight_bytes_after"] / found.report.model["weight_bytes_before"],
+                found.report.error["measured"], task.judge(found.model), task.judge(after.model) if after else None,
+                taken, int(figures["steps"]) if figures else 0,
+            )  # fmt: skip
+
+
+def table(task: Task, found: Sequence[Row]) -> Iterator[str]:
+    """The rows as Markdown, under what the original is judged at."""
+    base = task.judge(task.model)
+    names = list(base)
+    yield f"Original: {', '.join(f'{name} {value:.4g}' for name, value in base.items())}; {task.settings}."
+    yield ""
+    columns = [f"{name}, {when}" for name in names for when in ("rewritten", "recovered")]
+    yield f"| asked | measured | weights | output error | {' | '.join(columns)} | minutes | steps |"
+    yield "|" + "---|" * (6 + len(columns))
+    for row in found:
+        ratio, low, high = row.ratio
+        cells = [f"{figures[name]:.4g}" if figures else "" for name in names for figures in (row.before, row.after)]
+        yield (
+            f"| {row.asked} | {1 / ratio:.2f}× ({1 / high:.2f}–{1 / low:.2f}) | {row.size:.0%} | {row.error:.3f} | "
+            f"{' | '.join(cells)} | {row.minutes:.1f} | {row.steps} |"
+        )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=list(TASKS))
+    parser.add_argument("--speedups", type=float, nargs="+", default=[1.15, 1.6])
+    parser.add_argument("--minutes", type=float, nargs="+", default=[0.0, 13.0], help="of training, for each speed-up")
+    parser.add_argument("--out", type=Path, help="put the table into this page, between its marks")
+    options = parser.parse_args(arguments)
+    warnings.simplefilter("ignore")
+    try:
+        task = TASKS[options.name]()
+    except DataMissing as problem:
+        print(f"bench_accuracy: {problem}", file=sys.stderr)
+        return 1
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        for row in rows(task, options.speedups, options.minutes, Path(folder)):
+            found.append(row)
+            print(row, flush=True)
+    words = " ".join(f"{value:g}" for value in options.speedups)
+    minutes = " ".join(f"{value:g}" for value in options.minutes)
+    command = f"python tools/bench_accuracy.py {options.name} --speedups {words} --minutes {minutes}"
+    text = "\n".join([*table(task, found), "", f"    {command}"])
+    print(text)
+    if options.out:
+        put(options.out, f"<!-- {options.name} -->", f"\n{text}\n", f"<!-- end of {options.name} -->")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
