@@ -196,8 +196,10 @@ def prepare_model(
         check_exact(traced.graph, canonical, by_name, context, evaluator, evaluator.error(graph, first=1))
     if calibration:
         with clock("calibrate"):
-            statistics = collect(graph, data.fitted, clock.progress)
-            context = Context(target.device, dtype, statistics.grams, statistics.token_counts, _store())
+            statistics = collect(graph, data.fitted, clock.progress, weighted=True)
+            context = Context(
+                target.device, dtype, statistics.grams, statistics.token_counts, _store(), statistics.gradients
+            )
     with clock("price"):
         pricing = price(graph, transforms, context, target.model, keep, clock.progress)
         costs = {} if target.is_local else _node_costs(graph, target)
@@ -376,8 +378,10 @@ def replay(
     with clock("apply"):
         graph = rewritten(traced.graph, plan.rewrites[:count], by_name, context)
         if calibration:
-            statistics = collect(graph, data.fitted, clock.progress)
-            context = Context(target.device, dtype, statistics.grams, statistics.token_counts, _store())
+            statistics = collect(graph, data.fitted, clock.progress, weighted=True)
+            context = Context(
+                target.device, dtype, statistics.grams, statistics.token_counts, _store(), statistics.gradients
+            )
         graph_after = rewritten(graph, plan.rewrites[count:], by_name, context)
         evaluator = Evaluator(traced.graph, data.judged)
         error = evaluator.error(graph_after)

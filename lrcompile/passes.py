@@ -19,7 +19,7 @@ from lrcompile.devices.device import Device
 from lrcompile.errors import LrcompileError, PassError
 from lrcompile.graph.graph import Graph, Site
 from lrcompile.graph.rewrite import Refusal, Rewrite, Rewriter, value_names
-from lrcompile.planning.decompose import Spectrum, Tucker, spectrum, tucker
+from lrcompile.planning.decompose import Outputs, Spectrum, Tucker, spectrum, tucker
 from lrcompile.planning.moments import Moments, Window
 from lrcompile.planning.store import Store
 from lrcompile.planning.windows import window_spectrum, window_tucker
@@ -80,7 +80,8 @@ class Context:
 
     `grams` maps (node name, feature axis, or window of a convolution) to the moments of what is seen of that value,
     collected on calibration data;
-    `token_counts` maps the name of an index node to how often each row was looked up. `store` remembers decompositions
+    `token_counts` maps the name of an index node to how often each row was looked up; `gradients` maps the name of a
+    layer's node to the moments of what the model's outputs feel of it. `store` remembers decompositions
     from one compile to the next.
     """
 
@@ -89,6 +90,7 @@ class Context:
     grams: Mapping[tuple[str, int | Window], Moments] = field(default_factory=dict)
     token_counts: Mapping[str, Tensor] = field(default_factory=dict)
     store: Store | None = None
+    gradients: Mapping[str, Moments] = field(default_factory=dict)
     _memo: dict[tuple[str, str], Any] = field(default_factory=dict, repr=False)
     _digests: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary, repr=False)
 
@@ -129,6 +131,31 @@ class Context:
             for node in site.nodes
         )
 
+    def outputs(self, site: Site) -> Outputs | None:
+        """How directions of a site's outputs count, over all of its calls; None where that is not known of each.
+
+        Of a layer that was merged of several, each part counts by itself.
+        """
+        weight: Any = site.module.weight
+        felt = _sum(self._felt(node) for node in site.nodes)
+        if felt is None:
+            return None
+        return self.once(site, "outputs", lambda: Outputs.of(felt, weight.dtype))
+
+    def _felt(self, node: fx.Node) -> Tensor | None:
+        """The Gram matrix of gradients at a node, [features × features]."""
+        known = next((self.gradients[name] for name in value_names(node) if name in self.gradients), None)
+        if known is not None:
+            return known.gram
+        users = list(node.users)
+        if len(users) != 1 or users[0].target is not torch.ops.aten.split_with_sizes.default:
+            return None
+        pieces = sorted(users[0].users, key=lambda piece: piece.args[1])  # type: ignore[arg-type, return-value]
+        blocks = [self._felt(piece) for piece in pieces]
+        if len(blocks) < len(users[0].args[1]) or any(block is None for block in blocks):  # type: ignore[arg-type]
+            return None
+        return torch.block_diag(*(block for block in blocks if block is not None))
+
     def constant(self, tensor: Tensor) -> Tensor:
         """A weight as `apply` may compute with it: itself, or on trial a fake of its shape."""
         return tensor.detach()
@@ -162,12 +189,14 @@ class Context:
         known: Moments | None = None,
         centered: bool = False,
     ) -> Spectrum:
-        """The SVD of a matrix made from a site's weight; `form` names the way it is made and is part of the key."""
+        """The SVD of a matrix made from a site's weight, its rows (outputs, …); `form` names how, for the key."""
         if known is None:
             return self.once(site, form, lambda: self._decomposed(spectrum, matrix()))
+        outputs = self.outputs(site)
         if centered:
-            return self.once(site, f"{form} centered", lambda: self._decomposed(spectrum, matrix(), None, known))
-        return self.once(site, form, lambda: self._decomposed(spectrum, matrix(), known.gram))
+            words = f"{form} centered"
+            return self.once(site, words, lambda: self._decomposed(spectrum, matrix(), None, known, outputs=outputs))
+        return self.once(site, form, lambda: self._decomposed(spectrum, matrix(), known.gram, outputs=outputs))
 
     def separable(self, site: Site, axes: tuple[int, ...], centered: bool = False) -> Spectrum:
         """The SVD of a convolution's kernel as [(S, other taps) × (C, taps of `axes`)], `axes` counting spatial ones.
@@ -194,7 +223,10 @@ class Context:
     ) -> Spectrum:
         """A split of a kernel's matrix that is fitted to patches, as `window_spectrum`; `form` as in `svd`."""
         words = f"{form} centered" if centered else form
-        return self.once(site, words, lambda: self._decomposed(window_spectrum, matrix(), patches(), centered))
+        outputs = self.outputs(site)
+        return self.once(
+            site, words, lambda: self._decomposed(window_spectrum, matrix(), patches(), centered, outputs=outputs)
+        )
 
     def tucker(self, site: Site, centered: bool = False) -> Tucker:
         """Tucker-2 of a convolution's kernel as [S × C × taps]; a transposed convolution's is turned that way first.
@@ -206,13 +238,26 @@ class Context:
         known = self.patches(site)
         if known is not None:
             form = "tucker centered" if centered else "tucker"
-            return self.once(site, form, lambda: self._decomposed(window_tucker, weight, known, centered))
+            outputs = self.outputs(site)
+            return self.once(
+                site, form, lambda: self._decomposed(window_tucker, weight, known, centered, outputs=outputs)
+            )
         transposed = isinstance(site.module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d)
         kernel = weight.transpose(0, 1) if transposed else weight
-        return self.once(site, "tucker", lambda: self._decomposed(tucker, kernel, self.input_gram(site, 1)))
+        gram = self.input_gram(site, 1)
+        outputs = None if gram is None else self.outputs(site)
+        return self.once(site, "tucker", lambda: self._decomposed(tucker, kernel, gram, outputs=outputs))
 
-    def _decomposed(self, decompose: Callable[..., D], weight: Tensor, *inputs: Moments | Tensor | bool | None) -> D:
-        return decompose(weight, *inputs) if self.store is None else self.store.of(decompose, weight, *inputs)
+    def _decomposed(
+        self,
+        decompose: Callable[..., D],
+        weight: Tensor,
+        *inputs: Moments | Tensor | bool | None,
+        outputs: Outputs | None = None,
+    ) -> D:
+        weight = weight if outputs is None else outputs.weighted(weight)
+        found = decompose(weight, *inputs) if self.store is None else self.store.of(decompose, weight, *inputs)
+        return found if outputs is None else replace(found, outputs=outputs)
 
     def once(self, site: Site, form: str, compute: Callable[[], T]) -> T:
         """What `compute` makes of a site's weight and inputs, computed once; `form` names what that is."""
@@ -228,8 +273,9 @@ class Context:
     def on_trial(self, fake_mode: FakeTensorMode) -> Context:
         """The same context for pricing: decompositions and statistics have shapes and no values, so it is cheap."""
         return TrialContext(
-            self.device, self.dtype, self.grams, self.token_counts, None, self._memo, self._digests, fake_mode=fake_mode
-        )
+            self.device, self.dtype, self.grams, self.token_counts, None, {}, self._memo, self._digests,
+            fake_mode=fake_mode,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -278,7 +324,7 @@ class TrialContext(Context):
             fake = self._fake(matrix())
             values = torch.empty(min(fake.shape))
         mean = fake if shifts else None
-        return TrialSpectrum(fake, values, fake, fake, aware, mean, outputs=outputs or len(fake))
+        return TrialSpectrum(fake, values, fake, fake, aware, mean, width=outputs or len(fake))
 
     def tucker(self, site: Site, centered: bool = False) -> Tucker:
         """A Tucker decomposition whose factors have shapes only."""
@@ -311,9 +357,9 @@ class ShapesOnly(FakeTensorMode):
 
 @dataclass(frozen=True, eq=False)
 class TrialSpectrum(Spectrum):
-    """A spectrum without values; the layer has `outputs` of them."""
+    """A spectrum without values; the layer has `width` outputs."""
 
-    outputs: int = field(kw_only=True)
+    width: int = field(kw_only=True)
 
     @property
     def basis(self) -> Tensor:  # type: ignore[override]
@@ -327,7 +373,7 @@ class TrialSpectrum(Spectrum):
 
     def lost_mean(self, rank: int) -> Tensor | None:
         """Empty, [outputs], where a mean is lost."""
-        return None if self.mean is None or rank >= self.full_rank else self.matrix.new_empty(self.outputs)
+        return None if self.mean is None or rank >= self.full_rank else self.matrix.new_empty(self.width)
 
 
 @dataclass(frozen=True, eq=False)

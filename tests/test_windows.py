@@ -198,11 +198,11 @@ def test_pieces_are_halved_where_memory_runs_out(monkeypatch: pytest.MonkeyPatch
     rows = torch.randn(40, 3, dtype=torch.float64)
     product, sizes = moments_module._product, []
 
-    def limited(piece: Tensor) -> Moments:
+    def limited(piece: Tensor, weights: Tensor | None) -> Moments:
         sizes.append(len(piece))
         if len(piece) > 6:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 960 bytes.")
-        return product(piece)
+        return product(piece, weights)
 
     monkeypatch.setattr(moments_module, "_product", limited)
     assert torch.allclose(moments(rows).gram, rows.T @ rows)
@@ -211,7 +211,7 @@ def test_pieces_are_halved_where_memory_runs_out(monkeypatch: pytest.MonkeyPatch
 
 
 def test_no_memory_at_all_is_said_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(piece: Tensor) -> Moments:
+    def refuse(piece: Tensor, weights: Tensor | None) -> Moments:
         raise MemoryError
 
     graph = common.drawn(nn.Sequential(nn.Linear(3, 3)), torch.ones(1, 3))
@@ -232,7 +232,7 @@ def test_no_memory_at_all_is_said_in_words(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_other_failures_are_not_taken_for_a_lack_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(piece: Tensor) -> Moments:
+    def fail(piece: Tensor, weights: Tensor | None) -> Moments:
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
     monkeypatch.setattr(moments_module, "_product", fail)

@@ -3,6 +3,7 @@
 python -m tools.bench_planner speed       CPU time of each stage, and of a second budget
 python -m tools.bench_planner strategies  every strategy at the same predicted latencies, judged on data not seen
 python -m tools.bench_planner unseen      measured errors against errors on unseen data, with and without held-out data
+python -m tools.bench_planner felt        splits that count by what the output feels, against those that do not
 python -m tools.bench_planner windows     splits of convolutions fitted to patches, against those fitted to channels
 python -m tools.bench_planner defaults    what a compile without options gains on trained models
 """
@@ -39,6 +40,7 @@ from lrcompile.planning.sensitivity import Evaluator, rewritten
 from lrcompile.planning.strategies import search
 from lrcompile.plugins import discover
 from tools import models
+from tools.bench_accuracy import SENTENCE, Encoder
 
 Example = tuple[nn.Module, tuple[Tensor, ...]]
 
@@ -106,8 +108,8 @@ def prepared(
     graph, _, _ = stage("canonicalize", lambda: canonicalize(traced.graph, passes, context))
     data = Split.of(calibration or [traced.flat], held_out)
     if calibration:
-        found = stage("calibrate", lambda: collect(graph, data.fitted))
-        context = Context(target.device, grams=found.grams, token_counts=found.token_counts)
+        found = stage("calibrate", lambda: collect(graph, data.fitted, weighted=True))
+        context = Context(target.device, grams=found.grams, token_counts=found.token_counts, gradients=found.gradients)
     evaluator = stage("evaluator", lambda: Evaluator(traced.graph, data.judged))
     pricing = stage("price", lambda: price(graph, passes, context, target.model))
     by_name = {transform.name: transform for transform in passes}
@@ -237,6 +239,36 @@ def unseen(budgets: Sequence[float], device: str) -> Iterator[str]:
             yield f"{fitted:8}{judged:8}{budget:8}{choice.error:10.4f}{error:8.4f}{ratio:7.2f}{gained:10.3f}"
 
 
+# -------------------------------------------------------------------------------------------------------------- felt
+
+
+def felt(shares: Sequence[float] = (0.9, 0.7, 0.5)) -> Iterator[str]:
+    """All linear layers of MiniLM split at a share of their weights: errors of embeddings of 256 unseen sentences."""
+    model = Encoder(models.minilm()[0]).eval()
+    ids, mask = models.tokenise(models.movie_sentences()[0][:5256], SENTENCE)
+    batches = [(ids[i : i + 8], mask[i : i + 8]) for i in range(0, 512, 8)]
+    graph = trace(model, batches[0]).graph
+    judge = Evaluator(graph, [(ids[i : i + 32], mask[i : i + 32]) for i in range(5000, 5256, 32)])
+    device = resolve_target("v100").device
+    inputs, weighted = (collect(graph, batches, weighted=choice) for choice in (False, True))
+    contexts = {
+        "weights alone": Context(device),
+        "inputs": Context(device, grams=inputs.grams),
+        "inputs that are felt": Context(device, grams=weighted.grams),
+        "and outputs": Context(device, grams=weighted.grams, gradients=weighted.gradients),
+    }
+    passes = {transform.name: transform for transform in discover().passes}
+    yield "".join(f"{name:>22}" for name in ("share of the weights", *contexts))
+    for share in shares:
+        rewrites = []
+        for site in graph.modules_of(nn.Linear):
+            rows, columns = site.module.weight.shape  # type: ignore[union-attr, misc]
+            rank = int(share * rows * columns / (rows + columns))
+            rewrites.append(Rewrite("low-rank-linear", (site.path,), {"rank": rank}))
+        errors = [judge.error(rewritten(graph, rewrites, passes, context)) for context in contexts.values()]
+        yield f"{share:22}" + "".join(f"{error:22.3f}" for error in errors)
+
+
 # ----------------------------------------------------------------------------------------------------------- windows
 
 
@@ -303,7 +335,7 @@ def defaults() -> Iterator[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", choices=("speed", "strategies", "unseen", "windows", "defaults"))
+    parser.add_argument("table", choices=("speed", "strategies", "unseen", "felt", "windows", "defaults"))
     parser.add_argument("--device", default="v100", help="for strategies, unseen (default: %(default)s)")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.95, 0.9, 0.8, 0.7], help="for strategies")
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.05, 0.1, 0.2, 0.3], help="for unseen")
@@ -311,6 +343,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)  # threads that wait for each other would count as CPU time
     tables = {
         "speed": speed,
+        "felt": felt,
         "windows": windows,
         "defaults": defaults,
         "strategies": lambda: strategies(options.shares, options.device),

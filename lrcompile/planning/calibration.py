@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from lrcompile.errors import InputError, PlanError
 from lrcompile.graph.graph import Graph
@@ -51,18 +52,31 @@ class Statistics:
 
     `grams[node, axis]` are the moments of a value's features, over all positions; `grams[node, window]` those of the
     patches [channels × taps] that a convolution's window sees of it. `token_counts[node]` counts each looked-up row.
+    `gradients[node]` are the moments of what the model's outputs feel of a layer's output, where that was asked for;
+    then rows of `grams` count by what the outputs feel of them.
     """
 
     grams: dict[tuple[str, int | Window], Moments] = field(default_factory=dict)
     token_counts: dict[str, Tensor] = field(default_factory=dict)
+    gradients: dict[str, Moments] = field(default_factory=dict)
+
+    def add(self, key: tuple[str, int | Window], found: Moments) -> None:
+        """Adds to the moments of a value."""
+        known = self.grams.get(key)
+        self.grams[key] = found if known is None else known + found
 
 
 def collect(
     graph: Graph,
     batches: Iterable[Sequence[Any]],
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+    weighted: bool = False,
 ) -> Statistics:
     """Runs the graph over flat input batches and sums up the inputs of linear, convolution and embedding layers.
+
+    With `weighted`, rows count by what the model's outputs feel of them, so that padded tokens, say, count for nothing:
+    by the squares of gradients of a random combination of the outputs, one backward pass a batch. Where the graph has
+    no gradients, or is in half precision, which is too coarse for them, all rows count alike.
 
     Memory is bounded by the Gram matrices and one batch's activations: each batch is added in pieces and let go.
 
@@ -70,6 +84,36 @@ def collect(
         InputError: memory runs out, or a layer's inputs are not finite.
     """
     statistics = Statistics()
+    wanted, rows, readers = _wanted(graph)
+    weighted = weighted and _has_gradients(graph)
+    total = len(batches) if isinstance(batches, Sized) else 0
+    for i, batch in enumerate(batches):
+        progress("calibrate", i, total)
+        collector = (_Sensing if weighted else _Collector)(graph, statistics, wanted, rows)
+        try:
+            collector.see_all(batch, seed=i)
+        except (MemoryError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                raise InputError(
+                    "not enough memory to run the model on a calibration batch: give a smaller --batch, or close other "
+                    "programs"
+                ) from error
+            if not weighted or i:
+                raise
+            weighted = False  # an operation without a gradient: rows count alike
+            _Collector(graph, statistics, wanted, rows).see_all(batch, seed=i)
+    progress("calibrate", total, total)
+    for (name, _), known in statistics.grams.items():
+        if not known.gram.trace().isfinite():  # by Cauchy and Schwarz, then all of it is
+            raise InputError(
+                f"the inputs of {readers[name]} are infinite, NaN or beyond 1e19 on the calibration data: "
+                "compile with --dtype fp32, or give data that the model was made for"
+            )
+    return statistics
+
+
+def _wanted(graph: Graph) -> tuple[dict[fx.Node, dict[int | Window, None]], dict[fx.Node, int], dict[str, str]]:
+    """(what is to be seen of which value, rows of looked-up embeddings, a layer that reads each value)."""
     wanted: dict[fx.Node, dict[int | Window, None]] = {}
     rows: dict[fx.Node, int] = {}
     readers: dict[str, str] = {}
@@ -86,54 +130,115 @@ def collect(
             keys[-1 if isinstance(site.module, nn.Linear) else 1] = None
             if window is not None and source.meta["val"].dim() == len(window.size) + 2:
                 keys[window] = None
-    total = len(batches) if isinstance(batches, Sized) else 0
-    for i, batch in enumerate(batches):
-        progress("calibrate", i, total)
-        try:
-            with torch.no_grad():
-                _Collector(graph.gm, statistics, wanted, rows).run(*batch, enable_io_processing=False)
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            raise InputError(
-                "not enough memory to run the model on a calibration batch: give a smaller --batch, or close other "
-                "programs"
-            ) from error
-    progress("calibrate", total, total)
-    for (name, _), known in statistics.grams.items():
-        if not known.gram.trace().isfinite():  # by Cauchy and Schwarz, then all of it is
-            raise InputError(
-                f"the inputs of {readers[name]} are infinite, NaN or beyond 1e19 on the calibration data: "
-                "compile with --dtype fp32, or give data that the model was made for"
-            )
-    return statistics
+    return wanted, rows, readers
+
+
+def _has_gradients(graph: Graph) -> bool:
+    """Whether the outputs have gradients, in a precision that can hold them."""
+    values = [leaf for node in graph.nodes for leaf in pytree.tree_leaves(node.meta.get("val"))]
+    kinds = {value.dtype for value in values if isinstance(value, Tensor) and value.is_floating_point()}
+    return bool(kinds) and all(kind.itemsize >= 4 for kind in kinds)
 
 
 class _Collector(fx.Interpreter):
+    """Runs a graph on a batch and adds up what is wanted; all rows count alike."""
+
     def __init__(
         self,
-        gm: fx.GraphModule,
+        graph: Graph,
         statistics: Statistics,
         wanted: Mapping[fx.Node, Iterable[int | Window]],
-        rows: dict[fx.Node, int],
+        rows: Mapping[fx.Node, int],
     ) -> None:
-        super().__init__(gm)
+        super().__init__(graph.gm)
         self.extra_traceback = False  # fx would write the node and its traceback into a message for the user
+        self.graph_of_layers = graph
         self.statistics = statistics
         self.wanted = wanted
         self.rows = rows
 
+    def see_all(self, batch: Sequence[Any], seed: int) -> None:
+        """Runs the batch; `seed` draws what is random."""
+        with torch.no_grad():
+            self.run(*batch, enable_io_processing=False)
+
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
+        self.count(n, value)
         for seen in self.wanted.get(n, ()):
-            if isinstance(seen, Window):
-                found = moments(seen.patches(value), features=1 + len(seen.size))
-            else:
-                found = moments(value.movedim(seen, -1))
-            known = self.statistics.grams.get((n.name, seen))
-            self.statistics.grams[n.name, seen] = found if known is None else known + found
+            self.statistics.add((n.name, seen), _moments(value, seen, None))
+        return value
+
+    def count(self, n: fx.Node, value: Tensor) -> None:
+        """Counts looked-up rows."""
         if n in self.rows:
             counts = torch.bincount(value.flatten(), minlength=self.rows[n])
-            known_counts = self.statistics.token_counts.get(n.name)
-            self.statistics.token_counts[n.name] = counts if known_counts is None else known_counts + counts
+            known = self.statistics.token_counts.get(n.name)
+            self.statistics.token_counts[n.name] = counts if known is None else known + counts
+
+
+class _Sensing(_Collector):
+    """The same with a backward pass: rows count by the squared gradient of the outputs with respect to them.
+
+    An output's gradient is that of its product with random signs, over its norm: what relative errors of outputs feel,
+    on average.
+    """
+
+    def see_all(self, batch: Sequence[Any], seed: int) -> None:
+        """Runs the batch forward and back."""
+        layers = {
+            node: site.module for site in self.graph_of_layers.modules_of(nn.Linear, *CONVS) for node in site.nodes
+        }
+        self.felt: dict[fx.Node, Tensor] = {}
+        self.sensed = {*self.wanted, *layers}
+        chance = torch.Generator().manual_seed(seed)
+        with torch.enable_grad():
+            outputs = pytree.tree_leaves(self.run(*batch, enable_io_processing=False))
+            total = torch.zeros(())
+            for y in outputs:
+                if isinstance(y, Tensor) and y.is_floating_point() and y.requires_grad:
+                    signs = torch.randint(2, y.shape, generator=chance).to(y.dtype) * 2 - 1
+                    total = total + (y * signs).sum() / y.detach().norm().clamp_min(1e-30)
+            found = torch.autograd.grad(total, list(self.felt.values()), allow_unused=True)
+        gradients = dict(zip(self.felt, found, strict=True))
+        for node, module in layers.items():
+            gradient = gradients[node]
+            if gradient is not None:
+                known, got = self.statistics.gradients.get(node.name), _moments(gradient, _axis(module), None)
+                self.statistics.gradients[node.name] = got if known is None else known + got
+        for node, keys in self.wanted.items():
+            for seen in keys:
+                weights = _squares(gradients[node], seen) if isinstance(seen, int) else self._at(node, seen, gradients)
+                self.statistics.add((node.name, seen), _moments(self.felt[node].detach(), seen, weights))
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = fx.Interpreter.run_node(self, n)
+        self.count(n, value)
+        if n in self.sensed:
+            value = value if value.requires_grad or not value.is_floating_point() else value.detach().requires_grad_()
+            self.felt[n] = value
         return value
+
+    def _at(self, node: fx.Node, window: Window, gradients: Mapping[fx.Node, Tensor | None]) -> Tensor | None:
+        """What is felt at each position of a window, of all layers that see the value through it."""
+        readers = [user for user in node.users if user in gradients and user.op == "call_module"]
+        felt = [
+            _squares(gradients[user], 1) for user in readers
+            if Window.of(self.graph_of_layers.module(user) or nn.Identity()) == window
+        ]  # fmt: skip
+        known = [weights for weights in felt if weights is not None]
+        return sum(known[1:], known[0]) if known else None
+
+
+def _axis(module: nn.Module) -> int:
+    return -1 if isinstance(module, nn.Linear) else 1
+
+
+def _squares(gradient: Tensor | None, axis: int) -> Tensor | None:
+    return None if gradient is None else gradient.square().sum(axis)
+
+
+def _moments(value: Tensor, seen: int | Window, weights: Tensor | None) -> Moments:
+    if isinstance(seen, Window):
+        return moments(seen.patches(value), 1 + len(seen.size), weights)
+    return moments(value.movedim(seen, -1), 1, weights)

@@ -8,7 +8,7 @@ our reading.)
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -19,7 +19,39 @@ from lrcompile.planning.moments import Moments
 
 DAMPING = 1e-4  # of the mean of G's diagonal, added to the diagonal: orders directions that the data do not excite
 
+OUTPUT_DAMPING = 0.1  # the same for gradients at outputs, which are known less well
+
 SINGLE_FROM = 512  # smaller side from which single-precision weights are decomposed in single precision
+
+
+@dataclass(frozen=True, eq=False)
+class Outputs:
+    """What is decomposed in a layer's place: R·W, so that directions of outputs count by what the model feels of them.
+
+    RᵀR = B is the damped Gram matrix of gradients at the outputs, and ‖R·ΔW·x‖² is what an error ΔW does to
+    the model's outputs (our reading of Fisher-weighted low-rank factorization, arXiv 2207.00112). `root` is R, [S × S],
+    `dtype` that of W. Rows of W are [S] or [S × taps].
+    """
+
+    root: Tensor
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, gradients: Tensor, dtype: torch.dtype) -> Outputs:
+        """From B [S × S]."""
+        scale = gradients.diagonal().mean().clamp_min(1e-300)
+        damped = gradients.double() / scale + OUTPUT_DAMPING * torch.eye(len(gradients), dtype=torch.float64)
+        return cls(cholesky(damped).T, dtype)
+
+    def weighted(self, matrix: Tensor) -> Tensor:
+        """R·W, in single precision or double."""
+        rows = matrix.detach().double().reshape(len(self.root), -1)
+        return (self.root @ rows).reshape(matrix.shape).to(torch.promote_types(matrix.dtype, torch.float32))
+
+    def restored(self, up: Tensor) -> Tensor:
+        """R⁻¹ on the rows of a factor, [rows × rank]."""
+        rows = torch.linalg.solve_triangular(self.root, up.double().reshape(len(self.root), -1), upper=True)
+        return rows.reshape(up.shape)
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +60,7 @@ class Spectrum:
 
     `singular_values` are those of `scaled` = W·S, descending; `vectors` are its singular vectors on the smaller side.
     Where `mean` is known, the mean input, S is that of centred inputs, and `lost_mean` belongs into the bias.
-    `mean_energy` is what the mean adds to ‖W·S‖², in the units of S.
+    `mean_energy` is what the mean adds to ‖W·S‖², in the units of S. `outputs` says what `matrix` is of the layer's.
     """
 
     matrix: Tensor
@@ -38,6 +70,7 @@ class Spectrum:
     activation_aware: bool
     mean: Tensor | None = None
     mean_energy: float = 0.0
+    outputs: Outputs | None = None
 
     @property
     def full_rank(self) -> int:
@@ -66,15 +99,15 @@ class Spectrum:
     def factors(self, rank: int) -> tuple[Tensor, Tensor]:
         """(up [rows × rank], down [rank × columns]) in the dtype of W."""
         up = self.basis[:, :rank]
-        down = up.T @ self.matrix.double()
-        return up.to(self.matrix.dtype).contiguous(), down.to(self.matrix.dtype).contiguous()
+        up, down = restored(self.outputs, self.matrix.dtype, up, up.T @ self.matrix.double())
+        return up, down
 
     def lost_mean(self, rank: int) -> Tensor | None:
         """(W − W_r)·mean, what the split takes from the mean output, [rows]; None at full rank or without a mean."""
         if self.mean is None or rank >= self.full_rank:
             return None
         output, up = self.matrix.double() @ self.mean, self.basis[:, :rank]
-        return (output - up @ (up.T @ output)).to(self.matrix.dtype)
+        return restored(self.outputs, self.matrix.dtype, output - up @ (up.T @ output))[0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,6 +123,7 @@ class Tucker:
     into_inverse: Tensor
     captured: Tensor
     activation_aware: bool
+    outputs: Outputs | None = field(default=None, kw_only=True)
 
     def tail(self, rank_out: int, rank_in: int) -> float:
         """Relative error of keeping (rank_out, rank_in), as `Spectrum.tail`."""
@@ -109,8 +143,7 @@ class Tucker:
         flat = kernel.double().flatten(2)
         core = torch.einsum("so,sck,ci->oik", up, flat, self.into_basis[:, :rank_in])
         down = self.into_inverse[:rank_in]
-        parts = (up, core.reshape(rank_out, rank_in, *taps), down)
-        up, core, down = (t.to(kernel.dtype).contiguous() for t in parts)
+        up, core, down = restored(self.outputs, kernel.dtype, up, core.reshape(rank_out, rank_in, *taps), down)
         return up, core, down
 
     def branch_tail(self, rank_out: int, rank_in: int, groups: int) -> float:
@@ -154,6 +187,13 @@ class Tucker:
         """The share of ‖W·S‖² at each pair of output and input rank, [S × C]."""
         rows = torch.diff(self.captured, dim=0, prepend=self.captured.new_zeros(1, self.captured.shape[1]))
         return torch.diff(rows, dim=1, prepend=rows.new_zeros(len(rows), 1)).clamp_min(0)
+
+
+def restored(outputs: Outputs | None, dtype: torch.dtype, up: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+    """Factors of what was decomposed as those of the layer: the first, whose rows are outputs, and the others."""
+    if outputs is not None:
+        up, dtype = outputs.restored(up), outputs.dtype
+    return tuple(tensor.to(dtype).contiguous() for tensor in (up, *others))
 
 
 def spectrum(matrix: Tensor, gram: Tensor | None = None, centered: Moments | None = None) -> Spectrum:

@@ -18,11 +18,14 @@ ROUNDING = 1e-12  # of the mean square, below which a variance is what rounding 
 
 @dataclass(frozen=True, eq=False)
 class Moments:
-    """Of rows x: `gram` = Σ x·xᵀ [features × features] and `total` = Σ x [features], float64; `rows` counts them."""
+    """Of rows x: `gram` = Σ x·xᵀ [features × features] and `total` = Σ x [features], float64; `rows` counts them.
+
+    Where rows have weights, all three are sums of weighted terms.
+    """
 
     gram: Tensor
     total: Tensor
-    rows: int
+    rows: float
 
     def __add__(self, other: Moments) -> Moments:
         return Moments(self.gram + other.gram, self.total + other.total, self.rows + other.rows)
@@ -34,7 +37,7 @@ class Moments:
     @property
     def mean(self) -> Tensor:
         """The mean row, [features]."""
-        return self.total / max(self.rows, 1)
+        return self.total / (self.rows or 1)
 
     @cached_property
     def centered(self) -> Tensor:
@@ -89,8 +92,8 @@ class Window:
         return value.movedim(1, axes + 1)
 
 
-def moments(rows: Tensor, features: int = 1, most: int = MOST_NUMBERS) -> Moments:
-    """Moments of the last `features` axes, flattened, over all others.
+def moments(rows: Tensor, features: int = 1, weights: Tensor | None = None, most: int = MOST_NUMBERS) -> Moments:
+    """Moments of the last `features` axes, flattened, over all others; `weights` has the shape of the others.
 
     At most about `most` numbers are held at a time besides the result. Products are in single precision (double for
     double values), sums of them in double. Where memory runs out, pieces are halved.
@@ -100,11 +103,13 @@ def moments(rows: Tensor, features: int = 1, most: int = MOST_NUMBERS) -> Moment
     """
     leading = rows.dim() - features
     if leading == 0:
-        rows, leading = rows.unsqueeze(0), 1
+        rows, leading, weights = rows.unsqueeze(0), 1, None if weights is None else weights.unsqueeze(0)
     longest = max(range(leading), key=lambda axis: rows.shape[axis])
     if rows.numel() <= most or rows.shape[longest] == 1:
         try:
-            return _product(rows.flatten(leading).flatten(0, leading - 1))
+            return _product(
+                rows.flatten(leading).flatten(0, leading - 1), None if weights is None else weights.flatten()
+            )
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -115,12 +120,18 @@ def moments(rows: Tensor, features: int = 1, most: int = MOST_NUMBERS) -> Moment
                     "close other programs, or compile without --calib"
                 ) from error
     first, second = rows.tensor_split(2, longest)
-    return moments(first, features, most) + moments(second, features, most)
+    upper, lower = (None, None) if weights is None else weights.tensor_split(2, longest)
+    return moments(first, features, upper, most) + moments(second, features, lower, most)
 
 
-def _product(rows: Tensor) -> Moments:
+def _product(rows: Tensor, weights: Tensor | None) -> Moments:
     rows = rows.to(torch.float64 if rows.dtype == torch.float64 else torch.float32)
-    return Moments((rows.T @ rows).double(), rows.sum(0, dtype=torch.float64), len(rows))
+    if weights is None:
+        return Moments((rows.T @ rows).double(), rows.sum(0, dtype=torch.float64), len(rows))
+    weights = weights.to(rows.dtype).unsqueeze(1)
+    weighted = rows * weights
+    total, count = weighted.sum(0, dtype=torch.float64), float(weights.sum(dtype=torch.float64))
+    return Moments((weighted.T @ rows).double(), total, count)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -15,7 +15,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from lrcompile.planning.decompose import Spectrum, Tucker, cholesky, spectrum, tucker
+from lrcompile.planning.decompose import Spectrum, Tucker, cholesky, restored, spectrum, tucker
 from lrcompile.planning.moments import Moments
 
 RIDGE = 1e-6  # of the mean of P's diagonal, added to the diagonal: keeps the weights where the data excite nothing
@@ -89,13 +89,13 @@ class WindowSpectrum(Spectrum):
         if rank >= self.full_rank:
             return super().factors(rank)  # needs no fit, and has none of its rounding
         up = self.fit.coefficients(rank).transpose(1, 2).flatten(0, 1)
-        down = self.fit.reader[:rank]
-        return up.to(self.matrix.dtype).contiguous(), down.to(self.matrix.dtype).contiguous()
+        up, down = restored(self.outputs, self.matrix.dtype, up, self.fit.reader[:rank])
+        return up, down
 
     def lost_mean(self, rank: int) -> Tensor | None:
         """What the split takes from the mean output over all positions, those at padded borders too, [out]."""
         lost = None if rank >= self.full_rank else self.fit.lost_mean(rank)
-        return None if lost is None else lost.to(self.matrix.dtype)
+        return None if lost is None else restored(self.outputs, self.matrix.dtype, lost)[0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,8 +115,8 @@ class WindowTucker(Tucker):
             return super().factors(rank_out, rank_in)
         up = self._output(rank_in)[1][:, :rank_out]
         core = torch.einsum("so,sik->oik", up, self.fit.coefficients(rank_in))
-        parts = (up, core.reshape(rank_out, rank_in, *self.kernel.shape[2:]), self.fit.reader[:rank_in])
-        up, core, down = (t.to(self.kernel.dtype).contiguous() for t in parts)
+        core = core.reshape(rank_out, rank_in, *self.kernel.shape[2:])
+        up, core, down = restored(self.outputs, self.kernel.dtype, up, core, self.fit.reader[:rank_in])
         return up, core, down
 
     def lost_mean(self, rank_out: int, rank_in: int) -> Tensor | None:
@@ -124,7 +124,7 @@ class WindowTucker(Tucker):
         if rank_out >= len(self.fit.parts) and rank_in >= len(self.fit.reader):
             return None
         lost = self.fit.lost_mean(rank_in, self._output(rank_in)[1][:, :rank_out])
-        return None if lost is None else lost.to(self.kernel.dtype)
+        return None if lost is None else restored(self.outputs, self.kernel.dtype, lost)[0]
 
     @cached_property
     def _outputs(self) -> dict[int, tuple[Tensor, Tensor]]:
