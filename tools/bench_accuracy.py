@@ -21,7 +21,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import lrcompile
-from lrcompile import CalibrationData, Result, calibration_from
+from lrcompile import CalibrationData, calibration_from
 from lrcompile.devices.bench import paired
 from lrcompile.errors import BudgetError
 from lrcompile.report.progress import ProgressDisplay
@@ -96,7 +96,7 @@ def minilm() -> Task:
         return calibration_from(given, names, 8, max_batches=None)
 
     words = f"batch 8 × {SENTENCE} tokens; probe on 3,000 sentences, asked 1,000 others; similarities of 512 sentences"
-    return Task(model, (ids[:8], mask[:8]), data(512), data(TRAINING), judge, words)
+    return Task(model, (ids[:8], mask[:8]), data(1024), data(TRAINING), judge, words)
 
 
 def of_fashion(name: str) -> Task:
@@ -149,13 +149,13 @@ class Row:
     size: float
     error: float
     before: Mapping[str, float]
-    after: Mapping[str, float] | None
+    after: Mapping[str, float]
     minutes: float
     steps: int
 
 
 def rows(task: Task, speedups: Sequence[float], minutes: Sequence[float], folder: Path) -> Iterator[Row]:
-    """One for each speed-up; `minutes` of training for each, 0 for none."""
+    """One for each speed-up; `minutes` of training for each, 0 where layers are only fitted anew."""
     with ProgressDisplay(Console(stderr=True)) as progress:
         prepared = lrcompile.prepare_model(
             task.model, task.example, target="local", calibration=task.calibration, progress=progress
@@ -167,19 +167,18 @@ def rows(task: Task, speedups: Sequence[float], minutes: Sequence[float], folder
             except BudgetError as problem:
                 print(f"{speedup}: {problem}", file=sys.stderr)
                 continue
-            after: Result | None = None
             start = time.monotonic()
-            if length:
-                after = lrcompile.recover(found, task.training, minutes=length, progress=progress)
+            how = {"minutes": length} if length else {"steps": 0}
+            after = lrcompile.recover(found, task.training, progress=progress, **how)
             taken = (time.monotonic() - start) / 60
             path = folder / "found.onnx"
-            (after or found).save(path)
+            after.save(path)
             result = paired(prepared.reference.onnx, path, batch=len(task.example[0]), seconds=BENCH_S)
-            figures = after.report.recovery if after else None
+            figures = after.report.recovery
             yield Row(
                 f"{speedup:g}×", (result.ratio, result.ratio_low, result.ratio_high),
                 found.report.model["weight_bytes_after"] / found.report.model["weight_bytes_before"],
-                found.report.error["measured"], task.judge(found.model), task.judge(after.model) if after else None,
+                found.report.error["measured"], task.judge(found.model), task.judge(after.model),
                 taken, int(figures["steps"]) if figures else 0,
             )  # fmt: skip
 
@@ -206,7 +205,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=list(TASKS))
     parser.add_argument("--speedups", type=float, nargs="+", default=[1.15, 1.6])
-    parser.add_argument("--minutes", type=float, nargs="+", default=[0.0, 13.0], help="of training, for each speed-up")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        nargs="+",
+        default=[0.0, 13.0],
+        help="of training, for each speed-up; 0: fitted anew only",
+    )
     parser.add_argument("--out", type=Path, help="put the table into this page, between its marks")
     options = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
