@@ -44,7 +44,7 @@ def data(seed: int = 1) -> CalibrationData:
 def family(sizes: tuple[float, ...], **settings: Any) -> list[lrcompile.Member]:
     recovery = Recovery(**{"steps": 60, "rate": 1e-3} | settings)
     return lrcompile.progressive(
-        net(), (torch.randn(8, WIDTH),), sizes=sizes, recovery=recovery, data=data(), calibration=data(), target="rpi5"
+        net(), (torch.randn(8, WIDTH),), sizes=sizes, recovery=recovery, data=data(), target="rpi5"
     )
 
 

@@ -19,17 +19,19 @@ class Loss:
         self.recovery = recovery
         self.scores: Tensor | None = None
 
-    def __call__(self, batch: Batch) -> Tensor:
+    def __call__(self, batch: Batch, inside: bool = True) -> Tensor:
         """[samples]; products in bfloat16, if that is asked for, where gradients are wanted.
+
+        Without `inside`, of the outputs alone: that is what a model is judged by.
 
         Raises:
             InputError: a label is no class of the model.
         """
         low = self.recovery.in_bfloat16 and torch.is_grad_enabled()
         with torch.autocast("cpu", torch.bfloat16, enabled=low):
-            return self._of(batch)
+            return self._of(batch, self.recovery.hidden if inside else 0.0)
 
-    def _of(self, batch: Batch) -> Tensor:
+    def _of(self, batch: Batch, hidden: float) -> Tensor:
         settings = self.recovery
         if batch.labels is not None and not settings.teacher:
             (self.scores, *_), _ = self.pair.student(*batch.inputs)
@@ -37,7 +39,7 @@ class Loss:
         expected = self.pair.expected(batch.inputs)
         of_outputs, of_inside, got = self.pair.differences(batch.inputs, expected, settings.outputs)
         self.scores = got[0]
-        loss = of_outputs + settings.hidden * of_inside
+        loss = of_outputs + hidden * of_inside
         if batch.labels is None:
             return loss
         return settings.teacher * loss + _of_labels(self.scores, batch.labels, settings.smoothing)

@@ -293,7 +293,7 @@ class _Training:
 
     def _judged(self) -> float:
         with torch.no_grad():
-            parts = [self.loss(batch) for batch in self.samples.judging]
+            parts = [self.loss(batch, inside=False) for batch in self.samples.judging]
         return self.processes.mean([float(torch.cat(parts).mean())])[0]
 
     def _weights(self) -> Weights:
