@@ -95,7 +95,7 @@ def minilm() -> Task:
         given = dict(zip(names, (ids[:count], mask[:count]), strict=True))
         return calibration_from(given, names, 8, max_batches=None)
 
-    words = f"batch 8 × {SENTENCE} tokens; probe on 3,000 sentences, asked 1,000 others; similarities of 512 sentences"
+    words = f"batch 8 × {SENTENCE} tokens; probe on 3,000 sentences, 1,000 others asked"
     return Task(model, (ids[:8], mask[:8]), data(1024), data(TRAINING), judge, words)
 
 
