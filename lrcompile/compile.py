@@ -196,10 +196,7 @@ def prepare_model(
         check_exact(traced.graph, canonical, by_name, context, evaluator, evaluator.error(graph, first=1))
     if calibration:
         with clock("calibrate"):
-            statistics = collect(graph, data.fitted, clock.progress, weighted=True)
-            context = Context(
-                target.device, dtype, statistics.grams, statistics.token_counts, _store(), statistics.gradients
-            )
+            context = _calibrated(graph, data, context, clock)
     with clock("price"):
         pricing = price(graph, transforms, context, target.model, keep, clock.progress)
         costs = {} if target.is_local else _node_costs(graph, target)
@@ -378,10 +375,7 @@ def replay(
     with clock("apply"):
         graph = rewritten(traced.graph, plan.rewrites[:count], by_name, context)
         if calibration:
-            statistics = collect(graph, data.fitted, clock.progress, weighted=True)
-            context = Context(
-                target.device, dtype, statistics.grams, statistics.token_counts, _store(), statistics.gradients
-            )
+            context = _calibrated(graph, data, context, clock)
         graph_after = rewritten(graph, plan.rewrites[count:], by_name, context)
         evaluator = Evaluator(traced.graph, data.judged)
         error = evaluator.error(graph_after)
@@ -464,8 +458,11 @@ def model_batches(traced: Traced, calibration: CalibrationData | None) -> list[t
     return [tuple(batch[name] for name in traced.input_names) for batch in checked.batches]
 
 
-def _store() -> Store:
-    return Store(default_cache_dir().parent / "decompositions")
+def _calibrated(graph: Graph, data: Split, context: Context, clock: Clock) -> Context:
+    """The context with the statistics of calibration data, and decompositions remembered from other compiles."""
+    found = collect(graph, data.fitted, clock.progress, weighted=True)
+    store = Store(default_cache_dir().parent / "decompositions")
+    return Context(context.device, context.dtype, found.grams, found.token_counts, store, found.gradients)
 
 
 def _keeper(graph: Graph, skip: Sequence[str]) -> tuple[Callable[[str], bool], tuple[str, ...]]:

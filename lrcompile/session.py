@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from lrcompile.compile import compile as compile_model
@@ -99,19 +100,16 @@ def compile_files(request: Request, progress: Callable[[str, int, int], None]) -
     metric = check_metric(None if request.eval is None else Evaluation.load(request.eval), budget, plan)
     recovery = _recovery(request)
     asked = _asked(request)
-    training = _calibration(request, asked.source, request.recover_data) or asked.options["calibration"]
-    labels = load_labels(request.labels) if request.labels is not None else None
     processes = Processes.here() if recovery is not None else Processes()
     if processes.count > 1 and plan is None:
         raise InputError(
             "several processes were launched, and each would decide for itself; compile in one with --plan-out "
             "plan.json, then launch them with --plan plan.json and --recover"
         )
-    if recovery is not None and training is None:
-        raise InputError("--recover has no inputs to learn from; give --calib, or --recover-data, which it alone reads")
+    learned = _learned(request, asked) if recovery is not None else None
     result = compile_model(*asked.inputs, budget=budget, plan=plan, metric=metric, progress=progress, **asked.options)
-    if recovery is not None:
-        result = recover(result, training, recovery, labels=labels, progress=progress)
+    if learned is not None:
+        result = recover(result, learned[0], recovery, labels=learned[1], progress=progress)
     report = replace(result.report, notes=[*asked.problems, *result.report.notes])
     if not processes.first:
         return None
@@ -195,10 +193,7 @@ def family_files(request: Request, progress: Callable[[str, int, int], None]) ->
         check_writable(str(path))
     check_writable(manifest, text=True)
     asked = _asked(request)
-    data = _calibration(request, asked.source, request.recover_data) or asked.options["calibration"]
-    if data is None:
-        raise InputError("--recover has no inputs to learn from; give --calib, or --recover-data, which it alone reads")
-    labels = load_labels(request.labels) if request.labels is not None else None
+    data, labels = _learned(request, asked)
     family = progressive(
         *asked.inputs, sizes=sizes, recovery=recovery, data=data, labels=labels, budget=_budget(request),
         progress=progress, **asked.options,
@@ -265,6 +260,14 @@ def _recovery(request: Request) -> Recovery | None:
         option, _, text = word.partition("=")
         settings |= parsed_option(Recovery, "recover", option.strip(), text)
     return Recovery(**settings)
+
+
+def _learned(request: Request, asked: _Asked) -> tuple[CalibrationData, Tensor | None]:
+    """What a recovery trains on: inputs, and labels if there are any."""
+    data = _calibration(request, asked.source, request.recover_data) or asked.options["calibration"]
+    if data is None:
+        raise InputError("--recover has no inputs to learn from; give --calib, or --recover-data, which it alone reads")
+    return data, load_labels(request.labels) if request.labels is not None else None
 
 
 def _calibration(request: Request, source: Source, path: str | None) -> CalibrationData | None:
