@@ -107,7 +107,7 @@ class Recipe:
 
 
 RECIPES = {
-    "resnet": Recipe(FashionResNet, 4, 0.1, "sgd", 5e-4),
+    "resnet": Recipe(FashionResNet, 5, 0.1, "sgd", 5e-4),
     "vit": Recipe(FashionViT, 8, 1e-3, "adamw", 0.05),
 }
 
