@@ -67,6 +67,10 @@ PACKAGES = {
         "39e172fe32dd318ebb3e512220c3beea2fa47d7e20bab348fb4e0922d6beefc0",
         "70,000 pictures of clothes, 28 × 28, in ten classes (31 MB)", "MIT", debian=True,
     ),
+    "novels": Package(
+        "r-cran-janeaustenr", "1.0.0-1", "df6bddf211906d1ff404f8ff662c21b34e6660e7f54a311084e749050c019c95",
+        "six novels of Jane Austen, 4 million characters (2 MB)", "MIT", debian=True,
+    ),
 }  # fmt: skip
 
 
