@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from lrcompile.progressive import Member, progressive
     from lrcompile.recover import recover
     from lrcompile.recovery.settings import Recovery
+    from lrcompile.recovery.stable_rank import StableRank
     from lrcompile.report.report import Report
 
 _HOMES = {
@@ -50,6 +51,7 @@ _HOMES = {
     "progressive": "Member progressive",
     "recover": "recover",
     "recovery.settings": "Recovery",
+    "recovery.stable_rank": "StableRank",
     "report.report": "Report",
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
@@ -75,6 +77,7 @@ __all__ = [
     "Rewrite",
     "Rewriter",
     "Site",
+    "StableRank",
     "Stage",
     "Target",
     "available_devices",

@@ -50,12 +50,16 @@ from lrcompile.report.report import Decision, Report, decide, error_figures, lat
 
 @dataclass(frozen=True, eq=False)
 class Result:
-    """A compiled model: `model` is the rewritten graph as a module, `plan` the decisions, `report` the figures."""
+    """A compiled model: `model` is the rewritten graph as a module, `plan` the decisions, `report` the figures.
+
+    `metric` is the user's own, where the search was held to it.
+    """
 
     model: fx.GraphModule
     plan: Plan
     report: Report
     traced: Traced
+    metric: Metric | None = None
 
     def save(self, path: str | Path) -> Report:
         """Writes `.onnx`, `.pt2` or a folder, verified and atomically; returns the report with the verification.
@@ -294,7 +298,7 @@ def solve(prepared: Prepared, budget: Budget) -> Result:
         settings=_settings(p.context.dtype, p.traced, p.seed, budget),
         metric=metric,
     )
-    return Result(choice.graph.gm, plan, report, p.traced)
+    return Result(choice.graph.gm, plan, report, p.traced, p.metric)
 
 
 def _settings(dtype: str, traced: Traced, seed: int, budget: Budget) -> dict[str, Any]:

@@ -43,9 +43,10 @@ def recover(
 
     `settings` are the fields of `Recovery`: `recover(result, data, minutes=15)`. `labels` [samples, …] are classes of
     the first output, whose last axis they count on. A tenth of the batches is kept out to judge by; what is judged
-    worse than what was there is not kept. A training that was stopped goes on where it was when it is started again;
-    `checkpoints` is the folder that it is kept in until then. `original` is the traced graph that it learns from, where
-    that is not the one that was compiled; then outputs alone are compared.
+    worse than what was there is not kept, and neither is what the user's metric falls by. A training that was stopped
+    goes on where it was when it is started again; `checkpoints` is the folder that it is kept in until then. `original`
+    is the traced graph that it learns from, where that is not the one that was compiled; then outputs alone are
+    compared.
 
     Raises:
         InputError: the settings, the data or the labels cannot be used.
@@ -62,7 +63,8 @@ def recover(
     if size is None and recovery.batch is not None:
         raise InputError("recovery: the model takes batches of one size only, so its batch cannot be set")
     samples = samples_of(batches, labels, size)
-    evaluator = Evaluator(teacher, [batch.inputs for batch in samples.judging])
+    measure = result.plan.budget.measure_in_use
+    evaluator = Evaluator(teacher, [batch.inputs for batch in samples.judging]).measured_in(measure)
     before = evaluator.error(student)
     fitted, refitted = (
         _refitted(teacher, student, samples, evaluator, before) if recovery.refit and same else (student, ())
@@ -70,7 +72,11 @@ def recover(
     couple = pair(teacher, fitted, batches[0], inside=same)
     facts = (fingerprint(teacher.gm), fingerprint(fitted.gm), data.digest, _digest(labels), recovery.to_json())
     processes = Processes.here()
-    trained = train(couple, samples, recovery, Checkpoint.of(*facts, folder=checkpoints), progress, processes)
+    until = None if recovery.until is None else measure.root(recovery.until)
+    trained = train(
+        couple, samples, recovery, Checkpoint.of(*facts, folder=checkpoints), progress, processes,
+        lambda: until is not None and evaluator.error(couple.trained) <= until,
+    )  # fmt: skip
     for parameter in couple.trained.gm.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
         parameter.grad = None
@@ -81,17 +87,32 @@ def recover(
         "samples": samples.count, "judged_by": sum(len(batch) for batch in samples.judging),
         "rate": trained.rate, "kept_step": trained.kept_step, "rolled_back": trained.rolled_back,
         "values_inside": len(couple.inside), "refitted": list(refitted), "settings": recovery.to_json(),
-        "loss": [trained.loss_before, trained.loss_after], "error": [before, after],
+        "loss": [trained.loss_before, trained.loss_after], "error": [measure.value(before), measure.value(after)],
     }  # fmt: skip
     basis = f"{figures['judged_by']} samples kept out of the recovery"
     report = replace(
         result.report,
-        error={**result.report.error, "measured": after, "basis": basis},
+        error={**result.report.error, "measured": measure.value(after), "basis": basis},
         recovery=figures,
         timings_s={**result.report.timings_s, "recover": time.perf_counter() - start},
         notes=[*result.report.notes, *trained.notes, *_remarks(trained.kept_step, refitted)],
     )
-    return replace(result, model=couple.trained.gm, report=report, plan=replace(result.plan, recovery=figures))
+    plan = replace(result.plan, recovery=figures)
+    return _held_to_metric(result, replace(result, model=couple.trained.gm, report=report, plan=plan))
+
+
+def _held_to_metric(before: Result, after: Result) -> Result:
+    """What was recovered, or what was there where the user's metric fell by more than its noise."""
+    if before.metric is None or before.report.metric is None:
+        return after
+    graph = Graph(after.model, after.traced.graph.fake_mode)
+    known = dict(before.report.metric)
+    value = before.metric.value(("recovered", fingerprint(after.model)), lambda: graph)
+    if value < known["after"] - known["noise"]:
+        note = f"recovery let the metric fall from {known['after']:.6g} to {value:.6g}: the weights are as they were"
+        return replace(before, report=replace(before.report, notes=[*before.report.notes, note]))
+    metric = known | {"after": value, "evaluations": known["evaluations"] + 1}
+    return replace(after, report=replace(after.report, metric=metric), plan=replace(after.plan, metric=metric))
 
 
 def _refitted(

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from lrcompile.compile import Result
 from lrcompile.compile import compile as compile_model
 from lrcompile.emit.write import check_plans_folder, check_writable, placed_whole, write_text
-from lrcompile.errors import InputError
+from lrcompile.errors import BudgetError, InputError
 from lrcompile.front import front_figures, tradeoff
 from lrcompile.frontend.calibration_data import CalibrationData, load_calibration, load_labels
 from lrcompile.frontend.export import batch_size
@@ -96,9 +97,8 @@ def compile_files(request: Request, progress: Callable[[str, int, int], None]) -
         if path is not None:
             check_writable(path, text=True)
     plan = Plan.load(request.plan) if request.plan else None
-    budget = _budget(request)
+    budget, recovery = _until_error(_budget(request), _recovery(request))
     metric = check_metric(None if request.eval is None else Evaluation.load(request.eval), budget, plan)
-    recovery = _recovery(request)
     asked = _asked(request)
     processes = Processes.here() if recovery is not None else Processes()
     if processes.count > 1 and plan is None:
@@ -110,6 +110,7 @@ def compile_files(request: Request, progress: Callable[[str, int, int], None]) -
     result = compile_model(*asked.inputs, budget=budget, plan=plan, metric=metric, progress=progress, **asked.options)
     if learned is not None:
         result = recover(result, learned[0], recovery, labels=learned[1], progress=progress)
+        _check_reached(result, recovery)
     report = replace(result.report, notes=[*asked.problems, *result.report.notes])
     if not processes.first:
         return None
@@ -260,6 +261,25 @@ def _recovery(request: Request) -> Recovery | None:
         option, _, text = word.partition("=")
         settings |= parsed_option(Recovery, "recover", option.strip(), text)
     return Recovery(**settings)
+
+
+def _until_error(budget: Budget, recovery: Recovery | None) -> tuple[Budget, Recovery | None]:
+    """A limit on the error beside one on size or latency is what a recovery has to reach, not what it begins with."""
+    others = (budget.size, budget.speedup, budget.max_latency_s)
+    if recovery is None or budget.max_error is None or all(limit is None for limit in others):
+        return budget, recovery
+    return replace(budget, max_error=None), replace(recovery, until=budget.max_error)
+
+
+def _check_reached(result: Result, recovery: Recovery | None) -> None:
+    """Raises a BudgetError where a recovery did not reach the error that was asked for."""
+    error = result.report.error["measured"]
+    if recovery is None or recovery.until is None or error <= recovery.until:
+        return
+    raise BudgetError(
+        f"after recovery the error is {error:.3g}, above the {recovery.until:g} allowed; allow that, ask for less "
+        "speed-up or a larger size, train longer, or leave out --max-error to take what comes"
+    )
 
 
 def _learned(request: Request, asked: _Asked) -> tuple[CalibrationData, Tensor | None]:

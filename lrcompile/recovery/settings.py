@@ -22,7 +22,8 @@ DEFAULT_BATCH = 32
 class Recovery:
     """How a rewritten model is trained; one of `steps`, from 0, and `minutes` says for how long.
 
-    With `refit`, layers are fitted anew in closed form before, which takes as long as a few dozen steps.
+    With `until` it ends as soon as the error, in the measure of the compile's budget, is at most that. With `refit`,
+    layers are fitted anew in closed form before, which takes as long as a few dozen steps.
 
     Without labels the model learns from the original: its outputs, compared by `outputs` ("mse": relative squared
     difference; "kl": divergence of the softmax over the last axis), and, weighted by `hidden`, the values inside that
@@ -40,6 +41,7 @@ class Recovery:
 
     steps: int | None = None
     minutes: float | None = None
+    until: float | None = None
     batch: int | None = None
     rate: float | None = None
     outputs: Outputs = "mse"
@@ -59,9 +61,9 @@ class Recovery:
         if (self.steps is None) == (self.minutes is None):
             raise InputError("recovery needs a length: give either --recover STEPS or --recover-minutes MINUTES")
         for name, low, high in (
-            ("steps", 0, math.inf), ("minutes", 1e-3, math.inf), ("batch", 1, math.inf), ("rate", 1e-12, 10),
-            ("hidden", 0, math.inf), ("teacher", 0, math.inf), ("smoothing", 0, 0.99), ("subset", 1e-3, 1),
-            ("sam", 0, 10), ("ema", 0, 0.99999),
+            ("steps", 0, math.inf), ("minutes", 1e-3, math.inf), ("until", 0, math.inf), ("batch", 1, math.inf),
+            ("rate", 1e-12, 10), ("hidden", 0, math.inf), ("teacher", 0, math.inf), ("smoothing", 0, 0.99),
+            ("subset", 1e-3, 1), ("sam", 0, 10), ("ema", 0, 0.99999),
         ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and not (isinstance(value, int | float) and low <= value <= high):

@@ -67,6 +67,7 @@ class _State:
     rate: float = 0.0
     seconds: float = 0.0
     rolled_back: int = 0
+    done: bool = False
     loss_before: float = math.inf
     best_loss: float = math.inf
     best_step: int = 0
@@ -86,15 +87,17 @@ def train(
     checkpoint: Checkpoint | None = None,
     progress: Progress = lambda stage, done, total: None,
     processes: Processes | None = None,
+    enough: Callable[[], bool] = lambda: False,
 ) -> Trained:
     """Trains the rewritten model of a pair in place, and leaves the best weights that were judged.
 
-    `processes` train together, each with a pair of its own.
+    `processes` train together, each with a pair of its own. The training ends early where `enough` says so of weights
+    that are the best so far; they are in place when it is asked.
 
     Raises:
         InputError: labels are out of range, or the loss is not finite to begin with.
     """
-    return _Training(pair, samples, recovery, checkpoint, progress, processes or Processes()).run()
+    return _Training(pair, samples, recovery, checkpoint, progress, processes or Processes(), enough).run()
 
 
 class _Training:
@@ -106,9 +109,10 @@ class _Training:
         checkpoint: Checkpoint | None,
         progress: Progress,
         processes: Processes,
+        enough: Callable[[], bool],
     ) -> None:
         self.samples, self.recovery, self.checkpoint, self.progress = samples, recovery, checkpoint, progress
-        self.loss, self.processes = Loss(pair, recovery), processes
+        self.loss, self.processes, self.enough = Loss(pair, recovery), processes, enough
         self.parameters = [p for p in pair.trained.gm.parameters() if p.is_floating_point()]
         self.outer, self.inner = factors_of(pair.trained)
         self.importance = Importance(recovery, samples) if recovery.subset < 1 else None
@@ -124,7 +128,7 @@ class _Training:
             self._begin()
         order = self._order()
         every = max(1, state.steps // JUDGEMENTS)
-        while state.step < state.steps and not self._late():
+        while state.step < state.steps and not state.done and not self._late():
             self.progress("recover", state.step, state.steps)
             if state.place >= len(order):
                 state.epoch, state.place = state.epoch + 1, 0
@@ -137,7 +141,7 @@ class _Training:
             if finite and (state.step % every == 0 or state.step == state.steps):
                 self._judge()
             self._save()
-        if state.step % every:
+        if state.step % every and not state.done:
             self._judge()
         self.progress("recover", state.steps, state.steps)
         self.masters.put(state.best)
@@ -157,9 +161,10 @@ class _Training:
         if not math.isfinite(state.loss_before):
             raise InputError("recovery: the rewritten model's loss is not finite; allow less error, and try again")
         state.best = state.good = self._weights()
+        state.done = self._is_enough()
         order = self._order()
         state.steps, state.rate = settings.steps or 0, settings.rate or 0.0
-        if settings.steps == 0:
+        if settings.steps == 0 or state.done:
             return
         seconds = 0.0 if state.steps else self._timed(order)
         most = state.steps or max(1, int((settings.minutes or 0) * 60 / seconds))
@@ -286,10 +291,14 @@ class _Training:
         with self.mean.in_place() if self.recovery.ema else nullcontext():
             loss = self._judged()
             weights = self._weights()
-        if loss < state.best_loss:
-            state.best_loss, state.best_step, state.best = loss, state.step, weights
+            if loss < state.best_loss:
+                state.best_loss, state.best_step, state.best = loss, state.step, weights
+                state.done = self._is_enough()
         if math.isfinite(loss):
             state.good = self._weights()
+
+    def _is_enough(self) -> bool:
+        return self.processes.mean([float(self.enough())])[0] == 1
 
     def _judged(self) -> float:
         with torch.no_grad():
