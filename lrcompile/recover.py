@@ -69,7 +69,7 @@ def recover(
     fitted, refitted = (
         _refitted(teacher, student, samples, evaluator, before) if recovery.refit and same else (student, ())
     )
-    couple = pair(teacher, fitted, batches[0], inside=same)
+    couple = pair(teacher, fitted, batches[0], inside=same, attention=recovery.attention > 0)
     facts = (fingerprint(teacher.gm), fingerprint(fitted.gm), data.digest, _digest(labels), recovery.to_json())
     processes = Processes.here()
     until = None if recovery.until is None else measure.root(recovery.until)

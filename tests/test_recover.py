@@ -164,11 +164,11 @@ def test_values_inside_are_those_of_rewritten_layers(compiled: Result) -> None:
     assert len(couple.inside) == len(sites)
     with torch.no_grad():
         expected = couple.expected((x,))
-        of_outputs, of_inside, got = couple.differences((x,), expected, "mse")
-        assert torch.allclose(got[0], compiled.model(x))
+        found = couple.differences((x,), expected, "mse")
+        assert torch.allclose(found.got[0], compiled.model(x))
     assert torch.allclose(expected[0][0], net()(x))
-    assert of_outputs.shape == of_inside.shape == (8,)
-    assert 0 < float(of_inside.mean()) < 1
+    assert found.outputs.shape == found.inside.shape == (8,)
+    assert 0 < float(found.inside.mean()) < 1
 
 
 def test_the_trained_copy_shares_no_memory_and_keeps_ties() -> None:

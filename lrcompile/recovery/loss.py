@@ -29,17 +29,19 @@ class Loss:
         """
         low = self.recovery.in_bfloat16 and torch.is_grad_enabled()
         with torch.autocast("cpu", torch.bfloat16, enabled=low):
-            return self._of(batch, self.recovery.hidden if inside else 0.0)
+            return self._of(batch, inside)
 
-    def _of(self, batch: Batch, hidden: float) -> Tensor:
+    def _of(self, batch: Batch, inside: bool) -> Tensor:
         settings = self.recovery
         if batch.labels is not None and not settings.teacher:
-            (self.scores, *_), _ = self.pair.student(*batch.inputs)
+            self.scores = self.pair.student(*batch.inputs)[0][0]
             return _of_labels(self.scores, batch.labels, settings.smoothing)
         expected = self.pair.expected(batch.inputs)
-        of_outputs, of_inside, got = self.pair.differences(batch.inputs, expected, settings.outputs)
-        self.scores = got[0]
-        loss = of_outputs + hidden * of_inside
+        found = self.pair.differences(batch.inputs, expected, settings.outputs)
+        self.scores = found.got[0]
+        loss = found.outputs
+        if inside:
+            loss = loss + settings.hidden * found.inside + settings.attention * found.attention
         if batch.labels is None:
             return loss
         return settings.teacher * loss + _of_labels(self.scores, batch.labels, settings.smoothing)

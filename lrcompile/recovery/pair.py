@@ -12,14 +12,29 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from lrcompile.graph.graph import Graph, rebuild, share
+from lrcompile.recovery.attention import divergence, log_weights_of, same_calls
 from lrcompile.recovery.settings import Outputs
 
 UNRELATED = 1.0  # relative squared difference from which two values are taken for values of different things
 
 
+Values = tuple[list[Tensor], list[Tensor], list[Tensor]]
+"""Outputs, values inside, and the logarithms of attention weights."""
+
+
+@dataclass(frozen=True, eq=False)
+class Differences:
+    """Mean differences of each sample, [samples] each, and the outputs that were got."""
+
+    outputs: Tensor
+    inside: Tensor
+    attention: Tensor
+    got: list[Tensor]
+
+
 @dataclass(frozen=True, eq=False)
 class Pair:
-    """Two graphs that take flat inputs and give (outputs, values inside), the same ones in both.
+    """Two graphs that take flat inputs and give `Values`, of the same things in both.
 
     `trained` is the rewritten graph whose weights `student` uses. `inside` names the values, as the original does.
     """
@@ -29,29 +44,29 @@ class Pair:
     trained: Graph
     inside: tuple[str, ...]
 
-    def expected(self, batch: Sequence[Any]) -> tuple[list[Tensor], list[Tensor]]:
-        """What the original makes of flat inputs: (outputs, values inside)."""
+    def expected(self, batch: Sequence[Any]) -> Values:
+        """What the original makes of flat inputs."""
         with torch.no_grad():
             return self.teacher(*batch)  # type: ignore[no-any-return]
 
-    def differences(
-        self, batch: Sequence[Any], expected: tuple[list[Tensor], list[Tensor]], outputs: Outputs
-    ) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """(of outputs, of values inside, the outputs): the mean differences of each sample, [samples] each."""
-        got, inside = self.student(*batch)
+    def differences(self, batch: Sequence[Any], expected: Values, outputs: Outputs) -> Differences:
+        """How far the rewritten model is from what is expected."""
+        got, inside, attention = self.student(*batch)
         samples = next(value.shape[0] for value in batch if isinstance(value, Tensor) and value.dim())
         floating = [(y, z) for y, z in zip(expected[0], got, strict=True) if y.is_floating_point()]
         of_outputs = [difference(y, z, samples, outputs) for y, z in floating]
         of_inside = [difference(y, z, samples, "mse") for y, z in zip(expected[1], inside, strict=True)]
+        of_attention = [divergence(y, z, samples) for y, z in zip(expected[2], attention, strict=True)]
         nothing = got[0].new_zeros(samples, dtype=torch.float32)
-        return _mean(of_outputs, nothing), _mean(of_inside, nothing), got
+        return Differences(_mean(of_outputs, nothing), _mean(of_inside, nothing), _mean(of_attention, nothing), got)
 
 
-def pair(teacher: Graph, student: Graph, probe: Sequence[Any], inside: bool = True) -> Pair:
+def pair(teacher: Graph, student: Graph, probe: Sequence[Any], inside: bool = True, attention: bool = False) -> Pair:
     """The pair of an original and a rewritten graph; `student` is left as it is, its copy is trained.
 
     The values inside that are compared are those that a rewrite put others in the place of, and that differ by less
-    than themselves on `probe`, flat inputs; none without `inside`, for graphs that share no names.
+    than themselves on `probe`, flat inputs; none without `inside`, for graphs that share no names. With `attention`
+    the weights of attention calls are compared too.
     """
     trained = independent(student)
     by_name = {node.name: node for node in teacher.nodes}
@@ -67,9 +82,10 @@ def pair(teacher: Graph, student: Graph, probe: Sequence[Any], inside: bool = Tr
         nodes for nodes, y, z in zip(found, given, got, strict=True)
         if float(difference(y, z, 1, "mse")) < UNRELATED
     ]  # fmt: skip
+    calls = same_calls(teacher, trained) if inside and attention else []
     return Pair(
-        _observed(teacher.gm, [t for t, _ in kept]),
-        _observed(trained.gm, [s for _, s in kept]),
+        _observed(teacher.gm, [t for t, _ in kept], [call for call, _ in calls]),
+        _observed(trained.gm, [s for _, s in kept], [call for _, call in calls]),
         trained,
         tuple(t.name for t, _ in kept),
     )
@@ -116,12 +132,13 @@ def _comparable(original: fx.Node, node: fx.Node) -> bool:
     return given.shape == got.shape and given.is_floating_point() and got.is_floating_point() and given.dim() > 0
 
 
-def _observed(gm: fx.GraphModule, nodes: Iterable[fx.Node]) -> fx.GraphModule:
-    """A graph over the same weights that takes flat inputs and gives ([outputs], [values of nodes])."""
+def _observed(gm: fx.GraphModule, nodes: Iterable[fx.Node], calls: Iterable[fx.Node] = ()) -> fx.GraphModule:
+    """A graph over the same weights that takes flat inputs and gives `Values`."""
     new = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
     outputs = pytree.tree_leaves(new.graph_copy(gm.graph, env))
-    new.output(([y for y in outputs if isinstance(y, fx.Node)], [env[node] for node in nodes]))
+    weights = [log_weights_of(new, call, env) for call in calls]
+    new.output(([y for y in outputs if isinstance(y, fx.Node)], [env[node] for node in nodes], weights))
     return fx.GraphModule(gm, new)
 
 

@@ -27,8 +27,8 @@ class Recovery:
 
     Without labels the model learns from the original: its outputs, compared by `outputs` ("mse": relative squared
     difference; "kl": divergence of the softmax over the last axis), and, weighted by `hidden`, the values inside that
-    both compute. With labels it learns those by cross-entropy with `smoothing`, and the original besides, weighted by
-    `teacher`.
+    both compute, and by `attention`, the weights of attention that both compute. With labels it learns those by
+    cross-entropy with `smoothing`, and the original besides, weighted by `teacher`.
 
     `batch` is the number of samples in a step, where the model takes any; `rate` the highest rate of AdamW, which is
     otherwise chosen among `RATES` by trying. `freeze`: "regular" trains the inner factor of each split only,
@@ -46,6 +46,7 @@ class Recovery:
     rate: float | None = None
     outputs: Outputs = "mse"
     hidden: float = 1.0
+    attention: float = 0.0
     teacher: float = 1.0
     smoothing: float = 0.0
     refit: bool = True
@@ -62,8 +63,8 @@ class Recovery:
             raise InputError("recovery needs a length: give either --recover STEPS or --recover-minutes MINUTES")
         for name, low, high in (
             ("steps", 0, math.inf), ("minutes", 1e-3, math.inf), ("until", 0, math.inf), ("batch", 1, math.inf),
-            ("rate", 1e-12, 10), ("hidden", 0, math.inf), ("teacher", 0, math.inf), ("smoothing", 0, 0.99),
-            ("subset", 1e-3, 1), ("sam", 0, 10), ("ema", 0, 0.99999),
+            ("rate", 1e-12, 10), ("hidden", 0, math.inf), ("attention", 0, math.inf), ("teacher", 0, math.inf),
+            ("smoothing", 0, 0.99), ("subset", 1e-3, 1), ("sam", 0, 10), ("ema", 0, 0.99999),
         ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and not (isinstance(value, int | float) and low <= value <= high):
