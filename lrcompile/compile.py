@@ -44,6 +44,7 @@ from lrcompile.planning.sensitivity import Evaluator, rewritten
 from lrcompile.planning.store import Store
 from lrcompile.planning.strategies import search
 from lrcompile.plugins import discover
+from lrcompile.remarks import remarks
 from lrcompile.report.clock import Clock, Progress, silent
 from lrcompile.report.report import Decision, Report, decide, error_figures, latency_figures, model_figures
 
@@ -289,7 +290,7 @@ def solve(prepared: Prepared, budget: Budget) -> Result:
         sites=decisions,
         verification={"torch_vs_original": _relative_error(p, budget, choice), "onnx_vs_torch": None},
         timings_s=dict(clock.seconds),
-        notes=(*p.notes, *_remarks(p, choice, measured)),
+        notes=(*p.notes, *remarks(p, budget, choice, measured)),
         rewrites=rewrites,
         settings=_settings(p.context.dtype, p.traced, p.seed, budget),
         metric=metric,
@@ -304,33 +305,6 @@ def _settings(dtype: str, traced: Traced, seed: int, budget: Budget) -> dict[str
 def _relative_error(p: Prepared, budget: Budget, choice: Choice) -> float:
     """The relative output error of a choice, in whatever measure it was made."""
     return choice.error if budget.measure == "error" else p.evaluator.error(choice.graph)
-
-
-def _remarks(p: Prepared, choice: Choice, measured: Measured | None) -> list[str]:
-    """What the user should know besides the figures."""
-    remarks = []
-    if choice.relaxed:
-        remarks.append("the size asked for needed rewrites that do not make the target faster; see the table")
-    if p.metric and p.metric.noise:
-        remarks.append(f"two evaluations of the original differ by {p.metric.noise:.2g}, and so much more may be lost")
-    if choice.untouched:
-        remarks.append("exact rewrites alone make the metric fall further than allowed: the model is as it was")
-        return remarks
-    if measured and measured.remark:
-        remarks.append(measured.remark)
-    if measured and measured.overruled:
-        remarks.append(measured.overruled)
-    elif not choice.candidates:
-        remarks.append(f"no rewrite gains anything on {p.target.name} within the budget: only exact fusions were made")
-    remarks += p.target.remarks()
-    if not p.calibration:
-        remarks.append("no calibration data: decompositions see the weights only, errors are on the example inputs")
-    elif not p.held_out:
-        remarks.append(
-            "fewer than 4 calibration batches: factors are fitted to what their error is measured on, and errors on "
-            "unseen data may be larger; give more data, or a smaller --batch"
-        )
-    return remarks
 
 
 def replay(

@@ -76,7 +76,7 @@ class Evaluator:
         """
         count = len(self.batches) if first is None else min(first, len(self.batches))
         key = (
-            self.measure.label,
+            self.measure.name,
             str(count),
             *(str(rewrite) for candidate in candidates for rewrite in candidate.rewrites),
         )
