@@ -10,7 +10,7 @@ import fnmatch
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from lrcompile.passes import Context, Pass, Stage
 from lrcompile.planning.budget import Budget
 from lrcompile.planning.calibration import Split, collect
 from lrcompile.planning.canonicalize import canonicalize, check_exact, check_finite, rounding
+from lrcompile.planning.distribution import Spread, entering, unlike_training
 from lrcompile.planning.metric import DropLimit, Evaluation, Metric, check_metric
 from lrcompile.planning.plan import Plan
 from lrcompile.planning.price import Pricing, price
@@ -51,12 +52,16 @@ from lrcompile.report.report import Decision, Report, decide, error_figures, lat
 
 @dataclass(frozen=True, eq=False)
 class Result:
-    """A compiled model: `model` is the rewritten graph as a module, `plan` the decisions, `report` the figures."""
+    """A compiled model: `model` is the rewritten graph as a module, `plan` the decisions, `report` the figures.
+
+    `seen` is what entered the layers of the traced graph on calibration data, where there were any.
+    """
 
     model: fx.GraphModule
     plan: Plan
     report: Report
     traced: Traced
+    seen: Mapping[str, Spread] = field(default_factory=dict)
 
     def save(self, path: str | Path) -> Report:
         """Writes `.onnx`, `.pt2` or a folder, verified and atomically; returns the report with the verification.
@@ -97,6 +102,7 @@ class Prepared:
     notes: tuple[str, ...]
     clock: Clock
     metric: Metric | None = None
+    seen: Mapping[str, Spread] = field(default_factory=dict)
 
     def problem(self, budget: Budget, drop: DropLimit | None = None) -> Problem:
         """What is searched for a budget."""
@@ -195,9 +201,11 @@ def prepare_model(
         evaluator = Evaluator(traced.graph, data.judged)
         by_name = {transform.name: transform for transform in transforms}
         check_exact(traced.graph, canonical, by_name, context, evaluator, evaluator.error(graph, first=1))
+    seen: Mapping[str, Spread] = {}
     if calibration:
         with clock("calibrate"):
             context = _calibrated(graph, data, context, clock)
+            seen = entering(traced.graph, data.fitted)
     with clock("price"):
         pricing = price(graph, transforms, context, target.model, keep, clock.progress)
         costs = {} if target.is_local else _node_costs(graph, target)
@@ -220,9 +228,10 @@ def prepare_model(
         calibration=calibration,
         skipped=skipped,
         seed=seed,
-        notes=(*problems, *traced.notes),
+        notes=(*problems, *traced.notes, *unlike_training(traced.graph, seen, "calibration data")),
         clock=clock,
         metric=base,
+        seen=seen,
     )
 
 
@@ -295,7 +304,7 @@ def solve(prepared: Prepared, budget: Budget) -> Result:
         settings=_settings(p.context.dtype, p.traced, p.seed, budget),
         metric=metric,
     )
-    return Result(choice.graph.gm, plan, report, p.traced)
+    return Result(choice.graph.gm, plan, report, p.traced, p.seen)
 
 
 def _settings(dtype: str, traced: Traced, seed: int, budget: Budget) -> dict[str, Any]:
@@ -346,10 +355,12 @@ def replay(
     count = next(
         (i for i, r in enumerate(plan.rewrites) if r.pass_name not in canonical_names), len(plan.rewrites)
     )  # canonical rewrites come first: what calibration data are collected on
+    seen: Mapping[str, Spread] = {}
     with clock("apply"):
         graph = rewritten(traced.graph, plan.rewrites[:count], by_name, context)
         if calibration:
             context = _calibrated(graph, data, context, clock)
+            seen = entering(traced.graph, data.fitted)
         graph_after = rewritten(graph, plan.rewrites[count:], by_name, context)
         evaluator = Evaluator(traced.graph, data.judged)
         error = evaluator.error(graph_after)
@@ -370,12 +381,17 @@ def replay(
         sites=[Decision.from_json(site) for site in plan.sites],
         verification={"torch_vs_original": error, "onnx_vs_torch": None},
         timings_s=dict(clock.seconds),
-        notes=(*problems, *traced.notes, *_replayed(plan)),
+        notes=(
+            *problems,
+            *traced.notes,
+            *unlike_training(traced.graph, seen, "calibration data"),
+            *_replayed(plan),
+        ),
         rewrites=plan.rewrites,
         settings=_settings(dtype, traced, plan.seed, plan.budget),
         metric=plan.metric,
     )
-    return Result(graph_after.gm, plan, report, traced)
+    return Result(graph_after.gm, plan, report, traced, seen)
 
 
 def _replayed(plan: Plan) -> list[str]:

@@ -16,6 +16,7 @@ from lrcompile.compile import Result, model_batches
 from lrcompile.errors import InputError
 from lrcompile.frontend.calibration_data import CalibrationData
 from lrcompile.graph.graph import Graph, fingerprint
+from lrcompile.planning.distribution import entering, unlike_calibration, unlike_training
 from lrcompile.planning.sensitivity import Evaluator
 from lrcompile.recovery.checkpoint import Checkpoint
 from lrcompile.recovery.pair import pair
@@ -61,6 +62,7 @@ def recover(
     size = (recovery.batch or DEFAULT_BATCH) if result.traced.dynamic_batch else None
     if size is None and recovery.batch is not None:
         raise InputError("recovery: the model takes batches of one size only, so its batch cannot be set")
+    unlike = _unlike(result, data, batches)
     samples = samples_of(batches, labels, size)
     evaluator = Evaluator(teacher, [batch.inputs for batch in samples.judging])
     before = evaluator.error(student)
@@ -89,9 +91,17 @@ def recover(
         error={**result.report.error, "measured": after, "basis": basis},
         recovery=figures,
         timings_s={**result.report.timings_s, "recover": time.perf_counter() - start},
-        notes=[*result.report.notes, *trained.notes, *_remarks(trained.kept_step, refitted)],
+        notes=[*result.report.notes, *unlike, *trained.notes, *_remarks(trained.kept_step, refitted)],
     )
     return replace(result, model=couple.trained.gm, report=report, plan=replace(result.plan, recovery=figures))
+
+
+def _unlike(result: Result, data: CalibrationData, batches: Sequence[Sequence[Any]]) -> list[str]:
+    """Notes if what it learns from is unlike the calibration data, or what the model was trained on."""
+    if data.digest == result.plan.calibration:
+        return []
+    got, what = entering(result.traced.graph, batches), "recovery data"
+    return [*unlike_training(result.traced.graph, got, what), *unlike_calibration(result.seen, got, what)]
 
 
 def _refitted(

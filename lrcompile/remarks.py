@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from lrcompile.frontend.export import batch_size
 from lrcompile.planning.budget import Budget
+from lrcompile.planning.coverage import short_of_rows
 from lrcompile.planning.measures import OF_FLOATS, is_float
 from lrcompile.planning.search import Choice
 
@@ -41,7 +43,27 @@ def remarks(p: Prepared, budget: Budget, choice: Choice, measured: Measured | No
             "fewer than 4 calibration batches: factors are fitted to what their error is measured on, and errors on "
             "unseen data may be larger; give more data, or a smaller --batch"
         )
-    return found
+    return [*found, *_of_few_rows(p)]
+
+
+def _of_few_rows(p: Prepared) -> list[str]:
+    """That the errors which the table shows of layers read too small, where data have fewer rows than features."""
+    if not p.calibration:
+        return []
+    lossy = {path for candidate in p.pricing.candidates if not candidate.exact for path in candidate.sites}
+    batches = len(p.calibration.batches)
+    example = batch_size(p.traced.flat)
+    samples = p.calibration.samples / batches * (batches - p.held_out)
+    short = short_of_rows(p.graph, lossy, samples / example if example else batches - p.held_out)
+    if not short:
+        return []
+    worst = min(short, key=lambda path: short[path][0] / short[path][1])
+    rows, features = short[worst]
+    return [
+        f"{len(short)} of the {len(lossy)} layers that splits were considered for read fewer rows of calibration data "
+        f"than they have features ({worst}: {rows} rows, {features} features): their own errors in the table, taken on "
+        f"those rows, read too small; the model's error is measured. Give more data"
+    ]
 
 
 def _of_whole_numbers(p: Prepared, budget: Budget, choice: Choice) -> list[str]:

@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "planning": "errors graph devices frontend planning.moments planning.decompose passes",
     "report": "errors graph devices frontend planning",
     "confirm": "errors graph devices frontend emit planning",
-    "remarks": "planning",
+    "remarks": "frontend planning planning.moments",
     "compile": "errors graph devices frontend lower emit passes plugins planning.store planning report confirm remarks",
     "front": "errors planning compile",
     "recovery": "errors graph",
