@@ -198,14 +198,14 @@ def prepare_model(
     with clock("canonicalize"):
         context = Context(target.device, dtype)
         graph, canonical, refusals = canonicalize(traced.graph, transforms, context, keep)
-        evaluator = Evaluator(traced.graph, data.judged)
+        evaluator = Evaluator(traced.graph, data.judged, traced.dynamic_batch)
         by_name = {transform.name: transform for transform in transforms}
         check_exact(traced.graph, canonical, by_name, context, evaluator, evaluator.error(graph, first=1))
     seen: Mapping[str, Spread] = {}
     if calibration:
         with clock("calibrate"):
-            context = _calibrated(graph, data, context, clock)
-            seen = entering(traced.graph, data.fitted)
+            context = _calibrated(graph, data, context, clock, traced.dynamic_batch)
+            seen = entering(traced.graph, data.fitted, traced.dynamic_batch)
     with clock("price"):
         pricing = price(graph, transforms, context, target.model, keep, clock.progress)
         costs = {} if target.is_local else _node_costs(graph, target)
@@ -359,10 +359,10 @@ def replay(
     with clock("apply"):
         graph = rewritten(traced.graph, plan.rewrites[:count], by_name, context)
         if calibration:
-            context = _calibrated(graph, data, context, clock)
-            seen = entering(traced.graph, data.fitted)
+            context = _calibrated(graph, data, context, clock, traced.dynamic_batch)
+            seen = entering(traced.graph, data.fitted, traced.dynamic_batch)
         graph_after = rewritten(graph, plan.rewrites[count:], by_name, context)
-        evaluator = Evaluator(traced.graph, data.judged)
+        evaluator = Evaluator(traced.graph, data.judged, traced.dynamic_batch)
         error = evaluator.error(graph_after)
         measured_error = evaluator.measured_in(plan.budget.measure_in_use).error(graph_after)
     check_rank(graph_after, traced)
@@ -448,9 +448,9 @@ def model_batches(traced: Traced, calibration: CalibrationData | None) -> list[t
     return [tuple(batch[name] for name in traced.input_names) for batch in checked.batches]
 
 
-def _calibrated(graph: Graph, data: Split, context: Context, clock: Clock) -> Context:
+def _calibrated(graph: Graph, data: Split, context: Context, clock: Clock, divisible: bool) -> Context:
     """The context with the statistics of calibration data, and decompositions remembered from other compiles."""
-    found = collect(graph, data.fitted, clock.progress, weighted=True)
+    found = collect(graph, data.fitted, clock.progress, weighted=True, divisible=divisible)
     store = Store(default_cache_dir().parent / "decompositions")
     return Context(context.device, context.dtype, found.grams, found.token_counts, store, found.gradients)
 

@@ -45,6 +45,7 @@ def recover(
     `settings` are the fields of `Recovery`: `recover(result, data, minutes=15)`. `labels` [samples, …] are classes of
     the first output, whose last axis they count on. A tenth of the batches is kept out to judge by; what is judged
     worse than what was there is not kept. A training that was stopped goes on where it was when it is started again;
+    Where memory runs out, steps are made of smaller parts, which gives the same up to rounding.
     `checkpoints` is the folder that it is kept in until then. `original` is the traced graph that it learns from, where
     that is not the one that was compiled; then outputs alone are compared.
 
@@ -64,7 +65,7 @@ def recover(
         raise InputError("recovery: the model takes batches of one size only, so its batch cannot be set")
     unlike = _unlike(result, data, batches)
     samples = samples_of(batches, labels, size)
-    evaluator = Evaluator(teacher, [batch.inputs for batch in samples.judging])
+    evaluator = Evaluator(teacher, [batch.inputs for batch in samples.judging], result.traced.dynamic_batch)
     before = evaluator.error(student)
     fitted, refitted = (
         _refitted(teacher, student, samples, evaluator, before) if recovery.refit and same else (student, ())
@@ -100,7 +101,7 @@ def _unlike(result: Result, data: CalibrationData, batches: Sequence[Sequence[An
     """Notes if what it learns from is unlike the calibration data, or what the model was trained on."""
     if data.digest == result.plan.calibration:
         return []
-    got, what = entering(result.traced.graph, batches), "recovery data"
+    got, what = entering(result.traced.graph, batches, result.traced.dynamic_batch), "recovery data"
     return [*unlike_training(result.traced.graph, got, what), *unlike_calibration(result.seen, got, what)]
 
 

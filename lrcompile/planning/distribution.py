@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from lrcompile.graph.graph import Graph
+from lrcompile.memory import in_pieces, is_out_of_memory, samples_in
 from lrcompile.planning.calibration import CONVS
 
 USUAL = 0.6  # the median over layers that data of the same kind stay below, single images too
@@ -29,12 +30,25 @@ Spread = tuple[Tensor, Tensor]
 """Mean and variance of features, float64 [features] each."""
 
 
-def entering(graph: Graph, batches: Sequence[Sequence[Any]]) -> dict[str, Spread]:
-    """What enters each linear, convolution and batch norm layer, by path, on the first few batches of flat inputs."""
+def entering(graph: Graph, batches: Sequence[Sequence[Any]], divisible: bool = False) -> dict[str, Spread]:
+    """What enters each linear, convolution and batch norm layer, by path, on the first few batches of flat inputs.
+
+    Where memory does not last, half of a batch is looked at, if the graph takes that (`divisible`), and so on.
+    """
     observer = _Observer(graph)
-    for batch in batches[:MOST_BATCHES]:
-        with torch.no_grad():
-            observer.run(*batch, enable_io_processing=False)
+    left = [tuple(batch) for batch in batches[:MOST_BATCHES]]
+    while left:
+        batch, before = left.pop(0), dict(observer.sums)
+        try:
+            with torch.no_grad():
+                observer.run(*batch, enable_io_processing=False)
+            continue
+        except (MemoryError, RuntimeError) as error:
+            half = samples_in(batch) // 2 if divisible and is_out_of_memory(error) else 0
+            if not half:
+                raise
+        observer.sums = before
+        left = [part for whole in (batch, *left) for part in in_pieces(whole, half)[:1]]
     return {path: observer.spread(path) for path in observer.sums}
 
 
