@@ -94,7 +94,8 @@ def recover(
         timings_s={**result.report.timings_s, "recover": time.perf_counter() - start},
         notes=[*result.report.notes, *unlike, *trained.notes, *_remarks(trained.kept_step, refitted)],
     )
-    return replace(result, model=couple.trained.gm, report=report, plan=replace(result.plan, recovery=figures))
+    planned = {name: value for name, value in figures.items() if name != "seconds"}  # equal runs make equal plans
+    return replace(result, model=couple.trained.gm, report=report, plan=replace(result.plan, recovery=planned))
 
 
 def _unlike(result: Result, data: CalibrationData, batches: Sequence[Sequence[Any]]) -> list[str]:
