@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 
 from lrcompile.errors import LrcompileError, PlanError
+from lrcompile.memory import is_out_of_memory
 
 app = typer.Typer(
     name="lrcompile",
@@ -49,10 +50,10 @@ def run(arguments: Sequence[str]) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except MemoryError:
-        errors.print("lrcompile: out of memory; try a smaller --batch or fewer calibration samples")
-        return 2
     except Exception as error:
+        if is_out_of_memory(error):
+            errors.print("lrcompile: out of memory; try a smaller --batch or fewer calibration samples")
+            return 2
         if hasattr(error, "format_message"):  # a usage error of the option parser
             errors.print(f"lrcompile: {error.format_message()}")
             return 2

@@ -10,7 +10,7 @@ import fnmatch
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from lrcompile.passes import Context, Pass, Stage
 from lrcompile.planning.budget import Budget
 from lrcompile.planning.calibration import Split, collect
 from lrcompile.planning.canonicalize import canonicalize, check_exact, check_finite, rounding
+from lrcompile.planning.distribution import Spread, entering, unlike_training
 from lrcompile.planning.metric import DropLimit, Evaluation, Metric, check_metric
 from lrcompile.planning.plan import Plan
 from lrcompile.planning.price import Pricing, price
@@ -44,6 +45,7 @@ from lrcompile.planning.sensitivity import Evaluator, rewritten
 from lrcompile.planning.store import Store
 from lrcompile.planning.strategies import search
 from lrcompile.plugins import discover
+from lrcompile.remarks import remarks
 from lrcompile.report.clock import Clock, Progress, silent
 from lrcompile.report.report import Decision, Report, decide, error_figures, latency_figures, model_figures
 
@@ -52,7 +54,8 @@ from lrcompile.report.report import Decision, Report, decide, error_figures, lat
 class Result:
     """A compiled model: `model` is the rewritten graph as a module, `plan` the decisions, `report` the figures.
 
-    `metric` is the user's own, where the search was held to it.
+    `metric` is the user's own, where the search was held to it; `seen` is what entered the layers of the traced graph
+    on calibration data, where there were any.
     """
 
     model: fx.GraphModule
@@ -60,6 +63,7 @@ class Result:
     report: Report
     traced: Traced
     metric: Metric | None = None
+    seen: Mapping[str, Spread] = field(default_factory=dict)
 
     def save(self, path: str | Path) -> Report:
         """Writes `.onnx`, `.pt2` or a folder, verified and atomically; returns the report with the verification.
@@ -100,6 +104,7 @@ class Prepared:
     notes: tuple[str, ...]
     clock: Clock
     metric: Metric | None = None
+    seen: Mapping[str, Spread] = field(default_factory=dict)
 
     def problem(self, budget: Budget, drop: DropLimit | None = None) -> Problem:
         """What is searched for a budget."""
@@ -195,12 +200,14 @@ def prepare_model(
     with clock("canonicalize"):
         context = Context(target.device, dtype)
         graph, canonical, refusals = canonicalize(traced.graph, transforms, context, keep)
-        evaluator = Evaluator(traced.graph, data.judged)
+        evaluator = Evaluator(traced.graph, data.judged, traced.dynamic_batch)
         by_name = {transform.name: transform for transform in transforms}
         check_exact(traced.graph, canonical, by_name, context, evaluator, evaluator.error(graph, first=1))
+    seen: Mapping[str, Spread] = {}
     if calibration:
         with clock("calibrate"):
-            context = _calibrated(graph, data, context, clock)
+            context = _calibrated(graph, data, context, clock, traced.dynamic_batch)
+            seen = entering(traced.graph, data.fitted, traced.dynamic_batch)
     with clock("price"):
         pricing = price(graph, transforms, context, target.model, keep, clock.progress)
         costs = {} if target.is_local else _node_costs(graph, target)
@@ -223,9 +230,10 @@ def prepare_model(
         calibration=calibration,
         skipped=skipped,
         seed=seed,
-        notes=(*problems, *traced.notes),
+        notes=(*problems, *traced.notes, *unlike_training(traced.graph, seen, "calibration data")),
         clock=clock,
         metric=base,
+        seen=seen,
     )
 
 
@@ -293,12 +301,12 @@ def solve(prepared: Prepared, budget: Budget) -> Result:
         sites=decisions,
         verification={"torch_vs_original": _relative_error(p, budget, choice), "onnx_vs_torch": None},
         timings_s=dict(clock.seconds),
-        notes=(*p.notes, *_remarks(p, choice, measured)),
+        notes=(*p.notes, *remarks(p, budget, choice, measured)),
         rewrites=rewrites,
         settings=_settings(p.context.dtype, p.traced, p.seed, budget),
         metric=metric,
     )
-    return Result(choice.graph.gm, plan, report, p.traced, p.metric)
+    return Result(choice.graph.gm, plan, report, p.traced, p.metric, p.seen)
 
 
 def _settings(dtype: str, traced: Traced, seed: int, budget: Budget) -> dict[str, Any]:
@@ -308,33 +316,6 @@ def _settings(dtype: str, traced: Traced, seed: int, budget: Budget) -> dict[str
 def _relative_error(p: Prepared, budget: Budget, choice: Choice) -> float:
     """The relative output error of a choice, in whatever measure it was made."""
     return choice.error if budget.measure == "error" else p.evaluator.error(choice.graph)
-
-
-def _remarks(p: Prepared, choice: Choice, measured: Measured | None) -> list[str]:
-    """What the user should know besides the figures."""
-    remarks = []
-    if choice.relaxed:
-        remarks.append("the size asked for needed rewrites that do not make the target faster; see the table")
-    if p.metric and p.metric.noise:
-        remarks.append(f"two evaluations of the original differ by {p.metric.noise:.2g}, and so much more may be lost")
-    if choice.untouched:
-        remarks.append("exact rewrites alone make the metric fall further than allowed: the model is as it was")
-        return remarks
-    if measured and measured.remark:
-        remarks.append(measured.remark)
-    if measured and measured.overruled:
-        remarks.append(measured.overruled)
-    elif not choice.candidates:
-        remarks.append(f"no rewrite gains anything on {p.target.name} within the budget: only exact fusions were made")
-    remarks += p.target.remarks()
-    if not p.calibration:
-        remarks.append("no calibration data: decompositions see the weights only, errors are on the example inputs")
-    elif not p.held_out:
-        remarks.append(
-            "fewer than 4 calibration batches: factors are fitted to what their error is measured on, and errors on "
-            "unseen data may be larger; give more data, or a smaller --batch"
-        )
-    return remarks
 
 
 def replay(
@@ -376,12 +357,14 @@ def replay(
     count = next(
         (i for i, r in enumerate(plan.rewrites) if r.pass_name not in canonical_names), len(plan.rewrites)
     )  # canonical rewrites come first: what calibration data are collected on
+    seen: Mapping[str, Spread] = {}
     with clock("apply"):
         graph = rewritten(traced.graph, plan.rewrites[:count], by_name, context)
         if calibration:
-            context = _calibrated(graph, data, context, clock)
+            context = _calibrated(graph, data, context, clock, traced.dynamic_batch)
+            seen = entering(traced.graph, data.fitted, traced.dynamic_batch)
         graph_after = rewritten(graph, plan.rewrites[count:], by_name, context)
-        evaluator = Evaluator(traced.graph, data.judged)
+        evaluator = Evaluator(traced.graph, data.judged, traced.dynamic_batch)
         error = evaluator.error(graph_after)
         measured_error = evaluator.measured_in(plan.budget.measure_in_use).error(graph_after)
     check_rank(graph_after, traced)
@@ -400,12 +383,17 @@ def replay(
         sites=[Decision.from_json(site) for site in plan.sites],
         verification={"torch_vs_original": error, "onnx_vs_torch": None},
         timings_s=dict(clock.seconds),
-        notes=(*problems, *traced.notes, *_replayed(plan)),
+        notes=(
+            *problems,
+            *traced.notes,
+            *unlike_training(traced.graph, seen, "calibration data"),
+            *_replayed(plan),
+        ),
         rewrites=plan.rewrites,
         settings=_settings(dtype, traced, plan.seed, plan.budget),
         metric=plan.metric,
     )
-    return Result(graph_after.gm, plan, report, traced)
+    return Result(graph_after.gm, plan, report, traced, seen=seen)
 
 
 def _replayed(plan: Plan) -> list[str]:
@@ -462,9 +450,9 @@ def model_batches(traced: Traced, calibration: CalibrationData | None) -> list[t
     return [tuple(batch[name] for name in traced.input_names) for batch in checked.batches]
 
 
-def _calibrated(graph: Graph, data: Split, context: Context, clock: Clock) -> Context:
+def _calibrated(graph: Graph, data: Split, context: Context, clock: Clock, divisible: bool) -> Context:
     """The context with the statistics of calibration data, and decompositions remembered from other compiles."""
-    found = collect(graph, data.fitted, clock.progress, weighted=True)
+    found = collect(graph, data.fitted, clock.progress, weighted=True, divisible=divisible)
     store = Store(default_cache_dir().parent / "decompositions")
     return Context(context.device, context.dtype, found.grams, found.token_counts, store, found.gradients)
 

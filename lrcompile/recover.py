@@ -16,6 +16,7 @@ from lrcompile.compile import Result, model_batches
 from lrcompile.errors import InputError
 from lrcompile.frontend.calibration_data import CalibrationData
 from lrcompile.graph.graph import Graph, fingerprint
+from lrcompile.planning.distribution import entering, unlike_calibration, unlike_training
 from lrcompile.planning.sensitivity import Evaluator
 from lrcompile.recovery.checkpoint import Checkpoint
 from lrcompile.recovery.pair import pair
@@ -46,7 +47,7 @@ def recover(
     worse than what was there is not kept, and neither is what the user's metric falls by. A training that was stopped
     goes on where it was when it is started again; `checkpoints` is the folder that it is kept in until then. `original`
     is the traced graph that it learns from, where that is not the one that was compiled; then outputs alone are
-    compared.
+    compared. Where memory runs out, steps are made of smaller parts, which gives the same up to rounding.
 
     Raises:
         InputError: the settings, the data or the labels cannot be used.
@@ -62,9 +63,11 @@ def recover(
     size = (recovery.batch or DEFAULT_BATCH) if result.traced.dynamic_batch else None
     if size is None and recovery.batch is not None:
         raise InputError("recovery: the model takes batches of one size only, so its batch cannot be set")
+    unlike = _unlike(result, data, batches)
     samples = samples_of(batches, labels, size)
     measure = result.plan.budget.measure_in_use
-    evaluator = Evaluator(teacher, [batch.inputs for batch in samples.judging]).measured_in(measure)
+    judging = [batch.inputs for batch in samples.judging]
+    evaluator = Evaluator(teacher, judging, result.traced.dynamic_batch).measured_in(measure)
     before = evaluator.error(student)
     fitted, refitted = (
         _refitted(teacher, student, samples, evaluator, before) if recovery.refit and same else (student, ())
@@ -95,9 +98,10 @@ def recover(
         error={**result.report.error, "measured": measure.value(after), "basis": basis},
         recovery=figures,
         timings_s={**result.report.timings_s, "recover": time.perf_counter() - start},
-        notes=[*result.report.notes, *trained.notes, *_remarks(trained.kept_step, refitted)],
+        notes=[*result.report.notes, *unlike, *trained.notes, *_remarks(trained.kept_step, refitted)],
     )
-    plan = replace(result.plan, recovery=figures)
+    planned = {name: value for name, value in figures.items() if name != "seconds"}  # equal runs make equal plans
+    plan = replace(result.plan, recovery=planned)
     return _held_to_metric(result, replace(result, model=couple.trained.gm, report=report, plan=plan))
 
 
@@ -113,6 +117,14 @@ def _held_to_metric(before: Result, after: Result) -> Result:
         return replace(before, report=replace(before.report, notes=[*before.report.notes, note]))
     metric = known | {"after": value, "evaluations": known["evaluations"] + 1}
     return replace(after, report=replace(after.report, metric=metric), plan=replace(after.plan, metric=metric))
+
+
+def _unlike(result: Result, data: CalibrationData, batches: Sequence[Sequence[Any]]) -> list[str]:
+    """Notes if what it learns from is unlike the calibration data, or what the model was trained on."""
+    if data.digest == result.plan.calibration:
+        return []
+    got, what = entering(result.traced.graph, batches, result.traced.dynamic_batch), "recovery data"
+    return [*unlike_training(result.traced.graph, got, what), *unlike_calibration(result.seen, got, what)]
 
 
 def _refitted(

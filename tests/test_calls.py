@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+import lrcompile
+from lrcompile.emit.folder import load_folder
+from lrcompile.emit.write import emit
+from lrcompile.errors import InputError
 from lrcompile.frontend.calls import CalledAsGiven
 from lrcompile.frontend.prepare import prepare
 from lrcompile.frontend.trace import Traced, trace
+from lrcompile.graph.graph import Graph
 from lrcompile.lower.rank4 import to_rank
 
 X, A, B, C = (torch.randn(4, 8, generator=torch.Generator().manual_seed(i)) for i in range(4))
@@ -91,7 +100,8 @@ def test_nested_inputs() -> None:
     net = Nested()
     model = as_given(net, (X, {"b": B}), A)
     same(model(scale=C, pair=(A, {"b": X})), net((A, {"b": X}), C))
-    with pytest.raises(TypeError, match="4 inputs were given, but the model was traced with 3"):
+    same(model((A, {"b": X}), C), net((A, {"b": X}), C))
+    with pytest.raises(TypeError, match=r"another number of inputs, or other keys: .*mismatch"):
         model((A, {"b": X, "c": X}), C)
 
 
@@ -125,7 +135,9 @@ def test_archives() -> None:
     net = Net().eval()
     model = as_given(torch.export.export(net, (X,), {"b": B}), X, b=B)
     same(model(input=C, b=A), net(C, b=A))
-    same(model(C, A), net(C, b=A))
+    same(model(C, b=A), net(C, b=A))
+    with pytest.raises(TypeError, match="positional"):
+        model(C, A)  # of the original, the second is a, and the archive does not say
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -171,6 +183,113 @@ def test_folded_axes_are_as_the_model_has_them() -> None:
     model = CalledAsGiven(traced.graph.gm, traced)
     for batch in (x, torch.randn(5, 2, 3, 8, 8)):
         same(model(batch), net(batch))
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # copy and pickle, torch's own
+@pytest.mark.parametrize(
+    ("args", "kwargs"),
+    [((X,), {"b": B, "a": A}), ((), {"b": B, "a": A, "input": X}), ((X, A, B, False), {})],
+)
+def test_the_graph_itself_is_called_as_the_model_is(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    net = Net().eval()
+    traced = trace(net, args, kwargs)
+    gm = traced.graph.gm
+    expected = net(C, A, B)
+    for got in (gm(C, A, B), gm(b=B, input=C, a=A), gm(C, A, b=B, negate=False)):
+        same(got, expected)
+    again = Graph(gm, FakeTensorMode()).copy().gm
+    for copied in (copy.deepcopy(gm), again, fx.symbolic_trace(gm), pickle.loads(pickle.dumps(gm))):
+        same(copied(C, A, B), expected)
+    flat = (C, A, B, False)[: len(traced.flat)]
+    same(torch.export.export(gm, flat).module()(*flat), expected)
+    assert not gm.training
+    assert net.state_dict().keys() == gm.state_dict().keys()
+
+
+def test_the_graph_itself_refuses_what_it_was_not_traced_with() -> None:
+    gm = trace(Net().eval(), (X,), {"b": B}).graph.gm
+    for args, says in [
+        ((X, A, B), "a was given, but the model was traced without it"),
+        ((X, A), "a was given"),
+        ((X, None, B, True), "negate was given"),
+        ((X,), "a NoneType was given where the model was traced with a tensor"),
+    ]:
+        with pytest.raises(TypeError, match=says):
+            gm(*args)
+    same(gm(C, None, A), Net().eval()(C, b=A))
+
+
+def test_dictionaries_may_have_their_keys_in_any_order() -> None:
+    class Named(nn.Module):
+        def forward(self, d: dict[str, Tensor], device: str = "cpu") -> Tensor:
+            return d["x"] - 2 * d["y"]
+
+    traced = trace(Named(), ({"y": A, "x": B},))
+    for model in (traced.graph.gm, CalledAsGiven(traced.graph.gm, traced)):
+        same(model({"x": X, "y": C}), X - 2 * C)
+        same(model({"y": C, "x": X}), X - 2 * C)
+    archive = torch.export.export(Named(), ({"y": A, "x": B},))
+    same(trace(archive, ({"x": B, "y": A},)).graph.gm({"x": X, "y": C}), X - 2 * C)
+
+
+def test_any_number_of_inputs_of_the_graph_itself() -> None:
+    net = Variadic()
+    gm = trace(net, (X, A), {"shift": B, "scale": C}).graph.gm
+    same(gm(A, X, scale=B, shift=C), net(A, X, scale=B, shift=C))
+    with pytest.raises(TypeError, match="another number of inputs"):
+        gm(X, A, B, scale=B, shift=C)
+
+
+@pytest.mark.parametrize(
+    ("net", "args", "kwargs", "call"),
+    [
+        (Net(), (X,), {"b": B, "a": A}, "model(input, a, b)"),
+        (Net(), (X,), {"b": B}, "model(input, b=b)"),
+        (Variadic(), (X, A), {"shift": B, "scale": C}, "model(*parts, shift=shift, scale=scale)"),
+    ],
+)
+def test_a_folder_is_called_as_the_model_is(net: nn.Module, args: Any, kwargs: Any, call: str, tmp_path: Path) -> None:
+    traced = trace(net.eval(), args, kwargs)
+    emit(tmp_path / "model", traced.graph.gm, traced)
+    same(load_folder(tmp_path / "model")(*args, **kwargs), net(*args, **kwargs))
+    assert call in (tmp_path / "model" / "model.py").read_text()
+
+
+class Scripted(nn.Module):
+    def forward(self, x: Tensor, y: Tensor, scale: float = 2.0) -> Tensor:
+        return x - scale * y
+
+
+def test_a_compiled_model_is_in_the_mode_of_the_traced() -> None:
+    torch.manual_seed(0)
+    factor = torch.randn(64, 256) / 64
+    net = nn.Sequential(nn.Sequential(nn.Linear(256, 256), nn.ReLU()), nn.Linear(256, 256)).eval()
+    for layer in (net[0][0], net[1]):  # type: ignore[index]
+        layer.weight.data = factor.T @ factor
+    result = lrcompile.compile(net, (torch.randn(8, 256),), budget=lrcompile.Budget(size=0.6))
+    assert any(not rewrite.exact for rewrite in result.plan.rewrites)
+    assert not any(module.training for module in result.model.modules())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_torchscript_with_inputs_by_name() -> None:
+    class Two(nn.Module):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return x - 2 * y
+
+    script = torch.jit.trace(Two().eval(), (X, A))
+    for args, kwargs in (((), {"y": A, "x": X}), ((X,), {"y": A})):
+        gm = trace(script, args, kwargs).graph.gm
+        same(gm(B, C), B - 2 * C)
+        same(gm(y=C, x=B), B - 2 * C)
+    for given, says in [
+        ({"x": X}, r"missing a required argument: 'y'; it takes x, y"),
+        ({"x": X, "y": A, "z": B}, r"unexpected keyword argument 'z'; it takes x, y"),
+    ]:
+        with pytest.raises(InputError, match=says):
+            trace(script, (), given)
+    with pytest.raises(InputError, match=r"parameter scale is 2\.0, and TorchScript can be converted with tensors"):
+        trace(torch.jit.script(Scripted()), (), {"y": A, "x": X})
 
 
 def test_the_signature_is_that_of_the_model() -> None:

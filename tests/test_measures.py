@@ -104,6 +104,30 @@ def figures(net: nn.Module, model: nn.Module) -> dict[str, float]:
     return {"kl": float(kl), "top1": float((y.argmax(-1) != other.argmax(-1)).double().mean())}
 
 
+def test_whole_numbers_do_not_count_where_the_error_has_no_limit(prepared: lrcompile.Prepared) -> None:
+    limited = lrcompile.solve(prepared, lrcompile.Budget(size=0.9))  # the same prepared model in the other measure
+    result = lrcompile.solve(prepared, lrcompile.Budget(size=0.4))
+    net = Classifier().eval()
+    with torch.no_grad():
+        (ids, y), (got_ids, got) = net(X), result.model(X)
+    assert bool((ids != got_ids).any())
+    assert result.report.error["measured"] == pytest.approx(float((y - got).norm() / y.norm()), rel=1e-4)
+    assert any("whole numbers differ" in note for note in result.report.notes)
+    assert limited.report.error["measured"] < result.report.error["measured"]
+
+
+def test_the_error_of_whole_numbers_alone_is_the_share_that_differs() -> None:
+    class Labels(Classifier):
+        def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+            return super().forward(x)[0]
+
+    result = lrcompile.compile(Labels().eval(), (X,), target=TARGET, budget=lrcompile.Budget(size=0.4))
+    with torch.no_grad():
+        share = float((Labels().eval()(X) != result.model(X)).double().mean())
+    assert 0 < share == result.report.error["measured"]
+    assert any("whole numbers: their error is the share" in note for note in result.report.notes)
+
+
 @pytest.mark.parametrize(
     ("measure", "limits"), [("kl", (1e-4, 1e-3, 1e-2)), ("top1", (0.02, 0.1, 0.3))]
 )  # fmt: skip

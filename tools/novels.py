@@ -39,7 +39,7 @@ class NovelsGPT(nn.Module):
         self.gpt = GPT2LMHeadModel(
             GPT2Config(
                 vocab_size=VOCABULARY, n_positions=CONTEXT, n_embd=WIDTH, n_layer=BLOCKS, n_head=HEADS,
-                resid_pdrop=DROPOUT, embd_pdrop=DROPOUT, attn_pdrop=0.0, use_cache=False, attn_implementation="sdpa",
+                resid_pdrop=DROPOUT, embd_pdrop=DROPOUT, attn_pdrop=0.0, use_cache=False,
                 bos_token_id=0, eos_token_id=0,
             )
         )  # fmt: skip

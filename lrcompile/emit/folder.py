@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -166,7 +166,7 @@ def model_text(gm: fx.GraphModule, source: ModuleSource, traced: Traced) -> str:
     init = [line if "\n" in line else wrap(line, 8).lstrip() for line in source.lines] or ["pass"]
     dtypes = {name: dtype for dtype, name in _DTYPES.items() if dtype in {t.dtype for t in source.weights.values()}}
     return _HEAD.format(
-        call=", ".join(parameters).replace("*", ""),
+        call=", ".join(_call(parameters)),
         about=_about(traced),
         imports="\nimport math" if any("math." in line for line in lines) else "",
         base=source.base,
@@ -198,20 +198,35 @@ def _about(traced: Traced) -> str:
 
 def _signature(gm: fx.GraphModule, traced: Traced) -> tuple[list[str], list[str], dict[fx.Node, str]]:
     """(parameters of `forward`, lines that take nested inputs apart, the name of each placeholder)."""
-    placeholders = iter([node for node in gm.graph.nodes if node.op == "placeholder"])
+    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    args, kwargs = pytree.tree_unflatten(placeholders, pytree.tree_structure((traced.args, traced.kwargs)))
     signature = inspect.signature(gm.forward)
-    bound = signature.bind(*traced.args, **traced.kwargs).arguments
+    bound = signature.bind(*args, **kwargs).arguments
     parameters, lines, names = [], [], {}
-    for given, value in bound.items():
-        is_variadic = signature.parameters[given].kind is inspect.Parameter.VAR_POSITIONAL
-        name = given if is_free(given) else f"{given}_"
-        parameters.append(f"*{name}" if is_variadic else name)
-        for path, _ in pytree.tree_flatten_with_path(value)[0]:
-            node = next(placeholders)
-            names[node] = node.name if path else name
-            if path:
-                lines.append(f"{node.name} = {name}{pytree.keystr(path)}")
-    return parameters, lines, names
+    for given, parameter in signature.parameters.items():
+        if given not in bound:
+            if parameter.kind is not inspect.Parameter.VAR_KEYWORD and "*" not in parameters:
+                parameters.append("*")  # what follows one that was left out is no longer in its place
+            continue
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY and not any(p.startswith("*") for p in parameters):
+            parameters.append("*")
+        is_named = parameter.kind is inspect.Parameter.VAR_KEYWORD
+        for word, value in bound[given].items() if is_named else [(given, bound[given])]:
+            name = word if is_free(word) else f"{word}_"
+            if is_named and not any(p.startswith("*") for p in parameters):
+                parameters.append("*")
+            parameters.append(f"*{name}" if parameter.kind is inspect.Parameter.VAR_POSITIONAL else name)
+            for path, node in pytree.tree_flatten_with_path(value)[0]:
+                names[node] = node.name if path else name
+                if path:
+                    lines.append(f"{node.name} = {name}{pytree.keystr(path)}")
+    return [*parameters[:-1], *(p for p in parameters[-1:] if p != "*")], lines, names
+
+
+def _call(parameters: Sequence[str]) -> list[str]:
+    """The arguments of a call with variables of the parameters' names."""
+    by_name = next((i + 1 for i, p in enumerate(parameters) if p.startswith("*")), len(parameters))
+    return [*(p for p in parameters[:by_name] if p != "*"), *(f"{p}={p}" for p in parameters[by_name:])]
 
 
 def _forward(gm: fx.GraphModule, names: dict[fx.Node, str]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -30,9 +31,9 @@ def keep_outputs(graph: fx.Graph, indices: Sequence[int]) -> None:
 
 
 def _set_structure(graph: fx.Graph, outputs: Any) -> None:
-    codegen: Any = graph._codegen
-    info = codegen.pytree_info._replace(out_spec=pytree.tree_structure(outputs))
-    graph.set_codegen(type(codegen)(info))
+    codegen: Any = copy.copy(graph._codegen)
+    codegen.pytree_info = codegen.pytree_info._replace(out_spec=pytree.tree_structure(outputs))
+    graph.set_codegen(codegen)
 
 
 def _plain(spec: pytree.TreeSpec, leaves: Iterator[Any]) -> Any:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
+from torch.fx import _pytree as fx_pytree
+from torch.fx.graph import _custom_builtins, _PyTreeCodeGen, _PyTreeInfo
 from torch.utils import _pytree as pytree
 
 if TYPE_CHECKING:
     from lrcompile.frontend.trace import Traced
+
+_VARIADIC: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
 
 
 def signature_of(
@@ -20,16 +26,158 @@ def signature_of(
 ) -> inspect.Signature:
     """How a program may be called, of which `gm` is the graph.
 
-    An archive knows no defaults, and takes every input by position or by name.
+    An archive knows no defaults, nor where an input that was given by name stands among those that were left out: it
+    takes that by name alone.
     """
-    if isinstance(program, nn.Module) and not isinstance(program, torch.jit.ScriptModule):
-        return inspect.signature(program.forward)
-    names: list[str] = gm.graph._codegen.pytree_info.orig_args  # type: ignore[attr-defined]
     if isinstance(program, torch.jit.ScriptModule):
-        forward: Any = program.forward
-        names = [argument.name for argument in forward.schema.arguments][1 : len(names) + 1]
-    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    return inspect.Signature([inspect.Parameter(name, kind) for name in names])
+        return script_signature(program)
+    if isinstance(program, nn.Module):
+        return inspect.signature(program.forward)
+    info: _PyTreeInfo = gm.graph._codegen.pytree_info  # type: ignore[attr-defined]
+    assert info.in_spec is not None
+    by_position, by_name = info.in_spec.children()
+    names = [*info.orig_args[: by_position.num_children], *by_name.context]
+    kinds: list[Any] = [inspect.Parameter.POSITIONAL_OR_KEYWORD] * by_position.num_children
+    kinds += [inspect.Parameter.KEYWORD_ONLY] * by_name.num_children
+    return inspect.Signature(list(map(inspect.Parameter, names, kinds)))
+
+
+def script_signature(program: torch.jit.ScriptModule) -> inspect.Signature:
+    """The signature that a script's schema says."""
+    forward: Any = program.forward
+    kind, empty = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.empty
+    return inspect.Signature(
+        [
+            inspect.Parameter(a.name, kind, default=a.default_value if a.has_default_value() else empty)
+            for a in forward.schema.arguments[1:]
+        ]
+    )
+
+
+@dataclass(frozen=True)
+class Call:
+    """How a model was called when it was traced, and so what its graph takes.
+
+    Of the signature's parameters, `positional` and `named` are those that were given so; the others were left out.
+    `fixed` are the flat inputs that are no tensors, of which export keeps the value, as text.
+    """
+
+    signature: inspect.Signature
+    positional: tuple[str, ...]
+    named: tuple[str, ...]
+    fixed: Mapping[int, str]
+
+    @classmethod
+    def of(cls, signature: inspect.Signature, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
+        """The call with these inputs."""
+        by_position = signature.bind_partial(*args).arguments
+        own = [name for name in kwargs if name in signature.parameters]
+        variadic = [p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD]
+        leaves = pytree.tree_leaves((tuple(args), dict(kwargs)))
+        fixed = {i: repr(value) for i, value in enumerate(leaves) if not isinstance(value, Tensor)}
+        return cls(signature, tuple(by_position), (*own, *(variadic if len(own) < len(kwargs) else ())), fixed)
+
+    @property
+    def left_out(self) -> dict[str, str]:
+        """The parameters that were left out, with their defaults as text."""
+        given = {*self.positional, *self.named}
+        return {name: repr(p.default) for name, p in self.signature.parameters.items() if name not in given}
+
+    def flat(self, spec: pytree.TreeSpec, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+        """Inputs, given as the model takes them, in the order in which the graph does.
+
+        Raises:
+            TypeError: the graph was traced with other inputs than those given.
+        """
+        bound = self.signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        values, parameters = bound.arguments, self.signature.parameters
+        given: list[Any] = []
+        for name in self.positional:
+            given += values[name] if parameters[name].kind in _VARIADIC else [values[name]]
+        named: dict[str, Any] = {}
+        for name in self.named:
+            named |= values[name] if parameters[name].kind in _VARIADIC else {name: values[name]}
+        left_out = {name: (values[name], default) for name, default in self.left_out.items()}
+        return flat_inputs((tuple(given), named), spec, self.fixed, left_out)
+
+
+def flat_inputs(
+    given: Any, spec: pytree.TreeSpec, fixed: Mapping[int, str], left_out: Mapping[str, tuple[Any, str]]
+) -> list[Any]:
+    """The flat inputs of a graph of (args, kwargs) in any order of names; the code of a graph calls this.
+
+    `fixed` and `left_out` are as in `Call`, the latter with the values given now.
+
+    Raises:
+        TypeError: the graph was traced with other inputs than those given.
+    """
+    if any(isinstance(leaf, fx.Proxy) for leaf in pytree.tree_leaves((given, dict(left_out)))):
+        return fx_pytree.tree_flatten_spec(given, spec)  # fx traces the code, when it reads a pickled graph, say
+    for name, (value, default) in left_out.items():
+        if not (value is None or (not isinstance(value, Tensor) and repr(value) == default)) and value not in ((), {}):
+            raise TypeError(f"{name} was given, but the model was traced without it: give it as an example input")
+    try:
+        flat = spec.flatten_up_to(given)
+    except ValueError as error:
+        raise TypeError(f"the model was traced with another number of inputs, or other keys: {error}") from error
+    for i, value in enumerate(flat):
+        if i in fixed and (isinstance(value, Tensor) or repr(value) != fixed[i]):
+            raise TypeError(f"{value!r} was given where the model was traced with {fixed[i]}, which is fixed")
+        if i not in fixed and not isinstance(value, Tensor):
+            raise TypeError(f"a {type(value).__name__} was given where the model was traced with a tensor")
+    return flat
+
+
+class CodeOfCall(_PyTreeCodeGen):
+    """Writes the code of a graph whose `forward` has the signature of the model's.
+
+    Annotations are left out, and so are defaults that are no literals: None then stands for them. A name that means
+    something else in the code of graphs (`device`, say) gets an underscore.
+    """
+
+    def __init__(self, pytree_info: _PyTreeInfo, call: Call) -> None:
+        super().__init__(pytree_info)
+        self.call = call
+
+    def gen_fn_def(self, free_vars: list[str], maybe_return_annotation: str, *, expanded_def: bool = False) -> str:
+        """The first lines of the function."""
+        call = self.call
+        parameters = [
+            p.replace(name=_name(p.name), annotation=p.empty, default=_default(p))
+            for p in call.signature.parameters.values()
+        ]
+        own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+        positional_only = any(p.kind is p.POSITIONAL_ONLY for p in parameters)
+        own = own if positional_only else own.replace(kind=inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        head = f"def {self._func_name}{inspect.Signature([own, *parameters])}{maybe_return_annotation}:"
+        if not free_vars:
+            return head
+        stars = {p.name: _VARIADIC.get(p.kind, "") for p in call.signature.parameters.values()}
+        args = "".join(f"{stars[name]}{_name(name)}, " for name in call.positional)
+        kwargs = ", ".join(f"**{_name(name)}" if stars[name] else f"{name!r}: {_name(name)}" for name in call.named)
+        left = ", ".join(f"{name!r}: ({_name(name)}, {text!r})" for name, text in call.left_out.items())
+        names = "".join(f"{name.split(':')[0].split('#')[0]}, " for name in free_vars)
+        given = f"(({args}), {{{kwargs}}})"
+        return f"{head}\n    {names}= flat_inputs({given}, self._in_spec, {dict(call.fixed)!r}, {{{left}}})"
+
+    def additional_globals(self) -> list[tuple[str, Any]]:
+        """What the code needs besides torch."""
+        return [*super().additional_globals(), ("flat_inputs", flat_inputs)]
+
+
+def _name(name: str) -> str:
+    return f"{name}_" if name in _custom_builtins or name in ("self", "flat_inputs") else name
+
+
+def _default(parameter: inspect.Parameter) -> Any:
+    if parameter.default is parameter.empty:
+        return parameter.empty
+    try:
+        ast.literal_eval(repr(parameter.default))
+    except (ValueError, SyntaxError):
+        return None
+    return parameter.default
 
 
 class CalledAsGiven(nn.Module):
@@ -42,7 +190,7 @@ class CalledAsGiven(nn.Module):
     def __init__(self, gm: fx.GraphModule, traced: Traced) -> None:
         super().__init__()
         self.gm = gm
-        self._call = (traced.signature, len(traced.args), tuple(traced.kwargs))
+        self._call = Call.of(traced.signature, traced.args, traced.kwargs)
         self._example, self._shapes = traced.flat, traced.output_shapes
         self.eval()
 
@@ -52,9 +200,9 @@ class CalledAsGiven(nn.Module):
         Raises:
             TypeError: the graph was traced with other inputs than those given.
         """
-        pairs = zip(self._flat(args, kwargs), self._example, strict=True)
-        flat = [_fitted(value, example, bool(self._shapes)) for value, example in pairs]
         spec = self.gm.graph._codegen.pytree_info.in_spec  # type: ignore[attr-defined]
+        pairs = zip(self._call.flat(spec, args, kwargs), self._example, strict=True)
+        flat = [_fitted(value, example, bool(self._shapes)) for value, example in pairs]
         given, named = pytree.tree_unflatten(flat, spec)
         outputs = self.gm(*given, **named)
         if not self._shapes:
@@ -62,36 +210,11 @@ class CalledAsGiven(nn.Module):
         leaves, structure = pytree.tree_flatten(outputs)
         return pytree.tree_unflatten(list(map(_unfolded, leaves, self._shapes)), structure)
 
-    def _flat(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
-        """The inputs in the order in which the graph takes them."""
-        signature, count, names = self._call
-        slots = {name: name for name in names}
-        traced = signature.bind(*range(count), **slots).arguments
-        given = signature.bind(*args, **kwargs)
-        for name in given.arguments.keys() - traced.keys():
-            if given.arguments[name] is not None and given.arguments[name] is not signature.parameters[name].default:
-                raise TypeError(f"{name} was given, but the model was traced without it: give it as an example input")
-        given.apply_defaults()
-        order, spec = pytree.tree_flatten(dict(traced))
-        try:
-            values = spec.flatten_up_to({name: given.arguments[name] for name in traced})
-        except ValueError as error:
-            raise TypeError(f"the model was traced with another number of inputs: {error}") from error
-        slot = dict(zip(order, values, strict=True))
-        flat = pytree.tree_leaves(([slot[i] for i in range(count)], {name: slot[name] for name in names}))
-        if len(flat) != len(self._example):
-            raise TypeError(f"{len(flat)} inputs were given, but the model was traced with {len(self._example)}")
-        return flat
-
 
 def _fitted(value: Any, example: Any, fold: bool) -> Any:
     """An input in the precision that the graph takes, with `fold` also with the number of axes that it takes."""
     if not isinstance(example, Tensor):
-        if isinstance(value, Tensor) or value != example:
-            raise TypeError(f"{value!r} was given where the model was traced with {example!r}, which is fixed")
         return value
-    if not isinstance(value, Tensor):
-        raise TypeError(f"a {type(value).__name__} was given where the model was traced with a tensor")
     if value.is_floating_point() and example.is_floating_point():
         value = value.to(example.dtype)
     extra = value.dim() - example.dim()

@@ -38,6 +38,7 @@ def lift(gm: fx.GraphModule) -> fx.GraphModule:
             _lift_node(gm, node, *found, lifted)
     gm.graph.eliminate_dead_code()
     gm.graph.lint()
+    gm.graph._tracer_cls = None  # export's own, which cannot read a pickled graph
     return rebuild(gm, gm.graph)
 
 

@@ -15,7 +15,7 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from lrcompile.errors import InputError, VerificationError
-from lrcompile.frontend.calls import signature_of
+from lrcompile.frontend.calls import Call, CodeOfCall, script_signature, signature_of
 from lrcompile.frontend.export import OpenAxes, at_other_sizes, batch_axes, batch_size, export, open_axes
 from lrcompile.frontend.functionalize import drop_last_writes, functionalize
 from lrcompile.frontend.lift import lift
@@ -75,7 +75,8 @@ def trace(
     notes: list[str] = []
     source = program
     if isinstance(program, torch.jit.ScriptModule):
-        program = _convert_torchscript(program, args, kwargs)
+        args, kwargs = _by_position(program, args, kwargs), {}
+        program = _convert_torchscript(program, args)
     if batch_size(pytree.tree_leaves((args, kwargs))) == 0:
         raise InputError("the example inputs hold no sample, so no rewrite can be checked; give one or more samples")
     if isinstance(program, ExportedProgram):
@@ -83,6 +84,7 @@ def trace(
         reference: Any = program.module()
     else:
         program.eval()
+        kwargs = _as_declared(program, kwargs)
         reference = program
         exported, kept, note = _exported(program, args, kwargs)
         if note:
@@ -96,13 +98,18 @@ def trace(
     notes += drop_last_writes(gm)
     gm = lift(gm)
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
-    kwargs = _ordered(kwargs, exported)
+    args, kwargs = _ordered(args, kwargs, exported)
     flat = tuple(pytree.tree_leaves((args, kwargs)))
     if len(flat) != len(placeholders):
         raise InputError(
             f"the model takes {len(placeholders)} inputs ({', '.join(n.name for n in placeholders)}), "
             f"got {len(flat)}; give one --input for each"
         )
+    signature = signature_of(source, gm)
+    codegen: Any = gm.graph._codegen
+    gm.graph.set_codegen(CodeOfCall(codegen.pytree_info, Call.of(signature, args, kwargs)))
+    gm.recompile()
+    gm.eval()
     others = tuple(_accepted(reference, at_other_sizes(exported, flat), (args, kwargs)))
     graph = propagate(gm, flat)
     try:
@@ -127,7 +134,7 @@ def trace(
         open_axes=kept,
         others=tuple(other for other, _ in others),
         notes=tuple(notes),
-        signature=signature_of(source, gm),
+        signature=signature,
     )
 
 
@@ -168,15 +175,35 @@ def _copied(value: Any) -> Any:
     return value.clone() if isinstance(value, torch.Tensor) else value
 
 
-def _convert_torchscript(
-    program: torch.jit.ScriptModule, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> nn.Module | ExportedProgram:
+def _by_position(program: torch.jit.ScriptModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """The inputs in the order of the script's own parameters, with defaults: the converter wants all of them.
+
+    Raises:
+        InputError: a name is not one of its parameters, is given twice, a parameter without default is left out, or
+            one is no tensor.
+    """
+    signature = script_signature(program)
+    try:
+        bound = signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise InputError(
+            f"the TorchScript model does not take these inputs: {error}; it takes "
+            f"{', '.join(signature.parameters) or 'none'}: give one --input for each"
+        ) from error
+    bound.apply_defaults()
+    for name, value in bound.arguments.items():
+        other = next((leaf for leaf in pytree.tree_leaves(value) if not isinstance(leaf, torch.Tensor)), value)
+        if not isinstance(other, torch.Tensor | list | tuple | dict):
+            raise InputError(
+                f"the TorchScript model's parameter {name} is {other!r}, and TorchScript can be converted with tensors "
+                "alone; script it with that value inside, or give the model as a torch.export archive"
+            )
+    return tuple(bound.arguments.values())
+
+
+def _convert_torchscript(program: torch.jit.ScriptModule, args: tuple[Any, ...]) -> nn.Module | ExportedProgram:
     from torch._export.converter import TS2EPConverter
 
-    if kwargs:
-        forward: Any = program.forward
-        names = [a.name for a in forward.schema.arguments][1:]
-        args = (*args, *(kwargs[name] for name in names[len(args) :] if name in kwargs))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -201,11 +228,23 @@ def _run_reference(reference: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
             ) from error
 
 
-def _ordered(kwargs: dict[str, Any], exported: ExportedProgram) -> dict[str, Any]:
-    """Keyword inputs in the order in which the exported program takes them."""
+def _as_declared(program: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Keyword inputs in the order of the parameters: torch exports a graph by position, whatever the names say."""
+    declared = [name for name in inspect.signature(program.forward).parameters if name in kwargs]
+    return {name: kwargs[name] for name in declared} | kwargs
+
+
+def _ordered(
+    args: tuple[Any, ...], kwargs: dict[str, Any], exported: ExportedProgram
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Inputs with names, also those inside dictionaries, in the order in which the exported program takes them."""
     spec = exported.call_spec.in_spec
-    order = list(spec.children()[1].context) if spec is not None and kwargs else []
-    return {name: kwargs[name] for name in order if name in kwargs} | kwargs
+    if spec is None:
+        return args, kwargs
+    try:
+        return pytree.tree_unflatten(spec.flatten_up_to((args, kwargs)), spec)  # type: ignore[no-any-return]
+    except ValueError:
+        return args, kwargs  # their number is checked next
 
 
 def _input_names(

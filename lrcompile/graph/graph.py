@@ -118,6 +118,9 @@ def rebuild(root: nn.Module, graph: fx.Graph) -> fx.GraphModule:
     constants that `root` does not save are not saved.
     """
     result = fx.GraphModule(root, graph)
+    for holder in result.modules():
+        if is_container(holder):  # which fx has made anew
+            holder.training = root.training
     saved = set()
     missing: list[tuple[str, torch.Tensor]] = []
     for path, holder in root.named_modules(remove_duplicate=False):

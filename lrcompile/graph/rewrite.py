@@ -117,12 +117,12 @@ class Rewriter:
         while _exists(self.graph.gm, candidate):
             count += 1
             candidate = f"{path}_{count}"
-        set_module(self.graph.gm, candidate, module)
+        self._put(candidate, module)
         return candidate
 
     def set_module(self, path: str, module: nn.Module) -> None:
         """Puts `module` in the place of the one at `path`; its state-dict keys stay."""
-        set_module(self.graph.gm, path, module)
+        self._put(path, module)
         for node in self.graph.gm.graph.nodes:
             if node.op == "call_module" and node.target == path:
                 self._finish(node)
@@ -175,7 +175,7 @@ class Rewriter:
 
         Returns their paths: `path.0`, `path.1`, …
         """
-        set_module(self.graph.gm, site.path, nn.Sequential(*modules))
+        self._put(site.path, nn.Sequential(*modules))
         return [f"{site.path}.{i}" for i in range(len(modules))]
 
     def replace_module(self, site: Site, chain: Sequence[nn.Module]) -> list[str]:
@@ -190,6 +190,10 @@ class Rewriter:
                 value = self.call_module(path, value, before=node)
             self.replace(node, value)
         return paths
+
+    def _put(self, path: str, module: nn.Module) -> None:
+        """Registers a module in the graph's mode, training or not."""
+        set_module(self.graph.gm, path, module.train(self.graph.gm.training))
 
     def _finish(self, node: fx.Node) -> fx.Node:
         from lrcompile.graph.graph import infer
@@ -213,7 +217,7 @@ def set_module(root: nn.Module, path: str, module: nn.Module) -> None:
     for name in parents:
         child = parent._modules.get(name)
         if child is None:
-            child = nn.Module()
+            child = nn.Module().train(root.training)
             parent.add_module(name, child)
         parent = child
     parent._modules[leaf] = module

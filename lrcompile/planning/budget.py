@@ -74,9 +74,9 @@ class Budget:
 
     @property
     def measure_in_use(self) -> Measure:
-        """What errors are measured in; integer outputs do not count where the user's metric is the judge."""
-        judged = self.max_drop is not None and self.max_error is None
-        return OF_FLOATS if judged and self.measure == RELATIVE.name else MEASURES[self.measure]
+        """What errors are measured in; integer outputs, which differ or do not, count where the error has a limit."""
+        ranks = self.error_limit is None and self.measure == RELATIVE.name
+        return OF_FLOATS if ranks else MEASURES[self.measure]
 
     @property
     def exact_only(self) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+import sys
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,10 +13,17 @@ from torch.utils import _pytree as pytree
 
 from lrcompile.errors import InputError, PlanError
 from lrcompile.graph.graph import Graph
-from lrcompile.planning.moments import Moments, Window, is_out_of_memory, moments
+from lrcompile.memory import in_pieces, is_out_of_memory, samples_in
+from lrcompile.planning.moments import Moments, Window, moments
 
 HELD_OUT = 4  # one batch in so many is kept for judging
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+_NO_MEMORY = (
+    "not enough memory to run the model on {size} calibration samples at a time, and back: give a smaller --batch, "
+    "smaller samples, or close other programs"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,6 +79,7 @@ def collect(
     batches: Iterable[Sequence[Any]],
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
     weighted: bool = False,
+    divisible: bool = False,
 ) -> Statistics:
     """Runs the graph over flat input batches and sums up the inputs of linear, convolution and embedding layers.
 
@@ -78,30 +87,42 @@ def collect(
     by the squares of gradients of a random combination of the outputs, one backward pass a batch. Where the graph has
     no gradients, or is in half precision, which is too coarse for them, all rows count alike.
 
-    Memory is bounded by the Gram matrices and one batch's activations: each batch is added in pieces and let go.
+    Memory is bounded by the Gram matrices and one batch's activations: each batch is added in pieces and let go. Where
+    that is too much, and the graph takes batches of any size (`divisible`), the rest is done with half the samples at a
+    time, down to one.
 
     Raises:
-        InputError: memory runs out, or a layer's inputs are not finite.
+        InputError: memory runs out all the same, or a layer's inputs are not finite.
     """
     statistics = Statistics()
     wanted, rows, readers = _wanted(graph)
     weighted = weighted and _has_gradients(graph)
     total = len(batches) if isinstance(batches, Sized) else 0
+    most = sys.maxsize
     for i, batch in enumerate(batches):
         progress("calibrate", i, total)
-        collector = (_Sensing if weighted else _Collector)(graph, statistics, wanted, rows)
-        try:
-            collector.see_all(batch, seed=i)
-        except (MemoryError, RuntimeError) as error:
-            if is_out_of_memory(error):
-                raise InputError(
-                    "not enough memory to run the model on a calibration batch: give a smaller --batch, or close other "
-                    "programs"
-                ) from error
-            if not weighted or i:
-                raise
-            weighted = False  # an operation without a gradient: rows count alike
-            _Collector(graph, statistics, wanted, rows).see_all(batch, seed=i)
+        whole, left = samples_in(batch), [(piece, frozenset[Any]()) for piece in in_pieces(batch, most)]
+        while left:
+            piece, done = left.pop(0)
+            collector = (_Sensing if weighted else _Collector)(graph, statistics, wanted, rows, done)
+            size = samples_in(piece)
+            try:
+                collector.see_all(piece, seed=i, share=size / whole)
+                continue
+            except (MemoryError, RuntimeError) as error:
+                if is_out_of_memory(error):
+                    most = size // 2 if divisible else 0
+                elif not weighted or i:
+                    raise
+                else:
+                    weighted = False  # an operation without a gradient: rows count alike
+            again = [piece]
+            if most < size:
+                if not most:
+                    raise InputError(_NO_MEMORY.format(size=size))
+                again = in_pieces(piece, most)
+                left = [(part, had) for other, had in left for part in in_pieces(other, most)]
+            left = [*((part, frozenset(collector.seen)) for part in again), *left]
     progress("calibrate", total, total)
     for (name, _), known in statistics.grams.items():
         if not known.gram.trace().isfinite():  # by Cauchy and Schwarz, then all of it is
@@ -141,7 +162,10 @@ def _has_gradients(graph: Graph) -> bool:
 
 
 class _Collector(fx.Interpreter):
-    """Runs a graph on a batch and adds up what is wanted; all rows count alike."""
+    """Runs a graph on a batch and adds up what is wanted; all rows count alike.
+
+    `seen` grows by what is added, so that a run that failed halfway can be done again without what it has added.
+    """
 
     def __init__(
         self,
@@ -149,6 +173,7 @@ class _Collector(fx.Interpreter):
         statistics: Statistics,
         wanted: Mapping[fx.Node, Iterable[int | Window]],
         rows: Mapping[fx.Node, int],
+        seen: Collection[Any] = (),
     ) -> None:
         super().__init__(graph.gm)
         self.extra_traceback = False  # fx would write the node and its traceback into a message for the user
@@ -156,9 +181,10 @@ class _Collector(fx.Interpreter):
         self.statistics = statistics
         self.wanted = wanted
         self.rows = rows
+        self.seen = set(seen)
 
-    def see_all(self, batch: Sequence[Any], seed: int) -> None:
-        """Runs the batch; `seed` draws what is random."""
+    def see_all(self, batch: Sequence[Any], seed: int, share: float = 1.0) -> None:
+        """Runs the batch, a share of the samples of a whole one; `seed` draws what is random."""
         with torch.no_grad():
             self.run(*batch, enable_io_processing=False)
 
@@ -166,12 +192,19 @@ class _Collector(fx.Interpreter):
         value = super().run_node(n)
         self.count(n, value)
         for seen in self.wanted.get(n, ()):
-            self.statistics.add((n.name, seen), _moments(value, seen, None))
+            self.add((n.name, seen), lambda seen=seen: _moments(value, seen, None))  # type: ignore[misc]
         return value
+
+    def add(self, key: tuple[str, int | Window], found: Callable[[], Moments]) -> None:
+        """Adds moments, unless they were added."""
+        if key not in self.seen:
+            self.statistics.add(key, found())
+            self.seen.add(key)
 
     def count(self, n: fx.Node, value: Tensor) -> None:
         """Counts looked-up rows."""
-        if n in self.rows:
+        if n in self.rows and n.name not in self.seen:
+            self.seen.add(n.name)
             counts = torch.bincount(value.flatten(), minlength=self.rows[n])
             known = self.statistics.token_counts.get(n.name)
             self.statistics.token_counts[n.name] = counts if known is None else known + counts
@@ -184,8 +217,8 @@ class _Sensing(_Collector):
     on average.
     """
 
-    def see_all(self, batch: Sequence[Any], seed: int) -> None:
-        """Runs the batch forward and back."""
+    def see_all(self, batch: Sequence[Any], seed: int, share: float = 1.0) -> None:
+        """Runs the batch forward and back; the norm of a whole batch's outputs is guessed from its share."""
         layers = {
             node: site.module for site in self.graph_of_layers.modules_of(nn.Linear, *CONVS) for node in site.nodes
         }
@@ -198,18 +231,20 @@ class _Sensing(_Collector):
             for y in outputs:
                 if isinstance(y, Tensor) and y.is_floating_point() and y.requires_grad:
                     signs = torch.randint(2, y.shape, generator=chance).to(y.dtype) * 2 - 1
-                    total = total + (y * signs).sum() / y.detach().norm().clamp_min(1e-30)
+                    total = total + (y * signs).sum() / (y.detach().norm() * share**-0.5).clamp_min(1e-30)
             found = torch.autograd.grad(total, list(self.felt.values()), allow_unused=True)
         gradients = dict(zip(self.felt, found, strict=True))
         for node, module in layers.items():
             gradient = gradients[node]
-            if gradient is not None:
+            if gradient is not None and ("felt", node.name) not in self.seen:
                 known, got = self.statistics.gradients.get(node.name), _moments(gradient, _axis(module), None)
                 self.statistics.gradients[node.name] = got if known is None else known + got
+                self.seen.add(("felt", node.name))
         for node, keys in self.wanted.items():
             for seen in keys:
                 weights = _squares(gradients[node], seen) if isinstance(seen, int) else self._at(node, seen, gradients)
-                self.statistics.add((node.name, seen), _moments(self.felt[node].detach(), seen, weights))
+                value = self.felt[node].detach()
+                self.add((node.name, seen), lambda v=value, s=seen, w=weights: _moments(v, s, w))  # type: ignore[misc]
 
     def run_node(self, n: fx.Node) -> Any:
         value = fx.Interpreter.run_node(self, n)

@@ -68,13 +68,25 @@ def _relative(pairs: Pairs) -> float:
 
 
 def _relative_of_floats(pairs: Pairs) -> float:
-    """The same without integer outputs, such as classes, which differ or do not."""
-    return _relative(
-        ([y for y in expected if _is_float(y)], [y for y in got if _is_float(y)]) for expected, got in pairs
-    )
+    """The same without integer outputs, such as classes; of these alone, the share of their values that differ."""
+    floats, differs, count = 0, 0, 0
+
+    def of_floats() -> Iterator[tuple[Sequence[Any], Sequence[Any]]]:
+        nonlocal floats, differs, count
+        for expected, outputs in pairs:
+            for y, got in zip(expected, outputs, strict=True):
+                if isinstance(y, Tensor) and not is_float(y):
+                    differs, count = differs + int((y != got).sum()), count + y.numel()
+            floating = [(y, got) for y, got in zip(expected, outputs, strict=True) if is_float(y)]
+            floats += len(floating)
+            yield [y for y, _ in floating], [got for _, got in floating]
+
+    error = _relative(of_floats())
+    return error if floats else differs / max(1, count)
 
 
-def _is_float(value: Any) -> bool:
+def is_float(value: Any) -> bool:
+    """Whether an output is a tensor of real or complex numbers."""
     return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from lrcompile.errors import InputError
+from lrcompile.memory import is_out_of_memory
 
 MOST_NUMBERS = 2**22  # of a value in one product: 16 MB in single precision, short enough sums for it
 MOST_FEATURES = 2304  # of a window's patch: 256 channels of 3×3, whose Gram matrix takes 42 MB
@@ -132,9 +133,3 @@ def _product(rows: Tensor, weights: Tensor | None) -> Moments:
     weighted = rows * weights
     total, count = weighted.sum(0, dtype=torch.float64), float(weights.sum(dtype=torch.float64))
     return Moments((weighted.T @ rows).double(), total, count)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error of Python or torch says that memory ran out."""
-    words = ("out of memory", "allocate memory", "not enough memory")
-    return isinstance(error, MemoryError) or any(word in str(error).lower() for word in words)

@@ -439,7 +439,7 @@ def _modules_made(trial: _Trial) -> set[Any]:
 def _unrun(root: nn.Module, graph: fx.Graph, mode: FakeTensorMode) -> Graph:
     """A graph over a root's own containers, which fx would copy one by one; its code is not generated."""
     with _use_lazy_graph_module(True):
-        gm = fx._lazy_graph_module._make_graph_module(nn.Module(), fx.Graph())
+        gm = fx._lazy_graph_module._make_graph_module(nn.Module().eval(), fx.Graph())
     for table in ("_parameters", "_buffers", "_modules"):
         gm.__dict__[table] = root.__dict__[table]
     gm.graph = graph

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -11,9 +12,11 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from lrcompile.errors import InputError
 from lrcompile.frontend.trace import run
 from lrcompile.graph.graph import Graph, prune
 from lrcompile.graph.rewrite import Rewrite
+from lrcompile.memory import in_pieces, is_out_of_memory, samples_in
 from lrcompile.passes import Context, Pass, apply
 from lrcompile.planning.measures import RELATIVE, Measure
 from lrcompile.planning.price import Candidate, Family
@@ -26,13 +29,16 @@ class Evaluator:
     """Measures the output error of graphs against one reference on fixed inputs.
 
     The error is ‖y − ŷ‖/‖y‖ over all batches together, of the worst floating-point output; infinite where an output
-    is not finite or an integer output differs. With another `measure` it is the root of that.
+    is not finite or an integer output differs. With another `measure` it is the root of that. Where memory does not
+    last for a batch, and the graph takes batches of any size (`divisible`), it is taken in halves from then on.
+
+    Raises:
+        InputError: there is not even memory for one sample.
     """
 
-    def __init__(self, graph: Graph, batches: Sequence[Sequence[Any]]) -> None:
+    def __init__(self, graph: Graph, batches: Sequence[Sequence[Any]], divisible: bool = False) -> None:
         self.measure = RELATIVE
-        self.batches = batches
-        self.reference = [run(graph.gm, batch) for batch in batches]
+        self.batches, self.reference = _outputs(graph, batches, divisible)
         self.evaluations = 0
         self._known: dict[tuple[str, ...], float] = {}
         self._base: tuple[Graph, dict[str, Any]] | None = None
@@ -76,7 +82,7 @@ class Evaluator:
         """
         count = len(self.batches) if first is None else min(first, len(self.batches))
         key = (
-            self.measure.label,
+            self.measure.name,
             str(count),
             *(str(rewrite) for candidate in candidates for rewrite in candidate.rewrites),
         )
@@ -96,13 +102,44 @@ class Evaluator:
         return self._base[1]
 
 
+def _outputs(
+    graph: Graph, batches: Sequence[Sequence[Any]], divisible: bool
+) -> tuple[list[Sequence[Any]], list[Sequence[Any]]]:
+    """(batches, what the graph makes of each), in batches that memory lasts for."""
+    ran: list[Sequence[Any]] = []
+    outputs: list[Sequence[Any]] = []
+    left, most = list(batches), sys.maxsize
+    while left:
+        batch = left.pop(0)
+        try:
+            outputs.append(run(graph.gm, batch))
+            ran.append(batch)
+            continue
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+        most = samples_in(batch) // 2 if divisible else 0
+        if not most:
+            raise InputError(
+                f"not enough memory to run the model on {samples_in(batch)} samples at a time: give a smaller --batch, "
+                "smaller samples, or close other programs"
+            )
+        left = [part for whole in (batch, *left) for part in in_pieces(whole, most)]
+    return ran, outputs
+
+
 def _recorded(graph: Graph, batch: Sequence[Any]) -> dict[str, Any]:
     leaves = pytree.tree_leaves([node.meta.get("val") for node in graph.nodes])
     if sum(leaf.numel() * leaf.element_size() for leaf in leaves if isinstance(leaf, Tensor)) > KEPT_BYTES:
         return {}
     interpreter = fx.Interpreter(graph.gm, garbage_collect_values=False)
-    with torch.no_grad():
-        interpreter.run(*batch, enable_io_processing=False)
+    try:
+        with torch.no_grad():
+            interpreter.run(*batch, enable_io_processing=False)
+    except (MemoryError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            return {}
+        raise
     return {node.name: value for node, value in interpreter.env.items() if node.op != "output"}
 
 

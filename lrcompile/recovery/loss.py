@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
 from lrcompile.errors import InputError
-from lrcompile.recovery.pair import Pair
+from lrcompile.recovery.pair import Pair, Scales
 from lrcompile.recovery.samples import IGNORED, Batch
 from lrcompile.recovery.settings import Recovery
 
@@ -19,25 +21,39 @@ class Loss:
         self.recovery = recovery
         self.scores: Tensor | None = None
 
-    def __call__(self, batch: Batch, inside: bool = True) -> Tensor:
+    def __call__(self, batch: Batch, inside: bool = True, scales: Scales | None = None) -> Tensor:
         """[samples]; products in bfloat16, if that is asked for, where gradients are wanted.
 
-        Without `inside`, of the outputs alone: that is what a model is judged by.
+        Without `inside`, of the outputs alone: that is what a model is judged by. `scales` are those of the batch that
+        this one is a part of.
 
         Raises:
             InputError: a label is no class of the model.
         """
         low = self.recovery.in_bfloat16 and torch.is_grad_enabled()
         with torch.autocast("cpu", torch.bfloat16, enabled=low):
-            return self._of(batch, inside)
+            return self._of(batch, inside, scales)
 
-    def _of(self, batch: Batch, inside: bool) -> Tensor:
+    def parts(self, batch: Batch, most: int, inside: bool = True) -> Iterator[Tensor]:
+        """The losses of a batch, at most so many samples at a time: the same, up to rounding, as of all at once."""
+        if len(batch) <= most:
+            yield self(batch, inside)
+            return
+        parts = [batch.take(numbers) for numbers in torch.arange(len(batch)).split(most)]
+        scales = None if self._labels_alone(batch) else self.pair.scales(part.inputs for part in parts)
+        for part in parts:
+            yield self(part, inside, scales)
+
+    def _labels_alone(self, batch: Batch) -> bool:
+        return batch.labels is not None and not self.recovery.teacher
+
+    def _of(self, batch: Batch, inside: bool, scales: Scales | None) -> Tensor:
         settings = self.recovery
-        if batch.labels is not None and not settings.teacher:
+        if batch.labels is not None and self._labels_alone(batch):
             self.scores = self.pair.student(*batch.inputs)[0][0]
             return _of_labels(self.scores, batch.labels, settings.smoothing)
         expected = self.pair.expected(batch.inputs)
-        found = self.pair.differences(batch.inputs, expected, settings.outputs)
+        found = self.pair.differences(batch.inputs, expected, settings.outputs, scales)
         self.scores = found.got[0]
         loss = found.outputs
         if inside:

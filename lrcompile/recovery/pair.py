@@ -12,8 +12,11 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from lrcompile.graph.graph import Graph, rebuild, share
+from lrcompile.memory import samples_in
 from lrcompile.recovery.attention import divergence, log_weights_of, same_calls
 from lrcompile.recovery.settings import Outputs
+
+Scales = tuple[list[Tensor], list[Tensor]]
 
 UNRELATED = 1.0  # relative squared difference from which two values are taken for values of different things
 
@@ -49,13 +52,33 @@ class Pair:
         with torch.no_grad():
             return self.teacher(*batch)  # type: ignore[no-any-return]
 
-    def differences(self, batch: Sequence[Any], expected: Values, outputs: Outputs) -> Differences:
-        """How far the rewritten model is from what is expected."""
+    def scales(self, batches: Iterable[Sequence[Any]]) -> Scales:
+        """The mean squares of (outputs, values inside) that the original makes of parts of one batch of flat inputs."""
+        sums: tuple[list[Tensor], list[Tensor]] = ([], [])
+        samples = 0
+        for batch in batches:
+            count = samples_in(batch)
+            samples += count
+            for held, values in zip(sums, self.expected(batch)[:2], strict=True):
+                squares = [count * _mean_square(y) for y in values]
+                held[:] = [a + b for a, b in zip(held, squares, strict=True)] if held else squares
+        return [total / samples for total in sums[0]], [total / samples for total in sums[1]]
+
+    def differences(
+        self, batch: Sequence[Any], expected: Values, outputs: Outputs, scales: Scales | None = None
+    ) -> Differences:
+        """How far the rewritten model is from what is expected; `scales` are of the batch that this is a part of."""
         got, inside, attention = self.student(*batch)
-        samples = next(value.shape[0] for value in batch if isinstance(value, Tensor) and value.dim())
-        floating = [(y, z) for y, z in zip(expected[0], got, strict=True) if y.is_floating_point()]
-        of_outputs = [difference(y, z, samples, outputs) for y, z in floating]
-        of_inside = [difference(y, z, samples, "mse") for y, z in zip(expected[1], inside, strict=True)]
+        samples = samples_in(batch)
+        known = scales or (list(map(_mean_square, expected[0])), list(map(_mean_square, expected[1])))
+        of_outputs = [
+            difference(y, z, samples, outputs, scale)
+            for y, z, scale in zip(expected[0], got, known[0], strict=True) if y.is_floating_point()
+        ]  # fmt: skip
+        of_inside = [
+            difference(y, z, samples, "mse", scale)
+            for y, z, scale in zip(expected[1], inside, known[1], strict=True)
+        ]  # fmt: skip
         of_attention = [divergence(y, z, samples) for y, z in zip(expected[2], attention, strict=True)]
         nothing = got[0].new_zeros(samples, dtype=torch.float32)
         return Differences(_mean(of_outputs, nothing), _mean(of_inside, nothing), _mean(of_attention, nothing), got)
@@ -108,21 +131,25 @@ def independent(graph: Graph) -> Graph:
     return Graph(result, graph.fake_mode)
 
 
-def difference(expected: Tensor, got: Tensor, samples: int, form: Outputs) -> Tensor:
+def difference(expected: Tensor, got: Tensor, samples: int, form: Outputs, scale: Tensor | None = None) -> Tensor:
     """How far values are from those expected, a figure for each sample, [samples].
 
-    "mse": squared difference over the mean square of what is expected; "kl": divergence of the softmax over the last
-    axis, in nats. Where the first axis holds no whole number of values a sample, every sample gets the mean.
+    "mse": squared difference over `scale`, the mean square of what is expected; "kl": divergence of the softmax over
+    the last axis, in nats. Where the first axis holds no whole number of values a sample, every sample gets the mean.
     """
     y, z = expected.float(), got.float()
     if form == "kl":
         each = nn.functional.kl_div(z.log_softmax(-1), y.log_softmax(-1), log_target=True, reduction="none").sum(-1)
         scale = torch.tensor(1.0)
     else:
-        each, scale = (z - y).square(), y.square().mean().clamp_min(1e-12)
+        each, scale = (z - y).square(), _mean_square(y) if scale is None else scale
     if not each.dim() or each.shape[0] % samples:
         return (each.mean() / scale).expand(samples)
     return each.reshape(samples, -1).mean(1) / scale
+
+
+def _mean_square(y: Tensor) -> Tensor:
+    return y.float().square().mean().clamp_min(1e-12)
 
 
 def _comparable(original: fx.Node, node: fx.Node) -> bool:

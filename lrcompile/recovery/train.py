@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lrcompile.errors import InputError
+from lrcompile.memory import is_out_of_memory
 from lrcompile.recovery.checkpoint import Checkpoint
 from lrcompile.recovery.freeze import factors_of, frozen_in, set_frozen
 from lrcompile.recovery.importance import Importance
@@ -28,7 +30,7 @@ from lrcompile.recovery.optimise import (
 )  # fmt: skip
 from lrcompile.recovery.pair import Pair
 from lrcompile.recovery.processes import Processes
-from lrcompile.recovery.samples import Samples
+from lrcompile.recovery.samples import Batch, Samples
 from lrcompile.recovery.settings import RATES, Recovery
 
 JUDGEMENTS = 20  # over the whole training
@@ -95,7 +97,7 @@ def train(
     that are the best so far; they are in place when it is asked.
 
     Raises:
-        InputError: labels are out of range, or the loss is not finite to begin with.
+        InputError: labels are out of range, the loss is not finite to begin with, or memory runs out on one sample.
     """
     return _Training(pair, samples, recovery, checkpoint, progress, processes or Processes(), enough).run()
 
@@ -120,6 +122,7 @@ class _Training:
         self.optimizer = adamw(self.masters.weights, RATES[0])
         self.mean = RunningMean(self.masters, recovery.ema)
         self.state = _State()
+        self.most = sys.maxsize  # samples that memory lasts for at a time
         self.started = self.saved = time.monotonic()
 
     def run(self) -> Trained:
@@ -234,11 +237,18 @@ class _Training:
         weight = len(ours) * self.processes.count / len(numbers) if self.samples.mixed else 1.0
         batch = self.samples.batch(ours)
 
+        def gradients() -> Tensor:
+            total = torch.zeros(())
+            for part in self.loss.parts(batch, self.most):
+                loss = part.mean() * (len(part) / len(batch))
+                loss.backward()  # type: ignore[no-untyped-call]
+                total = total + loss.detach()
+            return total
+
         def backward() -> Tensor:
-            loss = self.loss(batch).mean()
-            loss.backward()  # type: ignore[no-untyped-call]
+            value = self._within_memory(batch, gradients)
             self.processes.average_gradients(self.parameters, weight)
-            return loss.detach()
+            return value
 
         self.optimizer.zero_grad(set_to_none=True)
         value = backward()
@@ -258,6 +268,28 @@ class _Training:
         if self.recovery.ema:
             self.mean.update()
         return True
+
+    def _within_memory(self, batch: Batch, work: Callable[[], Tensor]) -> Tensor:
+        """The result of some work on a batch, done on half as many samples at a time for as long as memory runs out.
+
+        Raises:
+            InputError: there is not even memory for one sample, or batches cannot be divided.
+        """
+        while True:
+            try:
+                return work()
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+            for parameter in self.parameters:
+                parameter.grad = None
+            size = min(self.most, len(batch))
+            if size < 2 or not self.samples.mixed:
+                raise InputError(
+                    f"recovery: not enough memory to train on {size} samples at a time; give smaller samples, a "
+                    "smaller --batch, or close other programs"
+                )
+            self.most = size // 2
 
     def _rolled_back(self) -> bool:
         """Goes back to the last weights that were judged, at half the rate; False when that did not help often."""
@@ -302,8 +334,12 @@ class _Training:
 
     def _judged(self) -> float:
         with torch.no_grad():
-            parts = [self.loss(batch, inside=False) for batch in self.samples.judging]
+            parts = [self._losses(batch) for batch in self.samples.judging]
         return self.processes.mean([float(torch.cat(parts).mean())])[0]
+
+    def _losses(self, batch: Batch) -> Tensor:
+        """What a batch is judged by, [samples]."""
+        return self._within_memory(batch, lambda: torch.cat(list(self.loss.parts(batch, self.most, inside=False))))
 
     def _weights(self) -> Weights:
         return [weight.detach().clone() for weight in self.masters.weights]

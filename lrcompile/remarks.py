@@ -1,0 +1,78 @@
+"""What the user of a compile should know besides its figures: the notes of a report."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from lrcompile.frontend.export import batch_size
+from lrcompile.planning.budget import Budget
+from lrcompile.planning.coverage import short_of_rows
+from lrcompile.planning.measures import OF_FLOATS, is_float
+from lrcompile.planning.search import Choice
+
+if TYPE_CHECKING:
+    from lrcompile.compile import Prepared
+    from lrcompile.confirm import Measured
+
+
+def remarks(p: Prepared, budget: Budget, choice: Choice, measured: Measured | None) -> list[str]:
+    """What the user should know besides the figures."""
+    found = []
+    if choice.relaxed:
+        found.append("the size asked for needed rewrites that do not make the target faster; see the table")
+    if p.metric and p.metric.noise:
+        found.append(f"two evaluations of the original differ by {p.metric.noise:.2g}, and so much more may be lost")
+    if choice.untouched:
+        found.append("exact rewrites alone make the metric fall further than allowed: the model is as it was")
+        return found
+    if measured and measured.remark:
+        found.append(measured.remark)
+    if measured and measured.overruled:
+        found.append(measured.overruled)
+    elif not choice.candidates:
+        found.append(f"no rewrite gains anything on {p.target.name} within the budget: only exact fusions were made")
+    found += p.target.remarks()
+    found += _of_whole_numbers(p, budget, choice)
+    if not p.calibration:
+        found.append("no calibration data: decompositions see the weights only, errors are on the example inputs")
+    elif not p.held_out:
+        found.append(
+            "fewer than 4 calibration batches: factors are fitted to what their error is measured on, and errors on "
+            "unseen data may be larger; give more data, or a smaller --batch"
+        )
+    return [*found, *_of_few_rows(p)]
+
+
+def _of_few_rows(p: Prepared) -> list[str]:
+    """That the errors which the table shows of layers read too small, where data have fewer rows than features."""
+    if not p.calibration:
+        return []
+    lossy = {path for candidate in p.pricing.candidates if not candidate.exact for path in candidate.sites}
+    batches = len(p.calibration.batches)
+    example = batch_size(p.traced.flat)
+    samples = p.calibration.samples / batches * (batches - p.held_out)
+    short = short_of_rows(p.graph, lossy, samples / example if example else batches - p.held_out)
+    if not short:
+        return []
+    worst = min(short, key=lambda path: short[path][0] / short[path][1])
+    rows, features = short[worst]
+    return [
+        f"{len(short)} of the {len(lossy)} layers that splits were considered for read fewer rows of calibration data "
+        f"than they have features ({worst}: {rows} rows, {features} features): their own errors in the table, taken on "
+        f"those rows, read too small; the model's error is measured. Give more data"
+    ]
+
+
+def _of_whole_numbers(p: Prepared, budget: Budget, choice: Choice) -> list[str]:
+    """What an error without a limit does not say of outputs such as classes."""
+    tensors = [y for y in p.evaluator.reference[0] if isinstance(y, Tensor)]
+    if budget.measure_in_use is not OF_FLOATS or all(map(is_float, tensors)):
+        return []
+    if not any(map(is_float, tensors)):
+        return ["all outputs are whole numbers: their error is the share of them that differ from the original's"]
+    if math.isfinite(p.evaluator.error(choice.graph)):
+        return []
+    return ["outputs that are whole numbers differ from the original's; the error is that of the others"]
