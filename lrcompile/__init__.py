@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from lrcompile.planning.strategies.beam import Beam
     from lrcompile.plugins import discover, select
     from lrcompile.progressive import Member, progressive
+    from lrcompile.quantize import Quantization
     from lrcompile.recover import recover
     from lrcompile.recovery.settings import Recovery
     from lrcompile.report.report import Report
@@ -48,6 +49,7 @@ _HOMES = {
     "planning.strategies.beam": "Beam",
     "plugins": "discover select",
     "progressive": "Member progressive",
+    "quantize": "Quantization",
     "recover": "recover",
     "recovery.settings": "Recovery",
     "report.report": "Report",
@@ -68,6 +70,7 @@ __all__ = [
     "Pass",
     "Plan",
     "Prepared",
+    "Quantization",
     "Recovery",
     "Refusal",
     "Report",

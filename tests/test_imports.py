@@ -33,15 +33,18 @@ MAY_IMPORT = {
     "planning": "errors graph devices frontend planning.moments planning.decompose passes",
     "report": "errors graph devices frontend planning",
     "confirm": "errors graph devices frontend emit planning",
-    "compile": "errors graph devices frontend lower emit passes plugins planning.store planning report confirm",
+    "quantize": "errors graph devices frontend emit planning report confirm",
+    "compile": "errors graph devices frontend lower emit passes plugins planning.store planning report confirm "
+    "quantize",
     "front": "errors planning compile",
     "recovery": "errors graph",
-    "recover": "errors graph frontend planning recovery compile",
+    "recover": "errors graph frontend lower planning recovery compile",
     "progressive": "errors frontend graph planning report recovery compile recover",
-    "session": "errors devices frontend emit plugins planning report compile front recovery recover progressive",
+    "session": "errors devices frontend emit plugins planning report quantize compile front recovery recover "
+    "progressive",
     "cli": "errors devices plugins planning report session",
     "__main__": "cli",
-    "lrcompile": "errors graph devices frontend passes plugins planning report compile front recovery recover "
+    "lrcompile": "errors graph devices frontend passes plugins planning report quantize compile front recovery recover "
     "progressive",
     "lrcompile_passes": "graph planning.decompose passes",  # what a plugin may know
 }
