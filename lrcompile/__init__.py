@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from lrcompile.planning.strategies.beam import Beam
     from lrcompile.plugins import discover, select
     from lrcompile.progressive import Member, progressive
+    from lrcompile.quantize import Quantization
     from lrcompile.recover import recover
     from lrcompile.recovery.settings import Recovery
     from lrcompile.recovery.stable_rank import StableRank
@@ -49,6 +50,7 @@ _HOMES = {
     "planning.strategies.beam": "Beam",
     "plugins": "discover select",
     "progressive": "Member progressive",
+    "quantize": "Quantization",
     "recover": "recover",
     "recovery.settings": "Recovery",
     "recovery.stable_rank": "StableRank",
@@ -70,6 +72,7 @@ __all__ = [
     "Pass",
     "Plan",
     "Prepared",
+    "Quantization",
     "Recovery",
     "Refusal",
     "Report",

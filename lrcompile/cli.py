@@ -115,6 +115,9 @@ def compile_command(
         str | None,
         typer.Option(help="Falling sizes 0.8,0.6,0.4: a family, each made of the last and trained."),
     ] = None,
+    quantize: Annotated[
+        str | None, typer.Option(help="int8: the ONNX output in 8-bit integers, within --max-error; needs --calib.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Compiles a model for a target; the word `compile` may be left out."""
@@ -127,7 +130,7 @@ def compile_command(
         measure=measure, confidence=confidence, strategy=strategy, passes=passes,
         options=tuple(options or ()), skip=tuple(skip or ()), seed=seed, plan=plan, plan_out=plan_out,
         report_json=report_json, recover=recover, recover_minutes=recover_minutes, recover_data=recover_data,
-        labels=labels, progressive=progressive,
+        labels=labels, progressive=progressive, quantize=quantize,
     )  # fmt: skip
     from lrcompile.report.progress import ProgressDisplay
     from lrcompile.report.terminal import print_family, print_report

@@ -31,7 +31,8 @@ from lrcompile.frontend.prepare import prepare
 from lrcompile.frontend.trace import Traced, trace
 from lrcompile.graph.graph import Graph, fingerprint
 from lrcompile.graph.rewrite import Rewrite
-from lrcompile.lower.rank4 import check_rank, folded_io, to_rank
+from lrcompile.lower.batches import model_batches
+from lrcompile.lower.rank4 import check_rank, to_rank
 from lrcompile.passes import Context, Pass, Stage
 from lrcompile.planning.budget import Budget
 from lrcompile.planning.calibration import Split, collect
@@ -45,6 +46,7 @@ from lrcompile.planning.sensitivity import Evaluator, rewritten
 from lrcompile.planning.store import Store
 from lrcompile.planning.strategies import search
 from lrcompile.plugins import discover
+from lrcompile.quantize import Quantization, quantizer
 from lrcompile.remarks import remarks
 from lrcompile.report.clock import Clock, Progress, silent
 from lrcompile.report.report import Decision, Report, decide, error_figures, latency_figures, model_figures
@@ -65,20 +67,30 @@ class Result:
     metric: Metric | None = None
     seen: Mapping[str, Spread] = field(default_factory=dict)
 
-    def save(self, path: str | Path) -> Report:
+    def save(
+        self, path: str | Path, *, quantize: Quantization | None = None, progress: Progress = silent
+    ) -> Report:  # fmt: skip
         """Writes `.onnx`, `.pt2` or a folder, verified and atomically; returns the report with the verification.
 
+        With `quantize`, ONNX is written in 8-bit integers, within the plan's budget; what came of it is in the report.
+
         Raises:
-            InputError: the path has another suffix or cannot be written.
+            InputError: the path has another suffix or cannot be written, or the model cannot be quantised.
             VerificationError: what was emitted does not compute what the model computes; nothing is written.
         """
         start = time.perf_counter()
-        emitted = emit(path, self.model, self.traced)
+        refine = None
+        if quantize is not None:
+            split = Split.of(model_batches(self.traced, quantize.data))
+            is_local = self.plan.target == "local"
+            refine = quantizer(quantize, self.model, self.traced, self.plan.budget, split, is_local, progress)
+        emitted = emit(path, self.model, self.traced, refine)
         return replace(
             self.report,
             verification={**self.report.verification, **emitted.verification},
             timings_s={**self.report.timings_s, "emit": time.perf_counter() - start},
             notes=[*self.report.notes, *emitted.notes],
+            quantization=emitted.refined,
         )
 
 
@@ -429,25 +441,6 @@ def _with_options(passes: Mapping[str, Pass], plan: Plan) -> dict[str, Pass]:
         except (TypeError, KeyError) as error:
             raise PlanError(f"the plan sets options of pass {name!r} that it does not have: {error}") from error
     return result
-
-
-def model_batches(traced: Traced, calibration: CalibrationData | None) -> list[tuple[Any, ...]]:
-    """Flat inputs to run the graph on: the calibration batches, or the example inputs alone."""
-    if calibration is None:
-        return [traced.flat]
-    if traced.io_rank is not None:
-        batches = tuple({name: folded_io(value) for name, value in batch.items()} for batch in calibration.batches)
-        calibration = replace(calibration, batches=batches)
-    example = dict(zip(traced.input_names, traced.flat, strict=True))
-    checked = calibration.check_against(example)
-    size = batch_size(traced.flat)
-    if not traced.dynamic_batch and checked.batches and size is not None:
-        got = next(iter(checked.batches[0].values())).shape[0]
-        if got != size:
-            raise InputError(
-                f"the model takes batches of {size} only, the calibration data come in {got}; give --batch {size}"
-            )
-    return [tuple(batch[name] for name in traced.input_names) for batch in checked.batches]
 
 
 def _calibrated(graph: Graph, data: Split, context: Context, clock: Clock, divisible: bool) -> Context:

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrcompile.compile import Result, model_batches
+from lrcompile.compile import Result
 from lrcompile.errors import InputError
 from lrcompile.frontend.calibration_data import CalibrationData
 from lrcompile.graph.graph import Graph, fingerprint
+from lrcompile.lower.batches import model_batches
 from lrcompile.planning.distribution import entering, unlike_calibration, unlike_training
 from lrcompile.planning.sensitivity import Evaluator
 from lrcompile.recovery.checkpoint import Checkpoint

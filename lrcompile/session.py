@@ -13,19 +13,21 @@ from torch.utils import _pytree as pytree
 
 from lrcompile.compile import Result
 from lrcompile.compile import compile as compile_model
-from lrcompile.emit.write import check_plans_folder, check_writable, placed_whole, write_text
+from lrcompile.emit.write import check_onnx, check_plans_folder, check_writable, placed_whole, write_text
 from lrcompile.errors import BudgetError, InputError
 from lrcompile.front import front_figures, tradeoff
 from lrcompile.frontend.calibration_data import CalibrationData, load_calibration, load_labels
 from lrcompile.frontend.export import batch_size
 from lrcompile.frontend.inputs import call_inputs, example_inputs, input_names, parse_inputs
 from lrcompile.frontend.load import Source, load
+from lrcompile.frontend.trace import Traced
 from lrcompile.planning.budget import Budget, parse_latency, parse_size
 from lrcompile.planning.measures import RELATIVE
 from lrcompile.planning.metric import Evaluation, check_metric
 from lrcompile.planning.plan import Plan
 from lrcompile.plugins import configure, discover, parsed_option, select
 from lrcompile.progressive import progressive
+from lrcompile.quantize import RESERVE, Quantization, check_float32
 from lrcompile.recover import recover
 from lrcompile.recovery.processes import Processes
 from lrcompile.recovery.settings import Recovery
@@ -75,6 +77,7 @@ class Request:
     recover_data: str | None
     labels: str | None
     progressive: str | None
+    quantize: str | None
 
     @classmethod
     def of(cls, **given: Any) -> Request:
@@ -99,6 +102,7 @@ def compile_files(request: Request, progress: Callable[[str, int, int], None]) -
     plan = Plan.load(request.plan) if request.plan else None
     budget, recovery = _until_error(_budget(request), _recovery(request))
     metric = check_metric(None if request.eval is None else Evaluation.load(request.eval), budget, plan)
+    _check_quantize(request)
     asked = _asked(request)
     processes = Processes.here() if recovery is not None else Processes()
     if processes.count > 1 and plan is None:
@@ -116,7 +120,8 @@ def compile_files(request: Request, progress: Callable[[str, int, int], None]) -
         return None
     if request.out is not None:
         progress("emit", 0, 0)
-        report = replace(result, report=report).save(request.out)
+        quantize = _quantization(request, asked)
+        report = replace(result, report=report).save(request.out, quantize=quantize, progress=progress)
     if request.plan_out is not None:
         write_text(request.plan_out, result.plan.dumps())
     if request.report_json is not None:
@@ -193,6 +198,7 @@ def family_files(request: Request, progress: Callable[[str, int, int], None]) ->
     for path in names:
         check_writable(str(path))
     check_writable(manifest, text=True)
+    _check_quantize(request)
     asked = _asked(request)
     data, labels = _learned(request, asked)
     family = progressive(
@@ -202,8 +208,10 @@ def family_files(request: Request, progress: Callable[[str, int, int], None]) ->
     members: list[dict[str, Any]] = []
     for member, path in zip(family, names, strict=True):
         progress("emit", len(members), len(names))
-        report = member.result.save(path)
-        members.append({**member.to_json(), "file": path.name, "verification": dict(report.verification)})
+        quantize = _quantization(request, asked, family[0].result.traced)
+        report = member.result.save(path, quantize=quantize, progress=progress)
+        written = {"verification": dict(report.verification), "quantization": report.quantization}
+        members.append({**member.to_json(), "file": path.name, **written})
     figures = {"model": request.model, "target": request.target, "notes": list(asked.problems), "members": members}
     write_text(manifest, json.dumps(finite(figures), indent=1, allow_nan=False) + "\n")
     return {**figures, "manifest": str(manifest)}
@@ -229,6 +237,9 @@ def _asked(request: Request) -> _Asked:
     options: dict[str, Any] = {"target": request.target, "calibration": calibration, "passes": passes}
     names = ("skip", "dtype", "batch", "max_rank", "io_rank", "opset", "seed")
     options |= {name: getattr(request, name) for name in names}
+    if request.quantize is not None:
+        state = source.program.state_dict  # an exported program's is no method
+        check_float32((state() if callable(state) else state).values(), request.dtype)
     return _Asked(source, (source.program, args, kwargs), options, found.problems)
 
 
@@ -241,6 +252,8 @@ def _budget(request: Request) -> Budget:
         options["max_latency_s"] = parse_latency(request.max_latency)
     if request.confidence is not None:
         options["confidence"] = request.confidence
+    if request.quantize is not None:
+        options["reserve"] = RESERVE
     if request.strategy is not None:
         options["strategy"] = request.strategy
     return Budget(**options)
@@ -268,7 +281,9 @@ def _until_error(budget: Budget, recovery: Recovery | None) -> tuple[Budget, Rec
     others = (budget.size, budget.speedup, budget.max_latency_s)
     if recovery is None or budget.max_error is None or all(limit is None for limit in others):
         return budget, recovery
-    return replace(budget, max_error=None), replace(recovery, until=budget.max_error)
+    assert budget.error_limit is not None
+    until = budget.measure_in_use.value(budget.error_limit)  # what a quantisation is left is not for the training
+    return replace(budget, max_error=None), replace(recovery, until=until)
 
 
 def _check_reached(result: Result, recovery: Recovery | None) -> None:
@@ -280,6 +295,28 @@ def _check_reached(result: Result, recovery: Recovery | None) -> None:
         f"after recovery the error is {error:.3g}, above the {recovery.until:g} allowed; allow that, ask for less "
         "speed-up or a larger size, train longer, or leave out --max-error to take what comes"
     )
+
+
+def _check_quantize(request: Request) -> None:
+    """Refuses before the work what cannot be quantised."""
+    if request.quantize is None:
+        return
+    if request.quantize != "int8":
+        raise InputError(f"--quantize {request.quantize} is unknown; expected int8")
+    check_onnx(request.out)
+    check_float32((), request.dtype)
+    if request.calib is None:
+        raise InputError("--quantize int8 needs inputs to calibrate with and to judge by; give --calib data.npz")
+    if request.max_drop is not None:
+        raise InputError(
+            "--quantize int8 is judged by the error of outputs, not by --eval; give --max-error instead of --max-drop"
+        )
+
+
+def _quantization(request: Request, asked: _Asked, original: Traced | None = None) -> Quantization | None:
+    if request.quantize is None:
+        return None
+    return Quantization(asked.options["calibration"], request.max_error, original)
 
 
 def _learned(request: Request, asked: _Asked) -> tuple[CalibrationData, Tensor | None]:

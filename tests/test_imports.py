@@ -35,15 +35,18 @@ MAY_IMPORT = {
     "report": "errors graph devices frontend planning",
     "confirm": "errors graph devices frontend emit planning",
     "remarks": "frontend planning planning.moments",
-    "compile": "errors graph devices frontend lower emit passes plugins planning.store planning report confirm remarks",
+    "quantize": "errors graph devices frontend emit planning report confirm",
+    "compile": "errors graph devices frontend lower emit passes plugins planning.store planning report confirm remarks "
+    "quantize",
     "front": "errors planning compile",
     "recovery": "errors memory graph",
-    "recover": "errors memory graph frontend planning recovery compile",
+    "recover": "errors memory graph frontend lower planning recovery compile",
     "progressive": "errors frontend graph planning report recovery compile recover",
-    "session": "errors devices frontend emit plugins planning report compile front recovery recover progressive",
+    "session": "errors devices frontend emit plugins planning report quantize compile front recovery recover "
+    "progressive",
     "cli": "errors memory devices plugins planning report session",
     "__main__": "cli",
-    "lrcompile": "errors graph devices frontend passes plugins planning report compile front recovery recover "
+    "lrcompile": "errors graph devices frontend passes plugins planning report quantize compile front recovery recover "
     "progressive",
     "lrcompile_passes": "graph planning.decompose passes",  # what a plugin may know
 }

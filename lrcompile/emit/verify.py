@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 import onnxruntime
@@ -69,12 +70,26 @@ def onnx_error(
         others = [[widen_tensor(value) for value in other] for other in others]
         note = "checked in float32: ONNX Runtime's CPU provider lacks kernels for the model's data type"
 
-    def emitted(flat: Sequence[Any]) -> list[torch.Tensor]:
-        tensors = [value.detach().contiguous().numpy() for value in flat if isinstance(value, torch.Tensor)]
-        return [torch.from_numpy(value) for value in session.run(None, dict(zip(input_names, tensors, strict=True)))]
-
-    error = emitted_error(emitted, gm, flat, dynamic_batch=dynamic_batch, others=others, limit=limit)
+    run_session = runner(session, input_names)
+    error = emitted_error(run_session, gm, flat, dynamic_batch=dynamic_batch, others=others, limit=limit)
     return VerifiedOnnx(error, note)
+
+
+def runner(
+    session: onnxruntime.InferenceSession, input_names: Sequence[str]
+) -> Callable[[Sequence[Any]], list[torch.Tensor]]:
+    """What runs a session on flat inputs; `input_names` are what it calls those of them that are tensors."""
+
+    def run_session(flat: Sequence[Any]) -> list[torch.Tensor]:
+        feeds = dict(zip(input_names, arrays(flat), strict=True))
+        return [torch.from_numpy(value) for value in session.run(None, feeds)]
+
+    return run_session
+
+
+def arrays(flat: Sequence[Any]) -> list[np.ndarray]:
+    """The tensors among flat inputs, as ONNX Runtime takes them."""
+    return [value.detach().contiguous().numpy() for value in flat if isinstance(value, torch.Tensor)]
 
 
 def emitted_error(
@@ -131,7 +146,7 @@ def _native(model: str | Path | bytes, gm: fx.GraphModule, flat: Sequence[Any]) 
     if any(tensor.dtype == torch.bfloat16 for tensor in tensors):  # NumPy has no such type either
         return None
     try:
-        return _open(model)
+        return open_onnx(model)
     except VerificationError as error:
         if isinstance(error.__cause__, ort_errors.NotImplemented):
             return None  # a type for which there is no kernel; if that is not it, float32 fails likewise
@@ -144,10 +159,15 @@ def _open_widened(model: str | Path | bytes) -> onnxruntime.InferenceSession:
     with tempfile.TemporaryDirectory(prefix="lrcompile-") as folder:
         path = Path(folder) / "float32.onnx"
         save(wide, path)
-        return _open(path)
+        return open_onnx(path)
 
 
-def _open(model: str | Path | bytes) -> onnxruntime.InferenceSession:
+def open_onnx(model: str | Path | bytes) -> onnxruntime.InferenceSession:
+    """A session on an ONNX model, a path or its bytes, on the CPU.
+
+    Raises:
+        VerificationError: ONNX Runtime cannot load it.
+    """
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL

@@ -36,31 +36,58 @@ _WIDENED_LIMIT = 5e-2  # half-precision weights that were folded together in ano
 
 @dataclass(frozen=True)
 class Emitted:
-    """What was written: the relative error of the file against the compiled model, and what the user should know."""
+    """What was written: the relative error of the file against the compiled model, and what the user should know.
+
+    `refined` are the figures of what was made of an ONNX file before it was put in place.
+    """
 
     verification: Mapping[str, float | None]
     notes: tuple[str, ...] = field(default=())
+    refined: Mapping[str, Any] | None = None
 
 
-def emit(path: str | Path, gm: fx.GraphModule, traced: Traced) -> Emitted:
+Refine = Callable[[Path], tuple[Mapping[str, Any], Sequence[str]]]
+"""Replaces a complete and verified ONNX file by another, or leaves it; returns figures and notes."""
+
+
+def emit(path: str | Path, gm: fx.GraphModule, traced: Traced, refine: Refine | None = None) -> Emitted:
     """Writes a compiled graph as `.onnx`, `.pt2` or a folder, verified against the graph itself.
 
     The output appears when it is complete and verified; until then, and after any failure, what was at the path
-    stays as it was. ONNX weights of more than 2 GB go to `<path>.data`.
+    stays as it was. ONNX weights of more than 2 GB go to `<path>.data`. `refine` has the last word on an ONNX file.
 
     Raises:
-        InputError: the path cannot be written, the disk is full, or the graph cannot be expressed in the format.
+        InputError: the path cannot be written, the disk is full, or the graph cannot be expressed in the format, or
+            there is something to refine and no ONNX, or one of more than 2 GB.
         VerificationError: what was emitted does not compute what the graph computes.
     """
     check_writable(path)
+    if refine is not None:
+        check_onnx(path)
     kind, path = _kind(path), _real(Path(path))
     stale = _data_file(path) if kind == ".onnx" else None
     with _staging(path, weight_bytes(gm)) as folder:
         emitted, written = _EMITTERS[kind](folder / path.name, gm, traced)
+        if refine is not None:
+            if len(written) > 1:
+                raise InputError("--quantize takes models of up to 2 GB of weights; compile this one without it")
+            refined, notes = refine(written[0])
+            emitted = replace(emitted, refined=refined, notes=(*emitted.notes, *notes))
         _install([(file, path.with_name(file.name)) for file in written], folder)
     if stale is not None and stale.name not in {file.name for file in written}:
         stale.unlink(missing_ok=True)
     return emitted
+
+
+def check_onnx(path: str | Path | None) -> None:
+    """Refuses, where a model is to be quantised, to write anything but ONNX.
+
+    Raises:
+        InputError: the path does not end in `.onnx`.
+    """
+    if path is None or _kind(path) != ".onnx":
+        got = "no output" if path is None else f"{path}"
+        raise InputError(f"--quantize int8 writes ONNX, got {got}; give --out with a name that ends in .onnx")
 
 
 def check_opset(opset: int | None) -> int | None:
@@ -269,7 +296,7 @@ def _emit_onnx(path: Path, gm: fx.GraphModule, traced: Traced) -> tuple[Emitted,
     written = save(lowered.model, path)
     limit = _limit(gm)
     checked = onnx_error(
-        path, gm, traced.flat, lowered.input_names, **_other_sizes(traced, lowered.open_axes), limit=limit
+        path, gm, traced.flat, lowered.input_names, **other_sizes(traced, lowered.open_axes), limit=limit
     )
     _check_error("ONNX model", checked.error, limit if checked.note is None else _WIDENED_LIMIT)
     notes = lowered.notes if checked.note is None else (*lowered.notes, checked.note)
@@ -312,12 +339,12 @@ def _module_error(what: str, module: nn.Module, gm: fx.GraphModule, traced: Trac
         return pytree.tree_leaves(module(*args, **kwargs))
 
     limit = _limit(gm)
-    error = emitted_error(emitted, gm, traced.flat, **_other_sizes(traced, kept), limit=limit)
+    error = emitted_error(emitted, gm, traced.flat, **other_sizes(traced, kept), limit=limit)
     _check_error(what, error, limit)
     return error
 
 
-def _other_sizes(traced: Traced, kept: OpenAxes) -> dict[str, Any]:
+def other_sizes(traced: Traced, kept: OpenAxes) -> dict[str, Any]:
     """What to check besides the example, by the axes that what was emitted leaves open."""
     open_batch = replace(traced, open_axes=kept).dynamic_batch
     return {"dynamic_batch": open_batch, "others": traced.others if kept == traced.open_axes else ()}

@@ -29,7 +29,8 @@ class Budget:
     the user's metric may fall, in its own units. `measure`: what `max_error` is of, "error" as above, "kl" (divergence
     of the softmax over the last axis of the first floating-point output from the original's, in nats a position) or
     "top1" (the share of positions at which the largest entry of that axis is another one). `strategy`: what chooses, a
-    name or one with options of its own, such as `Beam(width=8)`.
+    name or one with options of its own, such as `Beam(width=8)`. `reserve`: the share of `max_error`, squared, that
+    rewrites leave to what comes after them, such as quantisation.
 
     With `max_error` or `max_drop`, or with no limit at all (then a `max_error` of `DEFAULT_MAX_ERROR` holds), the
     fastest model within the limits is sought; with only size, speed or latency limits, the most accurate one.
@@ -43,6 +44,7 @@ class Budget:
     max_drop: float | None = None
     measure: str = "error"
     strategy: str | Strategy = "milp"
+    reserve: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("max_error", "size", "speedup", "max_latency_s", "confidence", "max_drop"):
@@ -58,15 +60,19 @@ class Budget:
             raise InputError("--size 0 leaves no model; expected a share of the original such as 0.5, or bytes")
         if not self.confidence < 1:
             raise InputError(f"--confidence {self.confidence} can never be reached; expected less than 1, such as 0.8")
+        if not 0 <= self.reserve < 1:
+            raise InputError(f"budget reserve is {self.reserve!r}; expected a share of at least 0 and less than 1")
         if getattr(self.strategy, "name", self.strategy) not in STRATEGY_NAMES:
             raise InputError(f"--strategy {self.strategy!r} is unknown; expected one of {', '.join(STRATEGY_NAMES)}")
 
     @property
     def error_limit(self) -> float | None:
-        """The limit in force on the error, or on the root of another measure; None where nothing limits it.
+        """The limit on the error of rewrites, or on the root of another measure; None where nothing limits it."""
+        return None if self.whole_limit is None else self.whole_limit * math.sqrt(1 - self.reserve)
 
-        It is the one given, or the default where nothing is limited.
-        """
+    @property
+    def whole_limit(self) -> float | None:
+        """The same without a reserve: the one given, or the default where nothing is limited."""
         if self.max_error is not None:
             return MEASURES[self.measure].root(self.max_error)
         limited = any((self.size, self.speedup, self.max_latency_s)) or self.max_drop is not None

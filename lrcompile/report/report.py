@@ -58,7 +58,8 @@ class Decision:
 class Report:
     """The result of a compile in figures. Latencies are milliseconds; `kind` is "analytic" or "measured".
 
-    `metric` is the user's own before and after, with the drop allowed; None where none was given.
+    `metric` is the user's own before and after, with the drop allowed; None where none was given. `quantization` is
+    what `Result.save` did and measured where it was asked for int8.
     """
 
     target: str
@@ -73,6 +74,7 @@ class Report:
     settings: Mapping[str, Any] = field(default_factory=dict)
     recovery: Mapping[str, Any] | None = None
     metric: Mapping[str, Any] | None = None
+    quantization: Mapping[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain JSON values."""
@@ -89,6 +91,7 @@ class Report:
                 "rewrites": [rewrite.to_json() for rewrite in self.rewrites],
                 "verification": dict(self.verification),
                 "recovery": None if self.recovery is None else dict(self.recovery),
+                "quantization": None if self.quantization is None else dict(self.quantization),
                 "timings_s": dict(self.timings_s),
                 "notes": list(self.notes),
             }
@@ -210,7 +213,7 @@ def error_figures(
         "metric": measure.label,
         "basis": basis,
         **batches,
-        "budget": budget.error_limit if budget.max_error is None else budget.max_error,
+        "budget": budget.whole_limit if budget.max_error is None else budget.max_error,
         "measured": measure.value(measured),
     }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -40,8 +40,35 @@ def print_report(console: Console, report: Report) -> None:
     onnx = report.verification.get("onnx_vs_torch")
     if onnx is not None:
         console.print(f"verified  ONNX Runtime against the rewritten model: {onnx:.1e} relative")
+    if report.quantization is not None:
+        for line in quantization_lines(report.quantization):
+            console.print(line)
     for note in report.notes:
         console.print(f"note      {note}")
+
+
+def quantization_lines(figures: Mapping[str, Any]) -> Iterator[str]:
+    """What was quantised, and what that cost and gained; nothing where no layer was."""
+    if figures["error"] is None:
+        return
+    left, size = figures["layers"] - len(figures["left_float"]), figures["bytes"]
+    judged = f"{figures['batches_judged']} batches{' held out' if figures['held_out'] else ''}"
+    yield (
+        f"int8      error {figures['error']:.3g} against the float model, {figures['error_whole']:.3g} "
+        f"{figures['metric']} against the original (measured; {judged}, budget {figures['budget']:g})"
+    )
+    bits = ", ".join(f"weights of {kind} in {count} bits" for kind, count in figures["weight_bits"].items())
+    yield (
+        f"          {left} of {figures['layers']} layers, {size[0] / 1e6:.2f} → {size[1] / 1e6:.2f} MB, {bits}; "
+        f"{'written' if figures['written'] == 'int8' else 'not written'}"
+    )
+    latency = figures["latency_ms"]
+    if latency is not None:
+        (a, a_low, a_high), (b, b_low, b_high) = latency["of_float"], latency["of_original"]
+        yield (
+            f"          {latency['int8']:.4g} ms: {a:.3f}× the time of the float model ({a_low:.3f}–{a_high:.3f}), "
+            f"{b:.3f}× that of the original ({b_low:.3f}–{b_high:.3f}; measured)"
+        )
 
 
 def metric_line(metric: Mapping[str, Any]) -> str:

@@ -1,0 +1,175 @@
+"""From a float ONNX graph to one that computes in 8-bit integers, by ONNX Runtime's own quantizer.
+
+Convolutions are quantised statically, with ranges from calibration data: sought anew in each run they are several times
+slower than in float. Products with constant matrices are quantised dynamically, with ranges of each run: what
+transformers multiply has outliers, for which one range for all inputs is too coarse. `docs/quantization.md` has the
+figures. Whatever else there is stays in float.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import tempfile
+import warnings
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from lrcompile.errors import VerificationError
+from lrcompile.frontend.archives import first_line
+
+STATIC, DYNAMIC = "convolutions", "products"
+Feeds = Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Quantizable:
+    """A node with a constant float weight: its name, whether its inputs' range is calibrated, and its layer's name."""
+
+    node: str
+    kind: str
+    layer: str
+
+
+def quantizable(model: onnx.ModelProto) -> tuple[Quantizable, ...]:
+    """The nodes that 8-bit integers make faster, in graph order: convolutions and products with constant matrices."""
+    floats = {t.name: len(t.dims) for t in model.graph.initializer if t.data_type == TensorProto.FLOAT}
+    found = []
+    for node in model.graph.node:
+        if len(node.input) < 2 or node.input[1] not in floats or node.input[0] in floats:
+            continue
+        is_product = node.op_type == "MatMul" and floats[node.input[1]] == 2
+        if node.op_type == "Conv":
+            kind = STATIC
+        elif is_product or (node.op_type == "Gemm" and _is_plain(node)):
+            kind = DYNAMIC
+        else:
+            continue
+        found.append(Quantizable(node.name, kind, node.input[1].removesuffix(".weight")))
+    return tuple(found)
+
+
+def _is_plain(gemm: onnx.NodeProto) -> bool:
+    """Whether a Gemm is a product and a sum, which the quantizer takes apart."""
+    given = {attribute.name: helper.get_attribute_value(attribute) for attribute in gemm.attribute}
+    return given.get("alpha", 1.0) == 1.0 and given.get("beta", 1.0) == 1.0 and not given.get("transA", 0)
+
+
+class Quantizer:
+    """Quantises parts of one model; ranges are calibrated once. Use it as a context: its files are gone afterwards."""
+
+    def __init__(self, path: Path, feeds: Sequence[Feeds]) -> None:
+        self.path = path
+        self.feeds = feeds
+        model = onnx.load(path)
+        self.nodes = quantizable(model)
+        self._activations = _activations(model)
+        self._folder = tempfile.TemporaryDirectory(prefix="lrcompile-")
+
+    def __enter__(self) -> Quantizer:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self._folder.cleanup()
+
+    def quantized(self, nodes: Collection[Quantizable], narrow: Collection[str] = ()) -> bytes:
+        """The model with these nodes in 8-bit integers, the same bytes for the same nodes.
+
+        The weights of the kinds in `narrow` have 7 bits.
+
+        Raises:
+            VerificationError: the quantizer fails.
+        """
+        chosen = set(nodes)
+        static = [node.node for node in self.nodes if node in chosen and node.kind == STATIC]
+        dynamic = [node.node for node in self.nodes if node in chosen and node.kind == DYNAMIC]
+        path = self.path
+        with _quiet():
+            try:
+                if static:
+                    path = self._static(path, static, STATIC in narrow)
+                if dynamic:
+                    path = self._dynamic(path, dynamic, DYNAMIC in narrow)
+            except Exception as error:  # whatever the quantizer raises
+                raise VerificationError(
+                    f"ONNX Runtime's quantizer cannot quantise the model: {type(error).__name__}: {first_line(error)}; "
+                    "nothing is written; compile without --quantize"
+                ) from error
+        return _stripped(onnx.load(path)).SerializeToString(deterministic=True)
+
+    def _static(self, path: Path, names: list[str], narrow: bool) -> Path:
+        from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
+
+        out = Path(self._folder.name) / "static.onnx"
+        activations = [self._activations[name] for name in names if name in self._activations]
+        quantize_static(
+            path, out, _Reader(self.feeds),
+            quant_format=QuantFormat.QDQ, per_channel=True, reduce_range=narrow,
+            activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
+            op_types_to_quantize=["Conv", "Relu", "Clip"], nodes_to_quantize=[*names, *activations],
+            calibration_cache_path=Path(self._folder.name) / "ranges.json",
+        )  # fmt: skip
+        return out
+
+    def _dynamic(self, path: Path, names: list[str], narrow: bool) -> Path:
+        from onnxruntime.quantization import QuantType, quantize_dynamic
+
+        out = Path(self._folder.name) / "dynamic.onnx"
+        taken_apart = [f"{name}_MatMul" for name in names]  # what the quantizer calls the product of a Gemm
+        quantize_dynamic(
+            path, out,
+            op_types_to_quantize=["MatMul"], nodes_to_quantize=[*names, *taken_apart],
+            per_channel=True, reduce_range=narrow, weight_type=QuantType.QInt8,
+            extra_options={"MatMulConstBOnly": True},
+        )  # fmt: skip
+        return out
+
+
+class _Reader:
+    """Calibration data as the quantizer reads them."""
+
+    def __init__(self, feeds: Sequence[Feeds]) -> None:
+        self._left = iter(feeds)
+
+    def get_next(self) -> Feeds | None:
+        return next(self._left, None)
+
+
+def _activations(model: onnx.ModelProto) -> dict[str, str]:
+    """The ReLU of each convolution that has one, which the range of an unsigned output does by itself."""
+    zeros = {t.name for t in model.graph.initializer if not any(t.dims) and not numpy_helper.to_array(t).any()}
+    convolutions = {node.output[0]: node.name for node in model.graph.node if node.op_type == "Conv"}
+    found = {}
+    for node in model.graph.node:
+        is_relu = node.op_type == "Relu" or (node.op_type == "Clip" and len(node.input) > 1 and node.input[1] in zeros)
+        if is_relu and node.input[0] in convolutions:
+            found[convolutions[node.input[0]]] = node.name
+    return found
+
+
+def _stripped(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Without what the quantizer says of itself."""
+    model.producer_name, model.producer_version = "lrcompile", ""
+    del model.metadata_props[:]
+    return model
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silences the quantizer, which prints and writes to the root logger."""
+    before, sink = logging.root.manager.disable, logging.NullHandler()
+    logging.root.addHandler(sink)  # or the quantizer's first word would give the caller's logger a handler
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+        logging.root.removeHandler(sink)

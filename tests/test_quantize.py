@@ -1,0 +1,397 @@
+"""Output in 8-bit integers: what is quantised, within which error, and what is said of it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import tempfile
+from collections import Counter
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lrcompile
+from lrcompile import Budget, CalibrationData, Quantization, Result, calibration_from
+from lrcompile import quantize as decisions
+from lrcompile.cli import run
+from lrcompile.devices.bench import BenchResult
+from lrcompile.emit.int8 import Quantizer, quantizable
+from lrcompile.errors import InputError, VerificationError
+
+
+class ConvNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1, groups=16), nn.ReLU6(),
+            nn.Conv2d(16, 8, 1),
+        )  # fmt: skip
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x).mean((2, 3)))
+
+
+class Mlp(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(32, 48), nn.Linear(48, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.up(x).relu())
+
+
+class Louder(Mlp):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up.weight.data *= 1.5
+
+
+class Transformer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(32, 2, 64, dropout=0.0, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+class Sensitive(nn.Module):
+    """One layer of three has an outlier that leaves 8 bits nothing for the rest, and the outlier is thrown away."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.middle, self.last = nn.Linear(32, 32), nn.Linear(32, 32), nn.Linear(32, 32)
+        self.middle.weight.data[:, 0] = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x)
+        return self.last(self.middle(torch.cat([hidden[:, :1] + 1e4, hidden[:, 1:]], 1)).relu())
+
+
+class Reciprocal(nn.Module):
+    """What is small beside the other values becomes zero in 8 bits, and its reciprocal infinite."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 2, 1, bias=False)
+        self.conv.weight.data = torch.eye(2).reshape(2, 2, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 1 / self.conv(x)
+
+
+class Plain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x * self.scale).softmax(-1)
+
+
+INPUTS: dict[type[nn.Module], tuple[int, ...]] = {
+    ConvNet: (3, 8, 8), Mlp: (32,), Louder: (32,), Transformer: (6, 32),
+    Sensitive: (32,), Plain: (4,), Reciprocal: (2, 2, 2),
+}  # fmt: skip
+LAYERS = {
+    ConvNet: {"body.0", "body.2", "body.4", "head"},
+    Mlp: {"up", "down"},
+    Transformer: {"layer.self_attn.in_proj", "layer.self_attn.out_proj", "layer.linear1", "layer.linear2"},
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+def data(kind: type[nn.Module]) -> CalibrationData:
+    x = torch.randn(32, *INPUTS[kind], generator=torch.Generator().manual_seed(1))
+    return calibration_from({"x": x.abs() + 0.1 if kind is Reciprocal else x}, ["x"], 4)
+
+
+@cache
+def compiled(kind: type[nn.Module], max_error: float | None = None, **options: Any) -> tuple[Result, CalibrationData]:
+    torch.manual_seed(0)
+    given = data(kind)
+    budget = Budget(max_error=max_error, reserve=decisions.RESERVE)
+    model = kind().eval()
+    return lrcompile.compile(
+        model, (given.batches[0]["x"],), calibration=given, budget=budget, **{"target": "rpi5"} | options
+    ), given
+
+
+def outputs(path: Path, given: CalibrationData) -> np.ndarray:
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return np.concatenate([session.run(None, {"x": batch["x"].numpy()})[0] for batch in given.batches[-2:]])
+
+
+def operations(path: Path) -> Counter[str]:
+    return Counter(node.op_type for node in onnx.load(path).graph.node)
+
+
+@pytest.mark.parametrize("kind", [ConvNet, Mlp, Transformer])
+def test_the_file_computes_in_integers_within_the_error_that_is_reported(kind: type[nn.Module], tmp_path: Path) -> None:
+    result, given = compiled(kind, 0.2)
+    result.save(tmp_path / "float.onnx")
+    report = result.save(tmp_path / "int8.onnx", quantize=Quantization(given))
+    figures = report.quantization
+    assert figures is not None
+    assert figures["written"] == "int8"
+    assert figures["layers"] == len(LAYERS[kind])
+    assert figures["left_float"] == []
+    found = operations(tmp_path / "int8.onnx")
+    products = 1 if kind is ConvNet else len(LAYERS[kind])
+    assert found["MatMulInteger"] == products
+    assert found["Relu"] + found["Clip"] == (0 if kind is ConvNet else operations(tmp_path / "float.onnx")["Relu"])
+    expected, got = outputs(tmp_path / "float.onnx", given), outputs(tmp_path / "int8.onnx", given)
+    error = np.linalg.norm(got - expected) / np.linalg.norm(expected)
+    assert figures["error"] == pytest.approx(error, rel=1e-3)  # of the float graph in torch, so to rounding
+    assert 1e-4 < figures["error"] <= 0.2
+    assert figures["error_whole"] <= 0.2
+    assert figures["batches_fitted"] == 6
+    assert figures["batches_judged"] == 2
+    assert figures["held_out"]
+    assert figures["latency_ms"] is None
+    assert any("not predicted" in note for note in report.notes)
+    assert result.report.quantization is None
+    assert report.to_json()["quantization"]["written"] == "int8"
+
+
+def test_layers_have_their_names(tmp_path: Path) -> None:
+    for kind, names in LAYERS.items():
+        compiled(kind, 0.2)[0].save(tmp_path / "float.onnx")
+        found = {node.layer for node in quantizable(onnx.load(tmp_path / "float.onnx"))}
+        assert len(found) == len(names), (kind, found)
+        assert found <= names | {name + "_weight" for name in names}, (kind, found)
+
+
+def test_same_bytes_and_no_traces(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
+    monkeypatch.chdir(scratch)
+    handlers, disabled = list(logging.root.handlers), logging.root.manager.disable
+    for name in ("a", "b"):
+        result, given = compiled.__wrapped__(ConvNet, 0.2)
+        assert result.save(tmp_path / f"{name}.onnx", quantize=Quantization(given)).quantization is not None
+    assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
+    assert b"onnx.quantize" not in (tmp_path / "a.onnx").read_bytes()
+    assert capfd.readouterr() == ("", "")
+    assert [name for name in os.listdir(scratch) if not name.startswith("torchinductor")] == []  # torch's, at export
+    assert sorted(os.listdir(tmp_path)) == ["a.onnx", "b.onnx", "scratch"]
+    assert (logging.root.handlers, logging.root.manager.disable) == (handlers, disabled)
+
+
+def test_any_batch(tmp_path: Path) -> None:
+    result, given = compiled(ConvNet, 0.2)
+    result.save(tmp_path / "out.onnx", quantize=Quantization(given))
+    session = onnxruntime.InferenceSession(tmp_path / "out.onnx", providers=["CPUExecutionProvider"])
+    x = data(ConvNet).batches[0]["x"].numpy()
+    whole = session.run(None, {"x": x})[0]
+    single = np.concatenate([session.run(None, {"x": x[i : i + 1]})[0] for i in range(len(x))])
+    assert np.linalg.norm(whole - single) / np.linalg.norm(whole) < 0.02  # the last layer's range is of each run
+
+
+def test_what_costs_most_stays_in_float(tmp_path: Path) -> None:
+    result, given = compiled(Sensitive, passes=())
+    report = result.save(tmp_path / "out.onnx", quantize=Quantization(given))
+    figures = report.quantization
+    assert figures is not None
+    assert figures["written"] == "int8"
+    assert figures["left_float"] == ["middle"]
+    assert figures["error_whole"] <= 0.05
+    assert operations(tmp_path / "out.onnx")["MatMulInteger"] == 2
+
+
+def test_the_whole_error_counts_and_the_rewrites_leave_room(tmp_path: Path) -> None:
+    assert Budget(max_error=0.1, reserve=0.5).error_limit == pytest.approx(0.1 / 2**0.5)
+    assert Budget(max_error=0.1, reserve=0.5, measure="kl").whole_limit == pytest.approx(0.1**0.5)
+    result, given = compiled(Mlp, 0.2)
+    louder = compiled(Louder)[0].traced  # so that the rewrites seem to have taken all of the budget
+    report = result.save(tmp_path / "out.onnx", quantize=Quantization(given, original=louder))
+    figures = report.quantization
+    assert figures is not None
+    assert figures["written"] == "float"
+    assert figures["error"] is None
+    assert operations(tmp_path / "out.onnx")["MatMulInteger"] == 0
+    assert any("over 0.2" in note and "float model is written" in note for note in report.notes)
+    loose = Quantization(given, max_error=1.0, original=louder)
+    wider = result.save(tmp_path / "out.onnx", quantize=loose).quantization
+    assert wider is not None
+    assert wider["written"] == "int8"
+    assert wider["error_whole"] > 0.2 > wider["error"]
+
+
+def test_nothing_to_quantise(tmp_path: Path) -> None:
+    result, given = compiled(Plain)
+    report = result.save(tmp_path / "out.onnx", quantize=Quantization(given))
+    assert report.quantization is not None
+    assert report.quantization["written"] == "float"
+    assert any("nothing in the model can be quantised" in note for note in report.notes)
+    assert (tmp_path / "out.onnx").is_file()
+
+
+def test_infinite_outputs_write_nothing(tmp_path: Path) -> None:
+    result, given = compiled(Reciprocal)
+    small = {"x": torch.cat([batch["x"] for batch in given.batches])}
+    small["x"][-8:] = 1e-6
+    (tmp_path / "out.onnx").write_text("old")
+    with pytest.raises(VerificationError, match="NaN or infinite where that of the float model is not"):
+        result.save(tmp_path / "out.onnx", quantize=Quantization(calibration_from(small, ["x"], 4)))
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("out.onnx", "old")]
+
+
+@pytest.mark.parametrize(
+    ("ratio", "written"), [((0.5, 0.4, 0.6), "int8"), ((1.0, 0.9, 1.1), "int8"), ((2, 1.9, 2.1), "float")]
+)
+def test_here_what_is_surely_slower_is_not_written(
+    ratio: tuple[float, float, float], written: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    middle, low, high = ratio
+    measured = BenchResult(
+        1e-3, 1e-3, middle * 1e-3, middle * 1e-3, middle, low, high, 6, 12, False, 0.0, 0.0, "", 4, 1
+    )
+    monkeypatch.setattr(decisions, "paired", lambda *models, **options: measured)
+    result, given = compiled(Mlp, 0.2)
+    local = replace(result, plan=replace(result.plan, target="local"))
+    report = local.save(tmp_path / "out.onnx", quantize=Quantization(given))
+    figures = report.quantization
+    assert figures is not None
+    assert figures["written"] == written
+    assert figures["latency_ms"]["of_float"] == list(ratio) == figures["latency_ms"]["of_original"]
+    assert (operations(tmp_path / "out.onnx")["MatMulInteger"] > 0) == (written == "int8")
+    said = " ".join(report.notes)
+    assert ("2.00× the time" in said) == (written == "float")
+    assert ("not measured to be faster" in said) == (low <= 1 <= high)
+
+
+def test_half_precision_and_other_outputs_are_refused(tmp_path: Path) -> None:
+    result, given = compiled(Mlp, dtype="fp16")
+    with pytest.raises(InputError, match="got float16; give --dtype fp32"):
+        result.save(tmp_path / "out.onnx", quantize=Quantization(given))
+    result, given = compiled(Mlp)
+    with pytest.raises(InputError, match=r"writes ONNX, got .*out\.pt2"):
+        result.save(tmp_path / "out.pt2", quantize=Quantization(given))
+    assert list(tmp_path.iterdir()) == []
+
+
+# --------------------------------------------------------------------------------------------------- command line
+
+
+@pytest.fixture
+def cwd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    x = data(Mlp)
+    program = torch.export.export(Mlp().eval(), (x.batches[0]["x"],), dynamic_shapes=({0: torch.export.Dim.AUTO},))
+    torch.export.save(program, "model.pt2")
+    half = torch.export.export(Mlp().eval().half(), (x.batches[0]["x"].half(),))
+    torch.export.save(half, "half.pt2")
+    np.savez("calib.npz", x=torch.cat([batch["x"] for batch in x.batches]).numpy())
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("model.pt2 --quantize int4 --calib calib.npz --out out.onnx", "--quantize int4 is unknown; expected int8"),
+        ("model.pt2 --quantize int8 --out out.onnx", "give --calib data.npz"),
+        ("model.pt2 --quantize int8 --calib calib.npz", "got no output; give --out"),
+        ("model.pt2 --quantize int8 --calib calib.npz --out out.pt2", "got out.pt2"),
+        ("model.pt2 --quantize int8 --calib calib.npz --out folder", "got folder"),
+        ("model.pt2 --quantize int8 --calib calib.npz --out out.onnx --dtype bf16", "got bf16; give --dtype fp32"),
+        ("half.pt2 --quantize int8 --calib calib.npz --out out.onnx", "got float16; give --dtype fp32"),
+        (
+            "model.pt2 --quantize int8 --calib calib.npz --out out.onnx --eval task:f --max-drop 0.1",
+            "give --max-error instead of --max-drop",
+        ),
+    ],
+)
+def test_refused_before_the_work(
+    words: str, message: str, cwd: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (cwd / "task.py").write_text("def f(model):\n    return 1.0\n")
+    monkeypatch.setattr("lrcompile.session.compile_model", lambda *given, **options: pytest.fail("it was compiled"))
+    before = sorted(cwd.iterdir())
+    assert run(words.split()) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
+    assert sorted(cwd.iterdir()) == before
+
+
+def test_command_and_replay(cwd: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    common = "model.pt2 --calib calib.npz --quantize int8"
+    assert (
+        run(f"{common} --target rpi5 --max-error 0.1 --out a.onnx --plan-out p.json --report-json r.json".split()) == 0
+    )
+    said = capsys.readouterr().out
+    assert "int8      error 0.0" in said
+    assert "2 of 2 layers" in said
+    assert "MB, weights of products in" in said
+    figures = json.loads(Path("r.json").read_text())["quantization"]
+    assert figures["written"] == "int8"
+    assert figures["budget"] == pytest.approx(0.1)
+    assert run(f"{common} --plan p.json --out b.onnx".split()) == 0
+    assert Path("a.onnx").read_bytes() == Path("b.onnx").read_bytes()
+    capsys.readouterr()
+    assert run(f"{common} --plan p.json --out c.onnx --max-error 1e-6 --json".split()) == 0
+    assert json.loads(capsys.readouterr().out)["quantization"]["written"] == "float"
+    assert operations(Path("c.onnx"))["MatMulInteger"] == 0
+
+
+def test_each_of_a_family_after_its_recovery(cwd: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = "model.pt2 --target rpi5 --calib calib.npz --quantize int8 --max-error 2 --progressive 0.8,0.6 --recover 5"
+    assert run([*words.split(), "--batch", "4", "--out", "m.onnx"]) == 0, capsys.readouterr()
+    members = json.loads(Path("m.family.json").read_text())["members"]
+    assert [member["quantization"]["written"] for member in members] == ["int8", "int8"]
+    x = data(Mlp)
+    torch.manual_seed(0)
+    original = Mlp().eval()
+    with torch.no_grad():
+        expected = torch.cat([original(batch["x"]) for batch in x.batches[-2:]]).numpy()
+    for member in members:
+        got = outputs(Path(member["file"]), x)
+        error = np.linalg.norm(got - expected) / np.linalg.norm(expected)
+        assert member["quantization"]["error_whole"] == pytest.approx(
+            error, rel=1e-2
+        )  # of the first model, not the parent
+
+
+def test_a_quantizer_that_fails_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*given: Any, **options: Any) -> None:
+        raise ValueError("no such operator\nand more")
+
+    monkeypatch.setattr("onnxruntime.quantization.quantize_dynamic", fail)
+    result, given = compiled(Mlp, 0.2)
+    with pytest.raises(VerificationError, match="ValueError: no such operator; nothing is written"):
+        result.save(tmp_path / "out.onnx", quantize=Quantization(given))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_quantizer_leaves_its_model_alone(tmp_path: Path) -> None:
+    result, given = compiled(ConvNet, 0.2)
+    path = tmp_path / "float.onnx"
+    result.save(path)
+    before = path.read_bytes()
+    with Quantizer(path, [{"x": batch["x"].numpy()} for batch in given.batches]) as int8:
+        part = int8.quantized(int8.nodes[:1])
+        assert part == int8.quantized(int8.nodes[:1])
+        assert part != int8.quantized(int8.nodes[:1], {int8.nodes[0].kind})
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
