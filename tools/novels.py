@@ -24,7 +24,7 @@ from tools.fetch_data import DataMissing, cache_directory, ensure
 VOCABULARY = 512
 CONTEXT = 128  # tokens
 WIDTH, BLOCKS, HEADS = 192, 4, 3
-BATCH, STEPS, RATE, DECAY, DROPOUT = 16, 2400, 2e-3, 0.1, 0.05
+BATCH, STEPS, RATE, DECAY, DROPOUT = 16, 1500, 2e-3, 0.1, 0.05
 UNSEEN = "persuasion"
 TITLES = ("emma", "mansfieldpark", "northangerabbey", UNSEEN, "prideprejudice", "sensesensibility")  # as in the package
 
