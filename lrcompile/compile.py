@@ -18,11 +18,11 @@ import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
+from lrcompile.cache import cache_folder
 from lrcompile.confirm import Measured, Reference, confirm
 from lrcompile.devices.cost import Cost, total
 from lrcompile.devices.fusion import describe_all
 from lrcompile.devices.target import Target, resolve_target
-from lrcompile.devices.timings import default_cache_dir
 from lrcompile.emit.write import check_opset, emit
 from lrcompile.errors import InputError, PlanError
 from lrcompile.frontend.calibration_data import CalibrationData
@@ -38,6 +38,7 @@ from lrcompile.planning.budget import Budget
 from lrcompile.planning.calibration import Split, collect
 from lrcompile.planning.canonicalize import canonicalize, check_exact, check_finite, rounding
 from lrcompile.planning.distribution import Spread, entering, unlike_training
+from lrcompile.planning.measures import RELATIVE
 from lrcompile.planning.metric import DropLimit, Evaluation, Metric, check_metric
 from lrcompile.planning.plan import Plan
 from lrcompile.planning.price import Pricing, price
@@ -327,7 +328,7 @@ def _settings(dtype: str, traced: Traced, seed: int, budget: Budget) -> dict[str
 
 def _relative_error(p: Prepared, budget: Budget, choice: Choice) -> float:
     """The relative output error of a choice, in whatever measure it was made."""
-    return choice.error if budget.measure == "error" else p.evaluator.error(choice.graph)
+    return choice.error if budget.measure == RELATIVE.name else p.evaluator.error(choice.graph)
 
 
 def replay(
@@ -377,8 +378,8 @@ def replay(
             seen = entering(traced.graph, data.fitted, traced.dynamic_batch)
         graph_after = rewritten(graph, plan.rewrites[count:], by_name, context)
         evaluator = Evaluator(traced.graph, data.judged, traced.dynamic_batch)
-        error = evaluator.error(graph_after)
         measured_error = evaluator.measured_in(plan.budget.measure_in_use).error(graph_after)
+        error = measured_error if plan.budget.measure == RELATIVE.name else evaluator.error(graph_after)
     check_rank(graph_after, traced)
     if target.is_local:
         measured = Reference.of(traced).measure(graph_after)
@@ -446,7 +447,7 @@ def _with_options(passes: Mapping[str, Pass], plan: Plan) -> dict[str, Pass]:
 def _calibrated(graph: Graph, data: Split, context: Context, clock: Clock, divisible: bool) -> Context:
     """The context with the statistics of calibration data, and decompositions remembered from other compiles."""
     found = collect(graph, data.fitted, clock.progress, weighted=True, divisible=divisible)
-    store = Store(default_cache_dir().parent / "decompositions")
+    store = Store(cache_folder("decompositions"))
     return Context(context.device, context.dtype, found.grams, found.token_counts, store, found.gradients)
 
 

@@ -19,16 +19,17 @@ MOST_LINES = 500
 MAY_IMPORT = {
     "errors": "",
     "memory": "",
+    "cache": "",
     "nn": "",
     "graph": "errors",
-    "devices": "errors graph",
+    "devices": "errors cache graph",
     "frontend": "errors nn graph",
     "lower": "errors nn graph frontend",
     "emit": "errors nn graph frontend",
     "planning.moments": "errors memory",
     "planning.decompose": "planning.moments",
     "planning.windows": "planning.moments planning.decompose",
-    "planning.store": "planning.moments planning.decompose planning.windows",
+    "planning.store": "cache planning.moments planning.decompose planning.windows",
     "passes": "errors graph devices planning.moments planning.decompose planning.windows planning.store",
     "plugins": "errors passes",
     "planning": "errors memory graph devices frontend planning.moments planning.decompose passes",
@@ -36,10 +37,10 @@ MAY_IMPORT = {
     "confirm": "errors graph devices frontend emit planning",
     "remarks": "frontend planning planning.moments",
     "quantize": "errors graph devices frontend emit planning report confirm",
-    "compile": "errors graph devices frontend lower emit passes plugins planning.store planning report confirm remarks "
-    "quantize",
+    "compile": "errors cache graph devices frontend lower emit passes plugins planning.store planning report confirm "
+    "remarks quantize",
     "front": "errors planning compile",
-    "recovery": "errors memory graph",
+    "recovery": "errors memory cache graph",
     "recover": "errors memory graph frontend lower planning recovery compile",
     "progressive": "errors frontend graph planning report recovery compile recover",
     "session": "errors devices frontend emit plugins planning report quantize compile front recovery recover "

@@ -6,12 +6,12 @@ import contextlib
 import hashlib
 import json
 import math
-import os
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from lrcompile.cache import cache_folder, put_whole
 
 SCHEMA = 2  # raise it when a measurement means something else
 TOO_NOISY = 0.25  # relative error above which a result is kept for an hour only
@@ -21,9 +21,8 @@ Timing = tuple[float, float]  # latency and its standard deviation, in seconds
 
 
 def default_cache_dir() -> Path:
-    """`$XDG_CACHE_HOME/lrcompile/local`, by default under `~/.cache`."""
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(base) / "lrcompile" / "local"
+    """Where measurements of this machine are remembered."""
+    return cache_folder("local")
 
 
 def key_of(*facts: Any) -> str:
@@ -51,8 +50,5 @@ def remember(folder: Path | None, key: str, timings: Sequence[Timing]) -> None:
     """Writes timings; a full or read-only disk costs a measurement next time, nothing else."""
     if folder is None:
         return
-    with contextlib.suppress(OSError):
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".tmp", delete=False) as file:
-            json.dump({"timings_s": timings}, file)
-        os.replace(file.name, folder / f"{key}.json")
+    with contextlib.suppress(OSError), put_whole(folder / f"{key}.json") as file:
+        file.write_text(json.dumps({"timings_s": timings}), encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
@@ -81,9 +82,9 @@ class Graph:
         """The module that a node calls, or None."""
         return submodule(self.gm, node.target) if node.op == "call_module" else None
 
-    def copy(self) -> Graph:
-        """A graph that can be edited on its own; modules and parameters stay shared."""
-        root = share(self.gm)
+    def copy(self, own: bool = False) -> Graph:
+        """A graph that can be edited on its own; modules and parameters stay shared, unless it is to `own` copies."""
+        root = copy.deepcopy(share(self.gm)) if own else share(self.gm)
         env: dict[fx.Node, fx.Node] = {}
         new = fx.Graph()
         output = new.graph_copy(self.gm.graph, env)

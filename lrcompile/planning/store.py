@@ -7,7 +7,6 @@ import hashlib
 import json
 import math
 import os
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -18,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lrcompile.cache import put_whole
 from lrcompile.planning.decompose import Spectrum, Tucker
 from lrcompile.planning.moments import Moments
 from lrcompile.planning.windows import Fit, WindowSpectrum, WindowTucker
@@ -63,13 +63,8 @@ class Store:
         with contextlib.suppress(OSError, SafetensorError):
             self.folder.mkdir(parents=True, exist_ok=True)
             self._make_room(sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()))
-            with tempfile.NamedTemporaryFile(dir=self.folder, suffix=".tmp", delete=False) as file:
-                pass
-            try:
-                save_file(dict(tensors), file.name, {"plain": json.dumps(plain)})
-                os.replace(file.name, path)
-            finally:
-                Path(file.name).unlink(missing_ok=True)
+            with put_whole(path) as file:
+                save_file(dict(tensors), file, {"plain": json.dumps(plain)})
 
     def _make_room(self, wanted: int) -> None:
         files = [(entry.stat(), Path(entry.path)) for entry in os.scandir(self.folder)]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -13,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from lrcompile.cache import cache_folder, put_whole
 
 SCHEMA = 1  # raise it when the same settings train otherwise
 
@@ -26,9 +26,8 @@ class Checkpoint:
     @classmethod
     def of(cls, *facts: Any, folder: Path | None = None) -> Checkpoint:
         """The file of a training that `facts` (plain JSON values) decide, by default in the user's cache."""
-        base = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "lrcompile" / "recover"
         key = hashlib.sha256(json.dumps([SCHEMA, torch.__version__, *facts], sort_keys=True).encode()).hexdigest()
-        return cls((folder or base) / f"{key}.pt")
+        return cls((folder or cache_folder("recover")) / f"{key}.pt")
 
     def load(self) -> dict[str, Any] | None:
         """What was saved, or None."""
@@ -42,16 +41,8 @@ class Checkpoint:
 
     def save(self, state: Mapping[str, Any]) -> None:
         """Replaces what was saved; a full or read-only disk costs the chance to go on, nothing else."""
-        with suppress(OSError, RuntimeError):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor, name = tempfile.mkstemp(dir=self.path.parent, suffix=".tmp")
-            try:
-                with os.fdopen(descriptor, "wb") as file:
-                    torch.save(dict(state), file)
-                os.replace(name, self.path)
-            except BaseException:
-                Path(name).unlink(missing_ok=True)
-                raise
+        with suppress(OSError, RuntimeError), put_whole(self.path) as path, path.open("wb") as file:
+            torch.save(dict(state), file)
 
     def drop(self) -> None:
         """Forgets what was saved."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from lrcompile.graph.graph import Graph, rebuild, share
+from lrcompile.graph.graph import Graph
 from lrcompile.memory import samples_in
 from lrcompile.recovery.attention import divergence, log_weights_of, same_calls
 from lrcompile.recovery.settings import Outputs
@@ -95,7 +94,7 @@ def pair(teacher: Graph, student: Graph, probe: Sequence[Any], inside: bool = Tr
     by_name = {node.name: node for node in teacher.nodes}
     found = []
     for node in trained.nodes if inside else ():
-        original = next((by_name[name] for name in node.meta.get("stands_for", ()) if name in by_name), None)
+        original = stood_for(node, by_name)
         if original is not None and _comparable(original, node):
             found.append((original, node))
     with torch.no_grad():
@@ -114,21 +113,17 @@ def pair(teacher: Graph, student: Graph, probe: Sequence[Any], inside: bool = Tr
     )
 
 
+def stood_for(node: fx.Node, originals: Mapping[str, fx.Node]) -> fx.Node | None:
+    """The value, of the originals by name, that a rewrite put a node in the place of, or None."""
+    return next((originals[name] for name in node.meta.get("stands_for", ()) if name in originals), None)
+
+
 def independent(graph: Graph) -> Graph:
     """A copy whose weights are its own, trainable ones; those that are shared inside stay shared."""
-    root = copy.deepcopy(share(graph.gm))
-    new = fx.Graph()
-    env: dict[fx.Node, fx.Node] = {}
-    old_output = next(node for node in reversed(graph.gm.graph.nodes) if node.op == "output")
-    output = new.output(new.graph_copy(graph.gm.graph, env))
-    output.meta = dict(old_output.meta)
-    new.set_codegen(graph.gm.graph._codegen)
-    for old, copied in env.items():
-        copied.meta = dict(old.meta)
-    result = rebuild(root, new)
-    for parameter in result.parameters():
+    result = graph.copy(own=True)
+    for parameter in result.gm.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
-    return Graph(result, graph.fake_mode)
+    return result
 
 
 def difference(expected: Tensor, got: Tensor, samples: int, form: Outputs, scale: Tensor | None = None) -> Tensor:

@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from lrcompile.graph.graph import Graph, owners, shape, storage_id, submodule
 from lrcompile.graph.rewrite import set_module
+from lrcompile.recovery.pair import stood_for
 
 RIDGE = 1e-2  # of the mean of the Gram matrix's diagonal: how strongly weights are held where they are
 LIVE_BYTES = 2**31  # of values that are held at one time, over all batches
@@ -62,7 +63,7 @@ def fitted_layers(teacher: Graph, student: Graph) -> dict[fx.Node, fx.Node]:
             continue
         if any(owner_map[storage_id(parameter)] > {site.path} for parameter in site.module.parameters()):
             continue
-        original = next((by_name[name] for name in node.meta.get("stands_for", ()) if name in by_name), None)
+        original = stood_for(node, by_name)
         if original is None and node.name in by_name and teacher.module(by_name[node.name]) is site.module:
             original = by_name[node.name]
         if original is not None and shape(original) == shape(node):
