@@ -7,9 +7,7 @@ five. What was trained is kept in the user's cache and found again as long as th
 from __future__ import annotations
 
 import argparse
-import hashlib
 import inspect
-import os
 import struct
 import sys
 import time
@@ -19,7 +17,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from tools.fetch_data import DataMissing, cache_directory, ensure
+from tools.fetch_data import DataMissing, ensure
+from tools.recipes import kept
 
 VOCABULARY = 512
 CONTEXT = 128  # tokens
@@ -141,19 +140,9 @@ def trained_on_novels(seed: int = 0, say: Callable[[str], None] = lambda line: N
     """
     sources = [inspect.getsource(part) for part in (NovelsGPT, fit, windows)]
     facts = [VOCABULARY, CONTEXT, WIDTH, BLOCKS, HEADS, BATCH, STEPS, RATE, DECAY, DROPOUT, UNSEEN, *sources]
-    key = hashlib.sha256(repr(facts).encode()).hexdigest()[:12]
-    path = cache_directory().parent / "models" / f"novels-gpt-{key}-{seed}.pt"
     torch.manual_seed(seed)
     model = NovelsGPT()
-    if path.exists():
-        model.load_state_dict(torch.load(path, weights_only=True))
-        return model.eval()
-    fit(model, windows()[0], seed, say)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(f".{os.getpid()}")
-    torch.save(model.state_dict(), unfinished)
-    unfinished.replace(path)
-    return model
+    return kept(f"novels-gpt-*-{seed}", facts, model, lambda: fit(model, windows()[0], seed, say))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -167,6 +167,21 @@ def accuracy(model: Callable[[Tensor], Tensor], data: tuple[Tensor, Tensor]) -> 
     return 100 * sum(int((model(images).argmax(1) == classes).sum()) for images, classes in parts) / len(data[1])
 
 
+def kept(name: str, facts: Sequence[object], model: nn.Module, fit: Callable[[], object]) -> nn.Module:
+    """A model with the weights that were trained with such facts before, or trained now and kept in the user's cache."""
+    key = hashlib.sha256(repr([getattr(fact, "__name__", fact) for fact in facts]).encode()).hexdigest()[:12]
+    path = cache_directory().parent / "models" / f"{name.replace('*', key)}.pt"
+    if path.exists():
+        model.load_state_dict(torch.load(path, weights_only=True))
+        return model.eval()
+    fit()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(f".{os.getpid()}")
+    torch.save(model.state_dict(), unfinished)
+    unfinished.replace(path)
+    return model
+
+
 def trained_on_fashion(name: str, seed: int = 0, say: Callable[[str], None] = lambda line: None) -> nn.Module:
     """The trained network of a recipe, from the user's cache or made now and kept there.
 
@@ -176,19 +191,9 @@ def trained_on_fashion(name: str, seed: int = 0, say: Callable[[str], None] = la
     recipe = RECIPES[name]
     sources = [inspect.getsource(part) for part in (FashionResNet, Residual, FashionViT, Block, fit, varied)]
     facts = [BATCH, HELD_OUT, SMOOTHING, SHIFT, *vars(recipe).values(), *sources]
-    key = hashlib.sha256(repr([getattr(fact, "__name__", fact) for fact in facts]).encode()).hexdigest()[:12]
-    path = cache_directory().parent / "models" / f"fashion-{name}-{key}-{seed}.pt"
     torch.manual_seed(seed)
     model = recipe.make()
-    if path.exists():
-        model.load_state_dict(torch.load(path, weights_only=True))
-        return model.eval()
-    fit(model, fashion()[0], recipe, seed, say)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(f".{os.getpid()}")
-    torch.save(model.state_dict(), unfinished)
-    unfinished.replace(path)
-    return model
+    return kept(f"fashion-{name}-*-{seed}", facts, model, lambda: fit(model, fashion()[0], recipe, seed, say))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
