@@ -23,9 +23,10 @@ from torch import Tensor, nn
 import lrcompile
 from lrcompile import CalibrationData, calibration_from
 from lrcompile.devices.bench import paired
+from lrcompile.devices.measure import cpu_name, usable_cores
 from lrcompile.errors import BudgetError
 from lrcompile.report.progress import ProgressDisplay
-from tools import models
+from tools import models, novels
 from tools.fetch_data import DataMissing
 from tools.recipes import accuracy, fashion, trained_on_fashion
 from tools.validate_profiles import put
@@ -113,6 +114,23 @@ def of_fashion(name: str) -> Task:
     return Task(model, (images[:8],), data(images[:512]), data(images[512:]), judge, "batch 8; the 10,000 test images")
 
 
+def gpt() -> Task:
+    """The GPT of `tools/novels.py`: windows of five novels to learn from, without the next tokens; the sixth judges."""
+    model = novels.trained_on_novels(say=lambda line: print(line, file=sys.stderr, flush=True))
+    train, unseen = novels.windows()
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
+    tokens, judged = train[order, :-1], unseen[:: max(1, len(unseen) // 512)]
+
+    def data(part: Tensor) -> CalibrationData:
+        return calibration_from({"input_ids": part}, ["input_ids"], 8, max_batches=None)
+
+    def judge(model: Callable[..., Tensor]) -> dict[str, float]:
+        return {"perplexity": novels.perplexity(model, judged)}
+
+    words = f"batch 8 × {novels.CONTEXT} tokens; {len(judged)} windows of the unseen novel"
+    return Task(model, (tokens[:8],), data(tokens[:256]), data(tokens[256:]), judge, words)
+
+
 def efficientnet() -> Task:
     """EfficientNet-Lite0 on crops of ten photographs; crops of ten others judge by the class that the original says."""
     model, (images,) = models.efficientnet_lite0(8)
@@ -136,6 +154,7 @@ TASKS: dict[str, Callable[[], Task]] = {
     "minilm": minilm,
     "resnet": lambda: of_fashion("resnet"),
     "vit": lambda: of_fashion("vit"),
+    "gpt": gpt,
     "efficientnet-lite0": efficientnet,
 }
 
@@ -187,7 +206,8 @@ def table(task: Task, found: Sequence[Row]) -> Iterator[str]:
     """The rows as Markdown, under what the original is judged at."""
     base = task.judge(task.model)
     names = list(base)
-    yield f"Original: {', '.join(f'{name} {value:.4g}' for name, value in base.items())}; {task.settings}."
+    figures = ", ".join(f"{name} {value:.4g}" for name, value in base.items())
+    yield f"Original: {figures}; {task.settings}. {cpu_name()}, {usable_cores()} cores."
     yield ""
     columns = [f"{name}, {when}" for name in names for when in ("rewritten", "recovered")]
     yield f"| asked | measured | weights | output error | {' | '.join(columns)} | minutes | steps |"

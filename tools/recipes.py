@@ -168,7 +168,7 @@ def accuracy(model: Callable[[Tensor], Tensor], data: tuple[Tensor, Tensor]) -> 
 
 
 def kept(name: str, facts: Sequence[object], model: nn.Module, fit: Callable[[], object]) -> nn.Module:
-    """A model with the weights that were trained with such facts before, or trained now and kept in the user's cache."""
+    """A model with weights that were trained by the same facts before, or are now and stay in the user's cache."""
     key = hashlib.sha256(repr([getattr(fact, "__name__", fact) for fact in facts]).encode()).hexdigest()[:12]
     path = cache_directory().parent / "models" / f"{name.replace('*', key)}.pt"
     if path.exists():
