@@ -45,7 +45,7 @@ def recover(
     the first output, whose last axis they count on. A tenth of the batches is kept out to judge by; what is judged
     worse than what was there is not kept. A training that was stopped goes on where it was when it is started again;
     `checkpoints` is the folder that it is kept in until then. `original` is the traced graph that it learns from, where
-    that is not the one that was compiled; then outputs alone are compared.
+    that is not the one that was compiled; then outputs alone are compared, and it is trained whatever was rewritten.
 
     Raises:
         InputError: the settings, the data or the labels cannot be used.
@@ -53,7 +53,7 @@ def recover(
     recovery = Recovery(**settings) if recovery is None else replace(recovery, **settings)
     teacher, student = original or result.traced.graph, Graph(result.model, result.traced.graph.fake_mode)
     same = teacher is result.traced.graph
-    if not result.plan.rewrites or all(rewrite.exact for rewrite in result.plan.rewrites):
+    if same and all(rewrite.exact for rewrite in result.plan.rewrites):
         note = "nothing to recover: no lossy rewrite was made"
         return replace(result, report=replace(result.report, notes=[*result.report.notes, note]))
     start = time.perf_counter()
