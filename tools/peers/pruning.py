@@ -7,6 +7,7 @@ that the model says itself; of an output without classes, its products with rand
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,15 +20,17 @@ STEPS = 5
 BATCHES = 10
 ROUND_TO = 8
 MOST = 0.9  # of the channels of a layer may go
+LAYERS = (nn.Linear, nn.Conv2d, nn.BatchNorm2d, nn.LayerNorm, nn.Embedding)
 
 
 def prepared(original: Original, name: str) -> Compress:
     """The compression of a model to a share of its channels."""
-    return lambda share: compressed(original, share)
+    said = [output.argmax(-1) for output in original.outputs(BATCHES)] if original.classes else []
+    return lambda share: compressed(original, share, said)
 
 
-def compressed(original: Original, share: float) -> Compressed:
-    """The model with about `share` of the channels of each structure left."""
+def compressed(original: Original, share: float, said: Sequence[Tensor]) -> Compressed:
+    """The model with about `share` of the channels of each structure left; `said` are the classes of each batch."""
     model = original.copy()
     before = widths(model)
     heads = dict(attention(model))
@@ -47,8 +50,8 @@ def compressed(original: Original, share: float) -> Compressed:
         unwrapped_parameters=unwrapped(model),
     )
     for _ in range(STEPS):
-        gradients(model, original)
-        for group in list(pruner.step(interactive=True)):
+        gradients(model, original, said)
+        for group in pruner.step(interactive=True):
             group.prune()
         follow(model)
     model.zero_grad(set_to_none=True)
@@ -56,16 +59,14 @@ def compressed(original: Original, share: float) -> Compressed:
     return Compressed(model, (f"{changed} of {len(before)} layers made narrower",))
 
 
-def gradients(model: nn.Module, original: Original) -> None:
+def gradients(model: nn.Module, original: Original, said: Sequence[Tensor]) -> None:
     """Gradients of the loss on calibration batches."""
     chance = torch.Generator().manual_seed(0)
     model.zero_grad()
-    for batch in original.batches[:BATCHES]:
+    for i, batch in enumerate(original.batches[:BATCHES]):
         output = model(*batch)
-        if original.classes:
-            with torch.no_grad():
-                said = original.model(*batch).argmax(-1)
-            loss = nn.functional.cross_entropy(output, said)
+        if said:
+            loss = nn.functional.cross_entropy(output, said[i])
         else:
             loss = (output * torch.randn(output.shape, generator=chance)).sum(-1).mean()
         loss.backward()
@@ -101,7 +102,7 @@ def fixed(model: nn.Module, original: Original) -> list[nn.Module]:
 
 def unwrapped(model: nn.Module) -> list[tuple[Tensor, int]]:
     """Parameters outside of layers, with the axis that counts features."""
-    inside = {id(p) for m in model.modules() if next(m.children(), None) is None for p in m.parameters()}
+    inside = {id(p) for m in model.modules() if isinstance(m, LAYERS) for p in m.parameters(recurse=False)}
     return [(p, p.dim() - 1) for p in model.parameters() if id(p) not in inside]
 
 

@@ -40,9 +40,15 @@ def table(original: Mapping[str, float], settings: str, rows: Sequence[Row]) -> 
     yield f"| model | speed-up | weights | {' | '.join(columns)} | steps | |"
     yield "|" + "---|" * (5 + len(columns))
     for row in rows:
-        yield f"| {row.name} | {' | '.join(_cells(row, rows[0], names))} | {'; '.join(row.notes)} |"
+        yield f"| {row.name} | {' | '.join(_cells(row, rows[0], names))} | {'; '.join(_notes(row))} |"
     yield ""
     yield from verdict(rows)
+
+
+def _notes(row: Row) -> Iterator[str]:
+    if row.share is not None:
+        yield f"share {row.share:.2f}"
+    yield from row.notes
 
 
 def _cells(row: Row, ours: Row, names: Sequence[str]) -> Iterator[str]:
