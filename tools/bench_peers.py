@@ -136,13 +136,13 @@ def searched(bench: Bench, name: str, wanted: float, python: Path) -> Row:
             return ratio
 
         points = nearest(attempt, wanted)
-    share, ratio = points[0]
+    share = points[0][0]
     result, path, notes = made[share]
-    if ratio > wanted * (1 + TOLERANCE):
+    row = bench.row(name, result, path)
+    assert row.ratio is not None
+    if row.ratio[0] > wanted * (1 + TOLERANCE):
         notes = [*notes, f"not as fast: {len(points)} shares were tried, from {min(points)[0]:.2f}"]
-    elif ratio < wanted * (1 - TOLERANCE):
-        notes = [*notes, f"faster: the nearest of {len(points)} shares"]
-    return replace(bench.row(name, result, path), share=share, notes=tuple(notes))
+    return replace(row, share=share, notes=tuple(notes))
 
 
 def fused(task: Task, archive: Path) -> Result:
