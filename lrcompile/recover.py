@@ -48,7 +48,8 @@ def recover(
     worse than what was there is not kept, and neither is what the user's metric falls by. A training that was stopped
     goes on where it was when it is started again; `checkpoints` is the folder that it is kept in until then. `original`
     is the traced graph that it learns from, where that is not the one that was compiled; then outputs alone are
-    compared. Where memory runs out, steps are made of smaller parts, which gives the same up to rounding.
+    compared, and it is trained whatever was rewritten. Where memory runs out, steps are made of smaller parts, which
+    gives the same up to rounding.
 
     Raises:
         InputError: the settings, the data or the labels cannot be used.
@@ -56,7 +57,7 @@ def recover(
     recovery = Recovery(**settings) if recovery is None else replace(recovery, **settings)
     teacher, student = original or result.traced.graph, Graph(result.model, result.traced.graph.fake_mode)
     same = teacher is result.traced.graph
-    if not result.plan.rewrites or all(rewrite.exact for rewrite in result.plan.rewrites):
+    if same and all(rewrite.exact for rewrite in result.plan.rewrites):
         note = "nothing to recover: no lossy rewrite was made"
         return replace(result, report=replace(result.report, notes=[*result.report.notes, note]))
     start = time.perf_counter()

@@ -486,6 +486,17 @@ def test_nothing_lossy_needs_nothing() -> None:
     assert any("nothing to recover" in note for note in same_one.report.notes)
 
 
+def test_what_another_tool_made_learns_from_the_original() -> None:
+    smaller = net()
+    with torch.no_grad():
+        smaller.get_submodule("second").weight.mul_(torch.rand(WIDTH, WIDTH) < 0.5)
+    result = lrcompile.compile(smaller, (torch.randn(8, WIDTH),), target="rpi5", passes=[])
+    original = lrcompile.compile(net(), (torch.randn(8, WIDTH),), target="rpi5", passes=[]).traced.graph
+    figures = lrcompile.recover(result, data(), original=original, steps=60, rate=3e-3).report.recovery
+    assert figures is not None
+    assert figures["error"][1] < 0.7 * figures["error"][0]
+
+
 def test_minutes_end_in_time(compiled: Result, tmp_path: Path) -> None:
     result = lrcompile.recover(compiled, data(), minutes=0.02, checkpoints=tmp_path)
     figures = result.report.recovery

@@ -36,22 +36,12 @@ TRAINING = 9000  # sentences
 BENCH_S = 12.0
 
 
-class Encoder(nn.Module):
-    """A sentence encoder: the mean of the last hidden state over a sentence's tokens, normalised."""
-
-    def __init__(self, bert: nn.Module) -> None:
-        super().__init__()
-        self.bert = bert
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        hidden = self.bert(input_ids, attention_mask)[0]
-        weight = attention_mask.unsqueeze(-1).to(hidden.dtype)
-        return nn.functional.normalize((hidden * weight).sum(1) / weight.sum(1), dim=-1)
-
-
 @dataclass(frozen=True)
 class Task:
-    """A trained model; what it is calibrated and trained with, by the names of its inputs; and who judges it."""
+    """A trained model; what it is calibrated and trained with, by the names of its inputs; and who judges it.
+
+    `classes` says that the last axis of the output counts classes.
+    """
 
     model: nn.Module
     example: tuple[Tensor, ...]
@@ -59,6 +49,7 @@ class Task:
     training: CalibrationData
     judge: Callable[[Callable[..., Tensor]], Mapping[str, float]]
     settings: str
+    classes: bool = True
 
 
 def minilm() -> Task:
@@ -67,7 +58,7 @@ def minilm() -> Task:
     from sklearn.linear_model import LogisticRegression
 
     bert, _ = models.minilm(SENTENCE, 8)
-    model = Encoder(bert).eval()
+    model = models.SentenceEncoder(bert).eval()
     texts, scores = models.movie_sentences()
     ids, mask = models.tokenise(texts, SENTENCE)
     names = ("input_ids", "attention_mask")
@@ -97,7 +88,7 @@ def minilm() -> Task:
         return calibration_from(given, names, 8, max_batches=None)
 
     words = f"batch 8 × {SENTENCE} tokens; probe on 3,000 sentences, 1,000 others asked"
-    return Task(model, (ids[:8], mask[:8]), data(1024), data(TRAINING), judge, words)
+    return Task(model, (ids[:8], mask[:8]), data(1024), data(TRAINING), judge, words, classes=False)
 
 
 def of_fashion(name: str) -> Task:

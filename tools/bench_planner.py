@@ -41,7 +41,7 @@ from lrcompile.planning.sensitivity import Evaluator, rewritten
 from lrcompile.planning.strategies import search
 from lrcompile.plugins import discover
 from tools import models, novels
-from tools.bench_accuracy import SENTENCE, Encoder
+from tools.bench_accuracy import SENTENCE
 from tools.bench_recovery import learned, perceptron
 from tools.models import fashion_mnist
 from tools.recipes import fashion, trained_on_fashion
@@ -292,7 +292,7 @@ def pairs(budgets: Sequence[float]) -> Iterator[str]:
 
 def felt(shares: Sequence[float] = (0.9, 0.7, 0.5)) -> Iterator[str]:
     """All linear layers of MiniLM split at a share of their weights: errors of embeddings of 256 unseen sentences."""
-    model = Encoder(models.minilm()[0]).eval()
+    model = models.SentenceEncoder(models.minilm()[0]).eval()
     ids, mask = models.tokenise(models.movie_sentences()[0][:5256], SENTENCE)
     batches = [(ids[i : i + 8], mask[i : i + 8]) for i in range(0, 512, 8)]
     graph = trace(model, batches[0]).graph

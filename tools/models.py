@@ -49,6 +49,19 @@ def minilm(seq: int = 128, batch: int = 8) -> Example:
     return model.eval(), tokenise(movie_sentences()[0][:batch], seq)
 
 
+class SentenceEncoder(nn.Module):
+    """A sentence encoder: the mean of the last hidden state over a sentence's tokens, normalised."""
+
+    def __init__(self, bert: nn.Module) -> None:
+        super().__init__()
+        self.bert = bert
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        hidden = self.bert(input_ids, attention_mask)[0]
+        weight = attention_mask.unsqueeze(-1).to(hidden.dtype)
+        return nn.functional.normalize((hidden * weight).sum(1) / weight.sum(1), dim=-1)
+
+
 def tokenise(texts: Sequence[str], seq: int = 128) -> tuple[Tensor, Tensor]:
     """(input_ids, attention_mask), both int64 [texts × seq], padded or cut to `seq` tokens."""
     from tokenizers import Tokenizer

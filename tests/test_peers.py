@@ -1,0 +1,236 @@
+"""The comparison with other tools, as far as it needs none of them: search, plain splits, int8, processes, words."""
+
+from __future__ import annotations
+
+import copy
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lrcompile
+from lrcompile import calibration_from
+from tools import bench_peers
+from tools.bench_accuracy import Task
+from tools.bench_peers import Bench, fused
+from tools.peers import int8, uniform
+from tools.peers.catalogue import PEERS
+from tools.peers.original import NothingToDo, Original
+from tools.peers.process import PeerFailed, PeerProcess
+from tools.peers.search import LEAST, MOST, TOLERANCE, nearest
+from tools.peers.table import OURS, Row, table, verdict
+
+# ------------------------------------------------------------------------------------------------------------ search
+
+
+@pytest.mark.parametrize(
+    ("time", "wanted"),
+    [
+        (lambda share: 0.1 + 0.9 * share, 0.5),
+        (lambda share: 0.3 + 1.4 * share, 0.6),
+        (lambda share: share**2, 0.3),
+        (lambda share: 0.2 + 0.4 * share, 0.55),
+    ],
+)
+def test_search_finds_the_time(time: Callable[[float], float], wanted: float) -> None:
+    points = nearest(time, wanted)
+    assert abs(points[0][1] / wanted - 1) <= TOLERANCE
+    assert all(LEAST <= share <= MOST for share, _ in points)
+
+
+def test_search_gives_the_nearest_where_none_is_near() -> None:
+    slow = nearest(lambda share: 2 + share, 0.5)
+    assert slow[0] == min(slow)  # the smallest share is the fastest
+    assert slow[0][0] < 0.1
+    steps = nearest(lambda share: 0.4 if share < 0.5 else 0.9, 0.5)
+    assert steps[0][1] == 0.4
+    assert len({share for share, _ in steps}) == len(steps)
+
+
+def test_search_measures_no_more_than_it_may() -> None:
+    assert len(nearest(lambda share: 0.4 if share < 0.5 else 0.9, 0.5, tries=3)) == 3
+
+
+# ------------------------------------------------------------------------------------------------------------ splits
+
+
+class Net(nn.Module):
+    """A stem, a strided convolution, one of 1 × 1, and linear layers, those in the middle wide enough to split."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, 24, 3, padding=1)
+        self.norm = nn.BatchNorm2d(24)
+        self.core, self.one = nn.Conv2d(24, 40, 3, 2, 1), nn.Conv2d(40, 32, 1, 2, bias=False)
+        self.wide, self.head = nn.Linear(32, 48), nn.Linear(48, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.one(self.core(self.norm(self.stem(images)).relu()).relu())
+        return self.head(self.wide(x.mean((2, 3))).relu())
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    model = Net()
+    model.train()(torch.randn(64, 1, 8, 8))  # statistics of the batch norm
+    return model.eval()
+
+
+def original() -> Original:
+    chance = torch.Generator().manual_seed(1)
+    return Original(net(), tuple((torch.randn(8, 1, 8, 8, generator=chance),) for _ in range(4)), classes=True)
+
+
+def test_splits_of_full_rank_change_nothing() -> None:
+    given, images = net().double(), torch.randn(3, 1, 8, 8, dtype=torch.float64)
+    exact = copy.deepcopy(given)
+    for name, layer in [("wide", given.wide), ("one", given.one), ("core", given.core)]:
+        split: nn.Module
+        with torch.no_grad():
+            if isinstance(layer, nn.Linear):
+                split = uniform.split_linear(layer.float(), 2.0).double()
+            else:
+                split = uniform.split_conv(layer.float(), 2.0).double()
+        setattr(exact, name, split)
+    given = given.double()
+    assert torch.linalg.vector_norm(exact(images) - given(images)) <= 1e-4 * torch.linalg.vector_norm(given(images))
+
+
+@pytest.mark.parametrize("share", [0.3, 0.6])
+def test_every_layer_keeps_the_share(share: float) -> None:
+    before, made = net(), uniform.prepared(original(), "uniform")(share)
+    for name in ("core", "one", "wide"):
+        kept = sum(p.numel() for p in made.model.get_submodule(name).parameters() if p.dim() > 1)
+        assert kept / before.get_submodule(name).weight.numel() == pytest.approx(share, abs=0.03)  # half a rank
+    for name in ("stem", "head"):
+        assert torch.equal(made.model.get_submodule(name).weight, before.get_submodule(name).weight)
+    assert made.notes == ("3 layers split",)
+
+
+def test_nothing_is_wide_enough() -> None:
+    with pytest.raises(NothingToDo, match="wide enough"):
+        uniform.prepared(Original(nn.Linear(16, 400), (), classes=True), "uniform")
+
+
+# --------------------------------------------------------------------------------------------------------- processes
+
+
+def test_a_peer_answers_and_goes_on_after_a_fault(tmp_path: Path) -> None:
+    given = original()
+    given.save(tmp_path / "original.pt")
+    with PeerProcess(Path(sys.executable), "uniform", tmp_path) as peer:
+        with pytest.raises(PeerFailed, match="NaN"):
+            peer.compressed(math.nan)
+        archive, notes = peer.compressed(0.5)
+    assert notes == ["3 layers split"]
+    result = fused(task(given), archive)
+    here = uniform.prepared(given, "uniform")(0.5).model
+    images = torch.randn(5, 1, 8, 8)
+    torch.testing.assert_close(result.model(images), here(images), rtol=1e-3, atol=1e-4)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in result.model.modules())
+
+
+def test_a_process_that_ends_says_why(tmp_path: Path) -> None:
+    with (
+        PeerProcess(Path(sys.executable), "uniform", tmp_path) as peer,
+        pytest.raises(PeerFailed, match=r"original\.pt"),
+    ):
+        peer.compressed(0.5)
+
+
+def test_an_interpreter_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        bench_peers.main(["resnet", "--peers", "uniform", "ort-static"])
+    said = capsys.readouterr().err
+    assert "uniform: expected --python" in said
+    assert "ort-static: expected" not in said
+
+
+def task(given: Original) -> Task:
+    images = torch.cat([batch[0] for batch in given.batches])
+    many = torch.randn(640, 1, 8, 8, generator=torch.Generator().manual_seed(2))
+    unseen = torch.randn(500, 1, 8, 8, generator=torch.Generator().manual_seed(3))
+
+    expected = given.model(unseen).detach()
+
+    def judge(model: Callable[..., Tensor]) -> dict[str, float]:
+        with torch.no_grad():
+            return {"closeness %": 100 * (1 - float((model(unseen) - expected).norm() / expected.norm()))}
+
+    calibration, training = (
+        calibration_from({"images": part}, ["images"], 8, max_batches=None) for part in (images, many)
+    )
+    return Task(given.model, given.batches[0], calibration, training, judge, "made up")
+
+
+@pytest.mark.slow
+def test_a_peer_is_searched_recovered_and_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = original()
+    whole = sum(p.numel() for p in given.model.parameters())
+
+    def by_size(self: Bench, path: Path, seconds: float, openings: int = 6) -> tuple[float, float, float]:
+        size = path.stat().st_size / (4 * whole)
+        return size, size, size
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(Bench, "ratio", by_size)
+    with bench_peers.ProgressDisplay(bench_peers.Console(stderr=True)) as progress:
+        bench = bench_peers.prepared_bench(task(given), 0.1, 1.0, tmp_path, progress)
+        row = bench_peers.searched(bench, "uniform", 0.75, Path(sys.executable))
+        integers = bench_peers.quantized(bench, "ort-static")
+    assert row.ratio is not None
+    assert abs(row.ratio[0] / 0.75 - 1) <= TOLERANCE
+    assert row.steps > 0
+    assert row.after["closeness %"] > row.before["closeness %"]
+    assert 85 < integers.before["closeness %"] < 99.999
+    assert not integers.after
+
+
+# -------------------------------------------------------------------------------------------------------------- int8
+
+
+@pytest.mark.parametrize("name", ["ort-static", "ort-dynamic"])
+def test_int8_is_close_and_not_the_same(name: str, tmp_path: Path) -> None:
+    given = original()
+    path = tmp_path / "net.onnx"
+    lrcompile.compile(given.model, given.batches[0], passes=[]).save(path)
+    made, _ = int8.quantized(name, path.read_bytes(), ["images"], given.batches, tmp_path)
+    images = given.batches[0][0]
+    expected = given.model(images).detach()
+    apart = float(torch.linalg.vector_norm(int8.as_callable(made)(images) - expected) / expected.norm())
+    assert 1e-5 < apart < 0.15
+
+
+# ------------------------------------------------------------------------------------------------------------- words
+
+
+def row(name: str, time: float, before: float, after: float | None = None) -> Row:
+    return Row(name, (time, time, time), 0.5, {"accuracy": before}, {} if after is None else {"accuracy": after}, 9)
+
+
+def test_words_say_who_is_ahead_and_why() -> None:
+    rows = [row(OURS, 0.5, 90, 92), row("torch-pruning", 0.51, 60, 92.5), row("uniform", 0.5, 89, 91.5)]
+    said = "\n".join(verdict([*rows, row("ort-static", 0.3, 91)]))
+    assert "**torch-pruning is ahead of lrcompile at the same speed**: accuracy +0.5 recovered" in said
+    assert PEERS["torch-pruning"].edge in said
+    assert "**ort-static is ahead of lrcompile, at 1.67× its speed**: accuracy +1 rewritten" in said
+    assert "uniform" not in said
+
+
+def test_words_keep_slower_models_apart() -> None:
+    said = "\n".join(verdict([row(OURS, 0.5, 90, 92), row("uniform", 0.6, 95, 95)]))
+    assert "No peer is ahead" in said
+    assert "slower model: uniform" in said
+
+
+def test_a_peer_with_nothing_to_do_has_a_row() -> None:
+    rows = [row(OURS, 0.5, 90, 92), Row("aimet-spatial-svd", notes=("nothing to do: no convolutions",))]
+    lines = list(table({"accuracy": 93.0}, "batch 8", rows))
+    head, ours, other = lines[2], lines[4], lines[5]
+    assert head.count("|") == ours.count("|") == other.count("|")
+    assert "nothing to do: no convolutions" in other
+    assert "2.00× (2.00–2.00) | 50% | 90 | 92 | 9" in ours

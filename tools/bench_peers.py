@@ -1,0 +1,231 @@
+"""lrcompile beside other tools: `python tools/bench_peers.py resnet --python PEERS/bin/python --out docs/peers.md`.
+
+A model is compiled for this machine (`--target local`) at a speed-up. Every peer makes its own model of it, as small as
+it takes to be as fast, measured in ONNX Runtime against the original, paired. All are judged before and after the same
+minutes of the same recovery: on the original's outputs, without labels. Nothing that judges was seen before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+import lrcompile
+from lrcompile.compile import Prepared, Result
+from lrcompile.devices.bench import paired
+from lrcompile.errors import BudgetError, LrcompileError
+from lrcompile.frontend.trace import trace
+from lrcompile.graph.graph import Graph, weight_bytes
+from lrcompile.passes import Stage
+from lrcompile.plugins import discover
+from lrcompile.report.progress import ProgressDisplay
+from tools.bench_accuracy import TASKS, Task
+from tools.fetch_data import DataMissing
+from tools.peers import int8
+from tools.peers.catalogue import PEERS
+from tools.peers.original import NothingToDo, Original
+from tools.peers.process import PeerFailed, PeerProcess
+from tools.peers.search import TOLERANCE, nearest
+from tools.peers.table import OURS, OWN, Row, table
+from tools.validate_profiles import put
+
+TRY_S, TRY_OPENINGS = 1.5, 2
+BATCHES = 16  # calibration batches that peers are given
+
+
+@dataclass(frozen=True, eq=False)
+class Bench:
+    """What all models of one table share: the task, the original prepared and traced apart, and lengths."""
+
+    task: Task
+    prepared: Prepared
+    teacher: Graph
+    minutes: float
+    seconds: float
+    folder: Path
+    progress: ProgressDisplay
+    judged: dict[str, Mapping[str, float]] = field(default_factory=dict)
+
+    @property
+    def batches(self) -> list[tuple[Tensor, ...]]:
+        """Calibration batches, of which the first is the size of the example."""
+        return [tuple(batch.values()) for batch in self.task.calibration.batches[:BATCHES]]
+
+    def ratio(self, path: Path, seconds: float, openings: int = 6) -> tuple[float, float, float]:
+        """Time of an ONNX model over the original's, with its interval."""
+        traced = self.prepared.traced
+        inputs = {name: value.numpy() for name, value in zip(traced.input_names, traced.flat, strict=True)}
+        assert self.prepared.reference is not None
+        found = paired(self.prepared.reference.onnx, path, inputs=inputs, seconds=seconds, openings=openings)
+        return found.ratio, found.ratio_low, found.ratio_high
+
+    def recovered(self, result: Result, *, outputs_alone: bool = True) -> tuple[Mapping[str, float], int]:
+        """(what a model is judged at after recovery, steps): of its outputs alone, or with what lrcompile adds."""
+        original = self.teacher if outputs_alone else None
+        after = lrcompile.recover(
+            result, self.task.training, original=original, minutes=self.minutes, progress=self.progress
+        )
+        figures = after.report.recovery
+        return self.task.judge(after.model), int(figures["steps"]) if figures else 0
+
+    def row(self, name: str, result: Result, path: Path) -> Row:
+        """The row of a model that can be recovered."""
+        ratio = self.ratio(path, self.seconds)
+        size = weight_bytes(result.model) / weight_bytes(self.prepared.traced.graph.gm)
+        before = self.task.judge(result.model)
+        after, steps = self.recovered(result) if self.minutes else ({}, 0)
+        return Row(name, ratio, size, before, after, steps)
+
+
+def rows(bench: Bench, speedup: float, peers: Sequence[str], python: Path | None) -> Iterator[Row]:
+    """That of lrcompile, and one of each peer.
+
+    Raises:
+        BudgetError: lrcompile does not get that fast.
+    """
+    ours = lrcompile.solve(bench.prepared, lrcompile.Budget(speedup=speedup))
+    path = bench.folder / "ours.onnx"
+    ours.save(path)
+    first = bench.row(OURS, ours, path)
+    assert first.ratio is not None
+    yield first
+    if bench.minutes:
+        after, steps = bench.recovered(ours, outputs_alone=False)
+        yield replace(first, name=OWN, after=after, steps=steps)
+    for name in peers:
+        try:
+            if PEERS[name].searched:
+                assert python is not None
+                yield searched(bench, name, first.ratio[0], python)
+            else:
+                yield quantized(bench, name)
+        except NothingToDo as reason:
+            yield Row(name, notes=(f"nothing to do: {reason}",))
+        except (PeerFailed, LrcompileError) as problem:
+            yield Row(name, notes=(f"failed: {problem}",))
+
+
+def searched(bench: Bench, name: str, wanted: float, python: Path) -> Row:
+    """The row of a peer at the share that makes it take the wanted time over the original's.
+
+    Raises:
+        NothingToDo: it acts on nothing in the model.
+        PeerFailed, LrcompileError: it failed, or what it made cannot be compiled.
+    """
+    made: dict[float, tuple[Result, Path, list[str]]] = {}
+    with PeerProcess(python, name, bench.folder) as peer:
+
+        def attempt(share: float) -> float:
+            archive, notes = peer.compressed(share)
+            result = fused(bench.task, archive)
+            path = archive.with_suffix(".onnx")
+            result.save(path)
+            made[share] = result, path, notes
+            ratio = bench.ratio(path, TRY_S, TRY_OPENINGS)[0]
+            say(f"{name}: share {share:.3f} takes {ratio:.3f}× the original's time, {wanted:.3f} wanted")
+            return ratio
+
+        points = nearest(attempt, wanted)
+    share = points[0][0]
+    result, path, notes = made[share]
+    row = bench.row(name, result, path)
+    assert row.ratio is not None
+    if row.ratio[0] > wanted * (1 + TOLERANCE):
+        notes = [*notes, f"not as fast: {len(points)} shares were tried, from {min(points)[0]:.2f}"]
+    return replace(row, share=share, notes=tuple(notes))
+
+
+def fused(task: Task, archive: Path) -> Result:
+    """What a peer made, after the exact clean-up that lrcompile's own models had, so that the same is trained."""
+    exact = [transform for transform in discover().passes if transform.stage is Stage.CANONICALIZE]
+    return lrcompile.compile(torch.export.load(archive), task.example, passes=exact)
+
+
+def quantized(bench: Bench, name: str) -> Row:
+    """The row of ONNX Runtime's int8, at the speed that it has, without recovery."""
+    assert bench.prepared.reference is not None
+    onnx, names = bench.prepared.reference.onnx, bench.prepared.traced.input_names
+    path, notes = int8.quantized(name, onnx, names, bench.batches, bench.folder)
+    before = bench.task.judge(int8.as_callable(path))
+    size = path.stat().st_size / len(onnx)
+    notes = (*notes, "one speed; no recovery: its weights are integers")
+    return Row(name, bench.ratio(path, bench.seconds), size, before, notes=notes)
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def prepared_bench(task: Task, minutes: float, seconds: float, folder: Path, progress: ProgressDisplay) -> Bench:
+    """The original prepared, and written where peers read it."""
+    prepared = lrcompile.prepare_model(
+        task.model, task.example, target="local", calibration=task.calibration, progress=progress
+    )
+    teacher = trace(task.model, task.example).graph
+    bench = Bench(task, prepared, teacher, minutes, seconds, folder, progress)
+    Original(task.model, tuple(bench.batches), task.classes).save(folder / "original.pt")
+    return bench
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=list(TASKS))
+    parser.add_argument("--python", type=Path, help="of the peers' environment (docs/peers.md); int8 needs none")
+    parser.add_argument("--peers", nargs="+", choices=list(PEERS), default=list(PEERS), metavar="PEER",
+                        help=f"of {', '.join(PEERS)} (default: all)")  # fmt: skip
+    parser.add_argument("--speedup", type=float, default=1.5, help="that lrcompile is asked for (default: %(default)s)")
+    parser.add_argument("--minutes", type=float, default=1.0, help="of recovery, each; 0: none (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=8.0, help="of each final measurement (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="put the table into this page, between its marks")
+    options = parser.parse_args(arguments)
+    needing = [name for name in options.peers if PEERS[name].searched]
+    if needing and (options.python is None or not options.python.is_file()):
+        got = f"{options.python}, which is not a file" if options.python else "none"
+        parser.error(
+            f"{', '.join(needing)}: expected --python, the interpreter of the peers' environment, got {got}; "
+            "docs/peers.md says how to make it, and --peers ort-static ort-dynamic need none"
+        )
+    warnings.simplefilter("ignore")
+    try:
+        task = TASKS[options.name]()
+    except DataMissing as problem:
+        say(f"bench_peers: {problem}")
+        return 1
+    start = time.monotonic()
+    found = []
+    with tempfile.TemporaryDirectory() as folder, ProgressDisplay(Console(stderr=True)) as progress:
+        bench = prepared_bench(task, options.minutes, options.seconds, Path(folder), progress)
+        try:
+            for row in rows(bench, options.speedup, options.peers, options.python):
+                found.append(row)
+                say(str(row))
+        except BudgetError as problem:
+            say(f"bench_peers: {problem}")
+            return 1
+    command = (
+        f"python tools/bench_peers.py {options.name} --speedup {options.speedup:g} --minutes {options.minutes:g} "
+        f"--seconds {options.seconds:g} --python PEERS/bin/python"
+    )
+    if options.peers != list(PEERS):
+        command += f" --peers {' '.join(options.peers)}"
+    head = f"{task.settings}; {options.minutes:g} minutes of recovery each"
+    text = "\n".join([*table(task.judge(task.model), head, found), "", f"    {command}"])
+    print(text)
+    say(f"{(time.monotonic() - start) / 60:.1f} minutes in all")
+    if options.out:
+        put(options.out, f"<!-- {options.name} -->", f"\n{text}\n", f"<!-- end of {options.name} -->")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

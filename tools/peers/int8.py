@@ -1,0 +1,75 @@
+"""ONNX Runtime's own int8: static with calibration, and dynamic. It needs no peers' environment and no search."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import torch
+from onnxruntime.quantization import (
+    CalibrationDataReader,
+    QuantFormat,
+    QuantType,
+    quantize_dynamic,
+    quantize_static,
+)
+from onnxruntime.quantization.shape_inference import quant_pre_process
+from torch import Tensor
+
+from lrcompile.devices.bench import session_options
+
+CPU_FACTS = Path("/proc/cpuinfo")
+
+
+class Batches(CalibrationDataReader):
+    """Calibration batches as ONNX Runtime asks for them."""
+
+    def __init__(self, names: Sequence[str], batches: Sequence[tuple[Tensor, ...]]) -> None:
+        self.left: Iterator[dict[str, np.ndarray]] = (
+            {name: value.numpy() for name, value in zip(names, batch, strict=True)} for batch in batches
+        )
+
+    def get_next(self) -> dict[str, np.ndarray] | None:
+        return next(self.left, None)
+
+
+def quantized(
+    name: str, onnx: bytes, names: Sequence[str], batches: Sequence[tuple[Tensor, ...]], folder: Path
+) -> tuple[Path, tuple[str, ...]]:
+    """(the int8 model, notes), by the peer `name`, "ort-static" or "ort-dynamic"."""
+    whole, ready, path = folder / "float.onnx", folder / "ready.onnx", folder / f"{name}.onnx"
+    whole.write_bytes(onnx)
+    quant_pre_process(str(whole), str(ready))
+    narrow = not fast_int8()
+    shared = {"per_channel": True, "reduce_range": narrow, "weight_type": QuantType.QInt8}
+    if name == "ort-static":
+        quantize_static(
+            str(ready), str(path), Batches(names, batches),
+            quant_format=QuantFormat.QDQ, activation_type=QuantType.QUInt8, **shared,
+        )  # fmt: skip
+    else:
+        quantize_dynamic(str(ready), str(path), **shared)
+    return path, (("7-bit weights: this processor lacks VNNI",) if narrow else ())
+
+
+def fast_int8() -> bool:
+    """Whether products of int8 do not saturate here; ONNX Runtime's guide asks for `reduce_range` otherwise."""
+    try:
+        words = CPU_FACTS.read_text().split()
+    except OSError:
+        return False
+    return any("vnni" in word or word in ("asimddp", "i8mm") for word in words)
+
+
+def as_callable(path: Path) -> Callable[..., Tensor]:
+    """An ONNX model as what a task's judge calls: tensors in, its first output out."""
+    session = onnxruntime.InferenceSession(str(path), session_options(), providers=["CPUExecutionProvider"])
+    names = [port.name for port in session.get_inputs()]
+
+    def run(*inputs: Tensor) -> Tensor:
+        feeds = {name: value.numpy() for name, value in zip(names, inputs, strict=True)}
+        return torch.from_numpy(session.run(None, feeds)[0])
+
+    return run

@@ -1,0 +1,91 @@
+"""The comparison as Markdown: a row for each model, and in words where a peer is ahead of lrcompile."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from tools.peers.catalogue import PEERS
+from tools.peers.search import TOLERANCE
+
+OURS = "lrcompile"
+OWN = "lrcompile, its own recovery"
+WHENS = ("rewritten", "recovered")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A model: `ratio` is its time over the original's with an interval of 95 %, None where there is no model.
+
+    `size` is its share of the bytes of weights; `share` what the peer was asked for; `before` and `after` are what it
+    is judged at without and with recovery, higher is better, empty where it was not.
+    """
+
+    name: str
+    ratio: tuple[float, float, float] | None = None
+    size: float = 0.0
+    before: Mapping[str, float] = field(default_factory=dict)
+    after: Mapping[str, float] = field(default_factory=dict)
+    steps: int = 0
+    share: float | None = None
+    notes: tuple[str, ...] = ()
+
+
+def table(original: Mapping[str, float], settings: str, rows: Sequence[Row]) -> Iterator[str]:
+    """Lines of Markdown; the first row is that of lrcompile. What is better than that is bold."""
+    names = list(original)
+    yield f"Original: {', '.join(f'{name} {value:.4g}' for name, value in original.items())}; {settings}."
+    yield ""
+    columns = [f"{name}, {when}" for name in names for when in WHENS]
+    yield f"| model | speed-up | weights | {' | '.join(columns)} | steps | |"
+    yield "|" + "---|" * (5 + len(columns))
+    for row in rows:
+        yield f"| {row.name} | {' | '.join(_cells(row, rows[0], names))} | {'; '.join(_notes(row))} |"
+    yield ""
+    yield from verdict(rows)
+
+
+def _notes(row: Row) -> Iterator[str]:
+    if row.share is not None:
+        yield f"share {row.share:.2f}"
+    yield from row.notes
+
+
+def _cells(row: Row, ours: Row, names: Sequence[str]) -> Iterator[str]:
+    if row.ratio is None:
+        yield from [""] * (3 + 2 * len(names))
+        return
+    ratio, low, high = row.ratio
+    yield f"{1 / ratio:.2f}× ({1 / high:.2f}–{1 / low:.2f})"
+    yield f"{row.size:.0%}"
+    for name in names:
+        for got, least in ((row.before, ours.before), (row.after, ours.after)):
+            text = f"{got[name]:.4g}" if got else ""
+            yield f"**{text}**" if row is not ours and text and name in least and got[name] > least[name] else text
+    yield str(row.steps) if row.after else ""
+
+
+def verdict(rows: Sequence[Row]) -> Iterator[str]:
+    """Sentences: each peer that is as fast as lrcompile and better at something, and what it does differently."""
+    ours, peers = rows[0], [row for row in rows if row.name in PEERS]
+    assert ours.ratio is not None
+    ahead = False
+    for row in peers:
+        if row.ratio is None or row.ratio[0] > ours.ratio[0] * (1 + TOLERANCE):
+            continue
+        leads = [
+            f"{name} {got[name] - least[name]:+.3g} {when}"
+            for when, got, least in zip(WHENS, (row.before, row.after), (ours.before, ours.after), strict=True)
+            for name in got
+            if name in least and got[name] > least[name]
+        ]
+        if leads:
+            ahead = True
+            quicker = ours.ratio[0] / row.ratio[0]
+            speed = f", at {quicker:.2f}× its speed" if quicker > 1 + TOLERANCE else " at the same speed"
+            yield f"- **{row.name} is ahead of lrcompile{speed}**: {', '.join(leads)}. It {PEERS[row.name].edge}."
+    if not ahead:
+        yield "- No peer is ahead of lrcompile at its speed or above."
+    slower = [row.name for row in peers if row.ratio and row.ratio[0] > ours.ratio[0] * (1 + TOLERANCE)]
+    if slower:
+        yield f"- Not as fast as lrcompile, so that its figures are of a slower model: {', '.join(slower)}."
