@@ -189,7 +189,7 @@ def test_half_precision_is_summed_in_single(kind: torch.dtype) -> None:
     """The squares overflow half precision, and their sum would stop growing in bfloat16."""
     rows = torch.full((3000, 2), 300.0, dtype=kind)
     got = moments(rows)
-    assert got.gram.tolist() == [[2.7e8, 2.7e8]] * 2
+    assert got.gram.flatten().tolist() == pytest.approx([2.7e8] * 4, rel=3000 * 2**-24)  # as single precision rounds
     assert got.total.tolist() == [9e5, 9e5]
 
 
@@ -226,7 +226,7 @@ def test_no_memory_at_all_is_said_in_words(monkeypatch: pytest.MonkeyPatch) -> N
 
     graph.gm.add_module("0", Hungry(3, 3))
     with pytest.raises(
-        InputError, match=r"not enough memory to run the model on a calibration batch.* other programs$"
+        InputError, match=r"not enough memory to run the model .* calibration samples, 1 at a time: .* other programs$"
     ):
         collect(graph, [(torch.ones(1, 3),)])
 

@@ -222,7 +222,7 @@ def progressive(seeds: int, steps: int) -> Iterator[str]:
     count = sum(p.numel() for p in model.parameters())
     perplexity = novels.perplexity(model, judged)
     yield f"GPT of {count:,} parameters, perplexity {perplexity:.3f} on {len(judged)} unseen windows; each"
-    yield f" training {steps} steps of 16 windows, from the original alone, rate 0.001; {seeds} seeds."
+    yield f"training {steps} steps of 16 windows, from the original alone, rate 0.001; {seeds} seeds."
     yield ""
     yield "| seed | " + " | ".join(f"{size:.0%} of the bytes" for size in sizes) + f" | {sizes[-1]:.0%} in one step |"
     yield "|---|" + "---|" * (len(sizes) + 1)

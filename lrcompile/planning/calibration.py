@@ -21,8 +21,8 @@ CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d
 
 
 _NO_MEMORY = (
-    "not enough memory to run the model on {size} calibration samples at a time, and back: give a smaller --batch, "
-    "smaller samples, or close other programs"
+    "not enough memory to run the model forward and back on calibration samples, {size} at a time: give a smaller "
+    "--batch, smaller samples, or close other programs"
 )
 
 
