@@ -123,11 +123,11 @@ def test_errors_are_measured_in_halves(traced: Traced) -> None:
     assert halves.error(other) == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize(("divisible", "most", "says"), [(True, 0, "1 .*samples at a time"), (False, 8, "16 ")])
+@pytest.mark.parametrize(("divisible", "most", "says"), [(True, 0, "1 "), (False, 8, "16 ")])
 def test_less_than_one_sample_is_refused(traced: Traced, divisible: bool, most: int, says: str) -> None:
     limited(traced.graph.gm.get_submodule("first"), most, MemoryError)
     for work in (collect, Evaluator):
-        with pytest.raises(InputError, match=f"not enough memory to run the model on {says}.*smaller --batch"):
+        with pytest.raises(InputError, match=f"not enough memory to run the model .*{says}.*smaller --batch"):
             work(traced.graph, [inputs(16, 2)], divisible=divisible)
 
 
