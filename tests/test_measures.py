@@ -44,7 +44,8 @@ def test_disagreement_is_a_share_of_positions() -> None:
     other[0, 1] = torch.tensor([1.0, 0.0, 0.0, 0.0])
     assert TOP1.total([((y,), (other,))]) == 1 / 20
     assert TOP1.total([((y,), (other,)), ((y,), (y,))]) == 1 / 40
-    assert TOP1.resolution((y,)) == 1 / 40
+    assert TOP1.positions((y,)) == 20
+    assert MEASURES["kl"].positions((y,)) is None
 
 
 @pytest.mark.parametrize("measure", MEASURES.values())
@@ -143,6 +144,18 @@ def test_limits_hold_as_measured(prepared: lrcompile.Prepared, measure: str, lim
         gains.append(result.report.latency_ms["speedup"])
     assert gains == sorted(gains)
     assert gains[0] < gains[-1]
+
+
+def test_a_share_that_no_batch_alone_can_tell_is_found() -> None:
+    """One of eight is 12.5 %, so that a look at one batch would let nothing through."""
+    torch.manual_seed(0)
+    model = nn.Sequential(decaying(768, 768, 1.5), nn.ReLU(), nn.Linear(768, 10)).eval()
+    x = torch.randn(512, 768)
+    data = lrcompile.calibration_from({"input": x}, ["input"], 8, max_batches=None)
+    budget = lrcompile.Budget(max_error=0.03, measure="top1")
+    result = lrcompile.compile(model, (x[:8],), target=TARGET, calibration=data, budget=budget)
+    assert any(not rewrite.exact for rewrite in result.plan.rewrites)
+    assert 0 < result.report.error["measured"] <= 0.03
 
 
 @pytest.mark.parametrize("measure", ["kl", "top1"])

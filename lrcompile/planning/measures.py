@@ -39,9 +39,9 @@ class Measure:
         """What users see, of what the search compares."""
         return root**self.power
 
-    def resolution(self, expected: Sequence[Any]) -> float:
-        """The root below which the measure cannot tell outputs of one batch apart: half a position where it counts."""
-        return 0.5 / _logits(expected)[..., 0].numel() if self.counts else 1e-12
+    def positions(self, expected: Sequence[Any]) -> int | None:
+        """How many positions of one batch are counted; None where differences are not counted but measured."""
+        return _logits(expected)[..., 0].numel() if self.counts else None
 
     def check(self, expected: Sequence[Any]) -> None:
         """Refuses outputs that the measure cannot be taken of.

@@ -180,7 +180,7 @@ def _best(problem: Problem, pool: _Pool, error_limit: float | None) -> Choice | 
     if error_limit is None:
         return _most_accurate(problem, pool, errors)
     best: tuple[int, ...] | None = None
-    bias = 1.0  # error on all batches over that on the first, which the loop looks at
+    bias = 1.0  # error on all batches over that on those that the loop looks at
     tried = set()
     for _ in range(CONFIRMATIONS):
         picked = _closed_loop(problem, pool, errors, error_limit / bias)
@@ -193,7 +193,7 @@ def _best(problem: Problem, pool: _Pool, error_limit: float | None) -> Choice | 
         if WELL_SPENT * error_limit <= error <= error_limit:
             break
         least = problem.evaluator.resolution
-        before, bias = bias, max(error, least) / max(_measured(problem, pool, picked, first=1), least)
+        before, bias = bias, max(error, least) / max(_measured(problem, pool, picked, quick=True), least)
         if bias == before:
             break
     return _exact(problem, pool) if best is None else applied(problem, pool.candidates, best)
@@ -398,7 +398,7 @@ def _closed_loop(problem: Problem, pool: _Pool, errors: Sequence[float], error_l
         if tuple(picked) in seen:
             break
         seen.add(tuple(picked))
-        measured = _measured(problem, pool, picked, first=1)
+        measured = _measured(problem, pool, picked, quick=True)
         if measured <= error_limit and (best is None or _gain_s(pool, picked) > _gain_s(pool, best)):
             best = picked
         if WELL_SPENT * error_limit <= measured <= error_limit:
@@ -428,9 +428,9 @@ def _errors(problem: Problem, pool: _Pool) -> list[float]:
     return model_errors(p.graph, pool.candidates, p.candidates, p.passes, p.context, p.evaluator, p.progress)
 
 
-def _measured(problem: Problem, pool: _Pool, picked: Sequence[int], first: int | None = None) -> float:
+def _measured(problem: Problem, pool: _Pool, picked: Sequence[int], quick: bool = False) -> float:
     chosen = [pool.candidates[i] for i in picked]
-    return problem.evaluator.error_after(problem.graph, chosen, problem.passes, problem.context, first)
+    return problem.evaluator.error_after(problem.graph, chosen, problem.passes, problem.context, quick)
 
 
 def _gain_s(pool: _Pool, picked: Sequence[int]) -> float:

@@ -22,6 +22,8 @@ from lrcompile.planning.measures import RELATIVE, Measure
 from lrcompile.planning.price import Candidate, Family
 
 PROBE_ERROR = 0.1  # relative output error of a layer, well above rounding and well below losing the layer
+ENOUGH_POSITIONS = 512  # to count differences of a few in a thousand
+LEAST_ERROR = 1e-12
 KEPT_BYTES = 2**30  # of intermediate values, so that a probe runs only what comes after its rewrite
 
 
@@ -57,9 +59,16 @@ class Evaluator:
         return result
 
     @property
+    def quick_batches(self) -> int:
+        """How many batches a quick look takes: the first, or where differences are counted, as many as count enough."""
+        positions = self.measure.positions(self.reference[0])
+        return 1 if positions is None else min(len(self.batches), -(-ENOUGH_POSITIONS // max(1, positions)))
+
+    @property
     def resolution(self) -> float:
-        """The error below which outputs of the first batch cannot be told apart."""
-        return self.measure.resolution(self.reference[0])
+        """The error below which outputs cannot be told apart in a quick look."""
+        positions = self.measure.positions(self.reference[0])
+        return LEAST_ERROR if positions is None else 0.5 / max(1, positions * self.quick_batches)
 
     def error(self, graph: Graph, first: int | None = None) -> float:
         """The error of a graph on all batches, or on the first few."""
@@ -73,14 +82,14 @@ class Evaluator:
         candidates: Sequence[Candidate],
         passes: Mapping[str, Pass],
         context: Context,
-        first: int | None = None,
+        quick: bool = False,
     ) -> float:
-        """The error of `graph` with candidates applied, on all batches or on the first few; measured once.
+        """The error of `graph` with candidates applied, on all batches or on those of a `quick` look; measured once.
 
         The graph must be the same in all calls, and free of writes in place: what comes before the candidates in it
         is not computed again on the first batch.
         """
-        count = len(self.batches) if first is None else min(first, len(self.batches))
+        count = self.quick_batches if quick else len(self.batches)
         key = (
             self.measure.name,
             str(count),
@@ -177,7 +186,7 @@ def model_errors(
 ) -> list[float]:
     """The output error of the model with each candidate alone.
 
-    One candidate a family is measured, on the first batch: of all `rivals`, which hold the candidates, the one whose
+    One candidate a family is measured, in a quick look: of all `rivals`, which hold the candidates, the one whose
     own error is nearest to `PROBE_ERROR`. The others follow from it in proportion to their own error. Exact
     candidates have none.
     """
@@ -193,7 +202,7 @@ def model_errors(
     for done, family in enumerate(wanted):
         progress("sensitivity", done, len(wanted))
         probe = probes[family]
-        measured = evaluator.error_after(graph, [probe], passes, context, first=1)
+        measured = evaluator.error_after(graph, [probe], passes, context, quick=True)
         factor[family] = max(measured, evaluator.resolution, 1e-9) / probe.error
     progress("sensitivity", len(wanted), len(wanted))
     return [c.error * factor[c.family] if c.error > 0 else 0.0 for c in candidates]

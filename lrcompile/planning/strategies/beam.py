@@ -47,7 +47,7 @@ class Beam(Layerwise):
             return next((pick for picks in chain(self.beams(offer), last) for pick in picks if offer.holds(pick)), None)
         within: list[Pick] = []
         for picks in self.beams(offer):
-            fitting = [pick for pick in picks if offer.error(pick, first=1) <= limit]
+            fitting = [pick for pick in picks if offer.error(pick, quick=True) <= limit]
             if not fitting:
                 break
             within += fitting
@@ -100,7 +100,7 @@ class Beam(Layerwise):
 
     def _score(self, offer: Offer, pick: Pick) -> float:
         if self.score is None:
-            return offer.error(pick, first=1)
+            return offer.error(pick, quick=True)
         p = offer.problem
         graph = rewritten(
             p.graph, [rewrite for candidate in pick for rewrite in candidate.rewrites], p.passes, p.context

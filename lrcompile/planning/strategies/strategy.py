@@ -83,10 +83,10 @@ class Offer:
     def _places(self) -> dict[int, int]:
         return {id(candidate): i for i, candidate in enumerate(self.problem.candidates)}
 
-    def error(self, pick: Pick, first: int | None = None) -> float:
+    def error(self, pick: Pick, quick: bool = False) -> float:
         """The measured output error of a pick, on all batches or on the first few."""
         p = self.problem
-        return p.evaluator.error_after(p.graph, pick, p.passes, p.context, first)
+        return p.evaluator.error_after(p.graph, pick, p.passes, p.context, quick)
 
     def holds(self, pick: Pick) -> bool:
         """Whether a pick is as fast and as small as asked."""
