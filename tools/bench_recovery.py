@@ -102,7 +102,7 @@ def freeze(seeds: int) -> Iterator[str]:
     x, y = fashion_mnist("train")
     found = split(learned(perceptron(784, 10, WIDTH, 4), (x[:8000], y[:8000]), 2), x, 0.5)
     part, steps = slice(10000, 42768), 768
-    yield f"A perceptron of four layers {WIDTH} × {WIDTH}, two epochs on 8,000 images; at half its weights {steps} steps"
+    yield f"Four layers {WIDTH} × {WIDTH}, two epochs on 8,000 images; at half its weights {steps} steps"
     yield f"of 64 others, rate 0.001, single precision, {seeds} seeds in turn; the loss is that of images kept out."
     yield ""
     yield "| learned from | frozen | step, of that without | range | loss, of that without | range |"
