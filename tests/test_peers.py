@@ -119,6 +119,7 @@ def test_nothing_is_wide_enough() -> None:
 # --------------------------------------------------------------------------------------------------------- processes
 
 
+@pytest.mark.slow
 def test_a_peer_answers_and_goes_on_after_a_fault(tmp_path: Path) -> None:
     given = original()
     given.save(tmp_path / "original.pt")

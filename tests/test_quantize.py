@@ -170,6 +170,7 @@ def test_the_file_computes_in_integers_within_the_error_that_is_reported(kind: t
     assert report.to_json()["quantization"]["written"] == "int8"
 
 
+@pytest.mark.slow
 def test_layers_have_their_names(tmp_path: Path) -> None:
     for kind, names in LAYERS.items():
         compiled(kind, 0.2)[0].save(tmp_path / "float.onnx")
@@ -355,6 +356,7 @@ def test_command_and_replay(cwd: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert operations(Path("c.onnx"))["MatMulInteger"] == 0
 
 
+@pytest.mark.slow
 def test_each_of_a_family_after_its_recovery(cwd: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = "model.pt2 --target rpi5 --calib calib.npz --quantize int8 --max-error 2 --progressive 0.8,0.6 --recover 5"
     assert run([*words.split(), "--batch", "4", "--out", "m.onnx"]) == 0, capsys.readouterr()
