@@ -12,33 +12,14 @@ import torch
 from torch import Tensor, nn
 
 import lrcompile
-from lrcompile import Budget, CalibrationData, Result, calibration_from
+from lrcompile import Budget, Result
 from lrcompile.cli import run
 from lrcompile.planning.sensitivity import Evaluator
-
-WIDTH = 96
-
-
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second, self.head = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.second(self.first(x).relu()).relu())
-
-
-def net() -> nn.Module:
-    torch.manual_seed(0)
-    return Net().eval()
+from tests.test_recover import WIDTH, data, net
 
 
 def inputs(samples: int, seed: int) -> Tensor:
     return torch.randn(samples, WIDTH, generator=torch.Generator().manual_seed(seed))
-
-
-def data() -> CalibrationData:
-    return calibration_from({"x": inputs(960, seed=1)}, ["x"], 8)
 
 
 def compiled(**options: Any) -> Result:

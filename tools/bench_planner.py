@@ -43,7 +43,6 @@ from lrcompile.plugins import discover
 from tools import models, novels
 from tools.bench_accuracy import SENTENCE
 from tools.bench_recovery import learned, perceptron
-from tools.models import fashion_mnist
 from tools.recipes import fashion, trained_on_fashion
 
 Example = tuple[nn.Module, tuple[Tensor, ...]]
@@ -259,7 +258,7 @@ def trained_examples() -> Iterator[tuple[str, nn.Module, Batches, Batches]]:
     yield "MiniLM-L6", models.minilm()[0], sentences(0, 64), sentences(5000, 128)
     images = batches(seen[0][:512]), batches(unseen[0][:1024])
     torch.manual_seed(0)
-    yield "perceptron, Fashion-MNIST", learned(perceptron(784, 10, 256, 3), fashion_mnist("train"), 2), *images
+    yield "perceptron, Fashion-MNIST", learned(perceptron(784, 10, 256, 3), models.fashion_mnist("train"), 2), *images
     yield "small CNN, Fashion-MNIST", small_cnn(), *images
     yield "ViT, Fashion-MNIST", trained_on_fashion("vit"), *images
     train, test = (tokens[:, :-1] for tokens in novels.windows())

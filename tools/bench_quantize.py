@@ -10,7 +10,7 @@ import argparse
 import logging
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,20 +19,9 @@ import onnxruntime
 from onnxruntime.quantization import QuantType, quantize_dynamic, quantize_static
 
 from lrcompile.devices.bench import paired, session_options
-from lrcompile.emit.int8 import STATIC, quantizable
+from lrcompile.emit.int8 import STATIC, Feeds, Reader, quantizable
 
-Feeds = Mapping[str, np.ndarray]
 ACTIVATIONS = ("Relu", "Clip")
-
-
-class Reader:
-    """Calibration data as the quantizer reads them."""
-
-    def __init__(self, feeds: Sequence[Feeds]) -> None:
-        self._left = iter(feeds)
-
-    def get_next(self) -> Feeds | None:
-        return next(self._left, None)
 
 
 def ways(model: Path, out: Path, feeds: Sequence[Feeds]) -> Iterator[tuple[str, Callable[[], None]]]:

@@ -13,7 +13,7 @@ import io
 import logging
 import tempfile
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -109,7 +109,7 @@ class Quantizer:
         out = Path(self._folder.name) / "static.onnx"
         activations = [self._activations[name] for name in names if name in self._activations]
         quantize_static(
-            path, out, _Reader(self.feeds),
+            path, out, Reader(self.feeds),
             quant_format=QuantFormat.QDQ, per_channel=True, reduce_range=narrow,
             activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
             op_types_to_quantize=["Conv", "Relu", "Clip"], nodes_to_quantize=[*names, *activations],
@@ -131,13 +131,14 @@ class Quantizer:
         return out
 
 
-class _Reader:
-    """Calibration data as the quantizer reads them."""
+class Reader:
+    """Calibration data, by the names of a file's inputs, as the quantizer reads them."""
 
-    def __init__(self, feeds: Sequence[Feeds]) -> None:
+    def __init__(self, feeds: Iterable[Feeds]) -> None:
         self._left = iter(feeds)
 
     def get_next(self) -> Feeds | None:
+        """The next batch, None after the last."""
         return next(self._left, None)
 
 

@@ -2,37 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
-import onnxruntime
-import torch
-from onnxruntime.quantization import (
-    CalibrationDataReader,
-    QuantFormat,
-    QuantType,
-    quantize_dynamic,
-    quantize_static,
-)
+from onnxruntime.quantization import QuantFormat, QuantType, quantize_dynamic, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
 from torch import Tensor
 
-from lrcompile.devices.bench import session_options
+from lrcompile.emit.int8 import Reader
+from lrcompile.emit.verify import arrays, open_onnx, runner
 
 CPU_FACTS = Path("/proc/cpuinfo")
-
-
-class Batches(CalibrationDataReader):
-    """Calibration batches as ONNX Runtime asks for them."""
-
-    def __init__(self, names: Sequence[str], batches: Sequence[tuple[Tensor, ...]]) -> None:
-        self.left: Iterator[dict[str, np.ndarray]] = (
-            {name: value.numpy() for name, value in zip(names, batch, strict=True)} for batch in batches
-        )
-
-    def get_next(self) -> dict[str, np.ndarray] | None:
-        return next(self.left, None)
 
 
 def quantized(
@@ -44,9 +24,10 @@ def quantized(
     quant_pre_process(str(whole), str(ready))
     narrow = not fast_int8()
     shared = {"per_channel": True, "reduce_range": narrow, "weight_type": QuantType.QInt8}
+    feeds = (dict(zip(names, arrays(batch), strict=True)) for batch in batches)
     if name == "ort-static":
         quantize_static(
-            str(ready), str(path), Batches(names, batches),
+            str(ready), str(path), Reader(feeds),
             quant_format=QuantFormat.QDQ, activation_type=QuantType.QUInt8, **shared,
         )  # fmt: skip
     else:
@@ -65,11 +46,6 @@ def fast_int8() -> bool:
 
 def as_callable(path: Path) -> Callable[..., Tensor]:
     """An ONNX model as what a task's judge calls: tensors in, its first output out."""
-    session = onnxruntime.InferenceSession(str(path), session_options(), providers=["CPUExecutionProvider"])
-    names = [port.name for port in session.get_inputs()]
-
-    def run(*inputs: Tensor) -> Tensor:
-        feeds = {name: value.numpy() for name, value in zip(names, inputs, strict=True)}
-        return torch.from_numpy(session.run(None, feeds)[0])
-
-    return run
+    session = open_onnx(path)
+    run_session = runner(session, [port.name for port in session.get_inputs()])
+    return lambda *inputs: run_session(inputs)[0]
