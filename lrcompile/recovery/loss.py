@@ -53,11 +53,9 @@ class Loss:
             self.scores = self.pair.student(*batch.inputs)[0][0]
             return _of_labels(self.scores, batch.labels, settings.smoothing)
         expected = self.pair.expected(batch.inputs)
-        found = self.pair.differences(batch.inputs, expected, settings.outputs, scales)
+        found = self.pair.differences(batch.inputs, expected, settings.outputs, scales, inside)
         self.scores = found.got[0]
-        loss = found.outputs
-        if inside:
-            loss = loss + settings.hidden * found.inside + settings.attention * found.attention
+        loss = found.outputs + settings.hidden * found.inside + settings.attention * found.attention
         if batch.labels is None:
             return loss
         return settings.teacher * loss + _of_labels(self.scores, batch.labels, settings.smoothing)

@@ -64,10 +64,22 @@ class Pair:
         return [total / samples for total in sums[0]], [total / samples for total in sums[1]]
 
     def differences(
-        self, batch: Sequence[Any], expected: Values, outputs: Outputs, scales: Scales | None = None
+        self,
+        batch: Sequence[Any],
+        expected: Values,
+        outputs: Outputs,
+        scales: Scales | None = None,
+        within: bool = True,
     ) -> Differences:
-        """How far the rewritten model is from what is expected; `scales` are of the batch that this is a part of."""
-        got, inside, attention = self.student(*batch)
+        """How far the rewritten model is from what is expected; of outputs alone if not `within` too.
+
+        `scales` are those of the batch that this one is a part of.
+        """
+        values: Values = self.student(*batch)
+        if not within:
+            expected, values = (expected[0], [], []), (values[0], [], [])
+            scales = scales and (scales[0], [])
+        got, inside, attention = values
         samples = samples_in(batch)
         known = scales or (list(map(_mean_square, expected[0])), list(map(_mean_square, expected[1])))
         of_outputs = [
