@@ -117,7 +117,8 @@ def _held_to_metric(before: Result, after: Result) -> Result:
     if value < known["after"] - known["noise"]:
         note = f"recovery let the metric fall from {known['after']:.6g} to {value:.6g}: the weights are as they were"
         return replace(before, report=replace(before.report, notes=[*before.report.notes, note]))
-    metric = known | {"after": value, "evaluations": known["evaluations"] + 1}
+    counts = {name: known[name] + 1 for name in ("evaluations", "most_evaluations")}  # this one is not the search's
+    metric = known | counts | {"after": value}
     return replace(after, report=replace(after.report, metric=metric), plan=replace(after.plan, metric=metric))
 
 
