@@ -1,7 +1,7 @@
 """A family of models of one: each smaller than the last, made of it, and recovered (PLRD, arXiv 2406.19995).
 
 Where the last one was split already, the product of its factors is split anew at a lower rank: the number of layers
-stays. All of them learn from the original.
+stays. All of them learn from the original: its outputs, and the values inside that their modules' paths lead back to.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from lrcompile.compile import Result, compile
 from lrcompile.errors import InputError
 from lrcompile.frontend.calibration_data import CalibrationData
-from lrcompile.graph.graph import weight_bytes
+from lrcompile.graph.graph import Graph, weight_bytes
 from lrcompile.planning.budget import Budget
 from lrcompile.recover import recover
+from lrcompile.recovery.lineage import Lineage
 from lrcompile.recovery.settings import Recovery
 from lrcompile.report.clock import Progress, silent
 
@@ -66,14 +67,17 @@ def progressive(
     if not sizes or any(not 0 < size < 1 for size in sizes) or list(sizes) != sorted(set(sizes), reverse=True):
         raise InputError(f"sizes {', '.join(map(str, sizes)) or 'none'}: expected falling shares, such as 0.8,0.6,0.4")
     family: list[Member] = []
-    parent, share, whole = model, 1.0, 0
-    original: Result | None = None
+    parent, share = model, 1.0
+    lineage: Lineage | None = None
+    rewritten: Graph | None = None
     for size in sizes:
-        wanted = replace(budget or Budget(), size=size if original is None else max(2.0, size * whole))
+        limit = size if lineage is None else max(2.0, size * weight_bytes(lineage.original.gm))
+        wanted = replace(budget or Budget(), size=limit)
         result = compile(parent, args, kwargs, budget=wanted, progress=progress, **options)
-        original = original or result
-        whole = whole or weight_bytes(original.traced.graph.gm)
-        result = recover(result, data, recovery, labels=labels, original=original.traced.graph, progress=progress)
+        traced = result.traced.graph
+        lineage = lineage.traced_anew(rewritten, traced) if lineage and rewritten else Lineage.of(traced)
+        rewritten = Graph(result.model, traced.fake_mode)
+        result = recover(result, data, recovery, labels=labels, original=lineage, progress=progress)
         family.append(Member(size, share, result))
         parent, share = result.model, size
     return family

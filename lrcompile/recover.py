@@ -20,6 +20,7 @@ from lrcompile.lower.batches import model_batches
 from lrcompile.planning.distribution import entering, unlike_calibration, unlike_training
 from lrcompile.planning.sensitivity import Evaluator
 from lrcompile.recovery.checkpoint import Checkpoint
+from lrcompile.recovery.lineage import Lineage
 from lrcompile.recovery.pair import pair
 from lrcompile.recovery.processes import Processes
 from lrcompile.recovery.refit import refit
@@ -36,7 +37,7 @@ def recover(
     recovery: Recovery | None = None,
     *,
     labels: Tensor | None = None,
-    original: Graph | None = None,
+    original: Graph | Lineage | None = None,
     checkpoints: Path | None = None,
     progress: Progress = lambda stage, done, total: None,
     **settings: Any,
@@ -47,17 +48,17 @@ def recover(
     the first output, whose last axis they count on. A tenth of the batches is kept out to judge by; what is judged
     worse than what was there is not kept, and neither is what the user's metric falls by. A training that was stopped
     goes on where it was when it is started again; `checkpoints` is the folder that it is kept in until then. `original`
-    is the traced graph that it learns from, where that is not the one that was compiled; then outputs alone are
-    compared, and it is trained whatever was rewritten. Where memory runs out, steps are made of smaller parts, which
-    gives the same up to rounding.
+    is what it learns from, where that is not what was compiled, and then it is trained whatever was rewritten: a traced
+    graph, of which outputs alone are compared, or a lineage, which says what values inside are the same. Where memory
+    runs out, steps are made of smaller parts, which gives the same up to rounding.
 
     Raises:
         InputError: the settings, the data or the labels cannot be used.
     """
     recovery = Recovery(**settings) if recovery is None else replace(recovery, **settings)
-    teacher, student = original or result.traced.graph, Graph(result.model, result.traced.graph.fake_mode)
-    same = teacher is result.traced.graph
-    if same and all(rewrite.exact for rewrite in result.plan.rewrites):
+    lineage = _lineage(result.traced.graph, original)
+    teacher, student = lineage.original, Graph(result.model, result.traced.graph.fake_mode)
+    if lineage.direct and all(rewrite.exact for rewrite in result.plan.rewrites):
         note = "nothing to recover: no lossy rewrite was made"
         return replace(result, report=replace(result.report, notes=[*result.report.notes, note]))
     start = time.perf_counter()
@@ -71,10 +72,10 @@ def recover(
     judging = [batch.inputs for batch in samples.judging]
     evaluator = Evaluator(teacher, judging, result.traced.dynamic_batch).measured_in(measure)
     before = evaluator.error(student)
-    fitted, refitted = (
-        _refitted(teacher, student, samples, evaluator, before) if recovery.refit and same else (student, ())
+    fitted, refitted = _refitted(lineage, student, samples, evaluator, before) if recovery.refit else (student, ())
+    couple = pair(
+        teacher, fitted, batches[0], lineage.substitutes(student), attention=lineage.direct and recovery.attention > 0
     )
-    couple = pair(teacher, fitted, batches[0], inside=same, attention=recovery.attention > 0)
     facts = (fingerprint(teacher.gm), fingerprint(fitted.gm), data.digest, _digest(labels), recovery.to_json())
     processes = Processes.here()
     until = None if recovery.until is None else measure.root(recovery.until)
@@ -130,13 +131,19 @@ def _unlike(result: Result, data: CalibrationData, batches: Sequence[Sequence[An
     return [*unlike_training(result.traced.graph, got, what), *unlike_calibration(result.seen, got, what)]
 
 
+def _lineage(compiled: Graph, original: Graph | Lineage | None) -> Lineage:
+    if isinstance(original, Lineage):
+        return original
+    return Lineage.of(compiled) if original is None or original is compiled else Lineage(original, compiled)
+
+
 def _refitted(
-    teacher: Graph, student: Graph, samples: Samples, evaluator: Evaluator, before: float
+    lineage: Lineage, student: Graph, samples: Samples, evaluator: Evaluator, before: float
 ) -> tuple[Graph, tuple[str, ...]]:
     """The rewritten graph with layers fitted anew, and which, if that makes it better on what it is judged by."""
     count = max(1, min(REFIT_SAMPLES, samples.count) // samples.size)
     batches = [samples.batch(numbers).inputs for numbers in samples.order(0, 0)[:count]]
-    fitted, paths = refit(teacher, student, batches)
+    fitted, paths = refit(lineage.original, student, batches, lineage.counterparts(student))
     return (fitted, paths) if paths and evaluator.error(fitted) < before else (student, ())
 
 

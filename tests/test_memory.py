@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import lrcompile
-from lrcompile import Budget, CalibrationData, Graph, Recovery, Result, calibration_from
+from lrcompile import Budget, CalibrationData, Recovery, Result, calibration_from
 from lrcompile.cli import run
 from lrcompile.errors import InputError
 from lrcompile.frontend.trace import Traced, trace
@@ -20,8 +20,8 @@ from lrcompile.planning.calibration import Statistics, collect
 from lrcompile.planning.distribution import entering
 from lrcompile.planning.sensitivity import Evaluator
 from lrcompile.recovery.loss import Loss
-from lrcompile.recovery.pair import pair
 from lrcompile.recovery.samples import Batch
+from tests.pairs import pair_of
 
 WIDTH = 96
 ALLOCATOR = (
@@ -162,7 +162,7 @@ def unlimited(result: Result) -> None:
 
 @pytest.mark.parametrize("settings", [{}, {"outputs": "kl"}, {"hidden": 0.0}])
 def test_the_loss_in_parts_is_that_of_the_whole(compiled: Result, settings: dict[str, Any]) -> None:
-    couple = pair(compiled.traced.graph, Graph(compiled.model, compiled.traced.graph.fake_mode), inputs(10, 4))
+    couple = pair_of(compiled, inputs(10, 4))
     loss, batch = Loss(couple, Recovery(steps=1, precision="fp32", **settings)), Batch(inputs(10, 5), None)
     parameters = [p for p in couple.trained.gm.parameters() if p.is_floating_point()]
 

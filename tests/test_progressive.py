@@ -10,12 +10,15 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx import Interpreter
 
 import lrcompile
-from lrcompile import CalibrationData, Recovery, calibration_from
+from lrcompile import Budget, CalibrationData, Graph, Recovery, calibration_from
 from lrcompile.cli import run
 from lrcompile.errors import InputError
 from lrcompile.planning.decompose import spectrum
+from lrcompile.recovery.lineage import Lineage
+from tests.panel import randomise
 
 WIDTH = 64
 
@@ -128,3 +131,48 @@ def test_labels_are_learned() -> None:
     )  # fmt: skip
     assert member.result.report.recovery is not None
     assert member.result.report.recovery["loss"][1] < member.result.report.recovery["loss"][0]
+
+
+class Normed(nn.Module):
+    """A convolution and its batch norm, whose values are far apart, and layers that read what a layer norm gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(4, 24, 3, padding=1), nn.BatchNorm2d(24)
+        self.last, self.up, self.head = nn.LayerNorm(24), nn.Linear(24, 96), nn.Linear(96, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.conv(x)).relu().flatten(2).transpose(1, 2)
+        return self.head(self.up(self.last(x)))
+
+
+def test_values_inside_are_followed_over_compiles() -> None:
+    """By the path of a module, but never to another value: a folded norm's, or an input without its affine."""
+    torch.manual_seed(0)
+    x = (torch.randn(8, 4, 6, 6),)
+    first = lrcompile.compile(randomise(Normed()).eval(), x, target="rpi5", budget=Budget(size=0.8))
+    rewritten = Graph(first.model, first.traced.graph.fake_mode)
+    second = lrcompile.compile(first.model, x, target="rpi5", budget=Budget(size=0.7))
+    lineage = Lineage.of(first.traced.graph).traced_anew(rewritten, second.traced.graph)
+    assert not lineage.direct
+    last = Graph(second.model, second.traced.graph.fake_mode)
+    found, values = lineage.counterparts(last), {}
+    assert {"norm", "head"} <= {original.name for original in found.values()}
+    assert not {"conv", "last"} & {original.name for original in found.values()}
+    for graph in (first.traced.graph, last):
+        interpreter = Interpreter(graph.gm, garbage_collect_values=False)
+        with torch.no_grad():
+            interpreter.run(*x)
+        values |= {(graph, node.name): value for node, value in interpreter.env.items()}
+    for name, original in found.items():
+        expected = values[first.traced.graph, original.name]
+        assert float((values[last, name] - expected).norm() / expected.norm()) < 0.9
+    assert set(lineage.substitutes(last)) <= set(found)
+
+
+def test_later_members_learn_values_inside_and_are_fitted_anew() -> None:
+    figures = [member.result.report.recovery for member in family((0.7, 0.5), steps=0, rate=None)]
+    assert figures[0] is not None
+    assert figures[1] is not None
+    assert figures[1]["values_inside"] > figures[0]["values_inside"] > 0
+    assert figures[1]["refitted"]

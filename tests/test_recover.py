@@ -24,11 +24,13 @@ from lrcompile.graph.graph import Graph
 from lrcompile.recovery import train as training
 from lrcompile.recovery.freeze import factors_of
 from lrcompile.recovery.importance import most_important
+from lrcompile.recovery.lineage import Lineage
 from lrcompile.recovery.loss import Loss
 from lrcompile.recovery.optimise import Masters, RunningMean, centralise, rate_at, sharpness_aware
-from lrcompile.recovery.pair import difference, independent, pair
+from lrcompile.recovery.pair import difference, independent
 from lrcompile.recovery.refit import fitted, refit
 from lrcompile.recovery.samples import samples_of
+from tests.pairs import pair_of
 
 WIDTH = 96
 
@@ -160,7 +162,7 @@ def test_a_damaged_checkpoint_is_as_none(compiled: Result, tmp_path: Path, monke
 
 def test_values_inside_are_those_of_rewritten_layers(compiled: Result) -> None:
     x = data().batches[0]["x"]
-    couple = pair(compiled.traced.graph, Graph(compiled.model, compiled.traced.graph.fake_mode), (x,))
+    couple = pair_of(compiled, (x,))
     sites = {rewrite.site[0] for rewrite in compiled.plan.rewrites}
     assert len(couple.inside) == len(sites)
     with torch.no_grad():
@@ -242,7 +244,7 @@ def test_a_fitted_layer_is_the_least_squares_solution() -> None:
 
 def test_what_nothing_was_lost_before_is_not_fitted() -> None:
     graph = lrcompile.prepare_model(net(), (torch.randn(8, WIDTH),)).graph
-    assert refit(graph, graph, [(torch.randn(8, WIDTH),)])[1] == ()
+    assert refit(graph, graph, [(torch.randn(8, WIDTH),)], Lineage.of(graph).counterparts(graph))[1] == ()
 
 
 # ------------------------------------------------------------------------------------------------------- freezing
@@ -262,7 +264,7 @@ def test_frozen_factors_are_bit_identical_over_their_epoch(compiled: Result, fre
     x = data()
     batches = [(batch["x"],) for batch in x.batches]
     samples = samples_of(batches, None, 16)
-    couple = pair(compiled.traced.graph, Graph(compiled.model, compiled.traced.graph.fake_mode), batches[0])
+    couple = pair_of(compiled, batches[0])
     outer, inner = factors_of(couple.trained)
     seen: list[tuple[list[Tensor], list[Tensor]]] = []
 

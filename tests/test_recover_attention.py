@@ -11,11 +11,10 @@ from torch import Tensor, nn
 import lrcompile
 from lrcompile import Budget, Recovery, calibration_from
 from lrcompile.frontend.trace import trace
-from lrcompile.graph.graph import Graph
 from lrcompile.recovery.attention import divergence, log_weights, same_calls
 from lrcompile.recovery.loss import Loss
-from lrcompile.recovery.pair import pair
 from lrcompile.recovery.samples import Batch
+from tests.pairs import pair_of
 
 WIDTH, TOKENS = 64, 12
 
@@ -96,7 +95,7 @@ def test_it_is_learned(tmp_path: Path) -> None:
         after = lrcompile.recover(
             found, data, steps=150, rate=3e-3, attention=weight, hidden=0.0, refit=False, checkpoints=tmp_path
         )
-        couple = pair(found.traced.graph, Graph(after.model, found.traced.graph.fake_mode), (x[:64],), attention=True)
+        couple = pair_of(after, (x[:64],), attention=True)
         with torch.no_grad():
             differ = couple.differences((x[:64],), couple.expected((x[:64],)), "mse")
         apart.append(float(differ.attention.mean()))
@@ -107,8 +106,7 @@ def test_it_is_part_of_the_loss_by_its_weight() -> None:
     torch.manual_seed(0)
     x = torch.randn(8, TOKENS, WIDTH)
     found = lrcompile.compile(Encoder().eval(), (x,), target="rpi5", budget=Budget(size=0.6))
-    graph = Graph(found.model, found.traced.graph.fake_mode)
-    couple = pair(found.traced.graph, graph, (x,), attention=True)
+    couple = pair_of(found, (x,), attention=True)
     with torch.no_grad():
         apart = couple.differences((x,), couple.expected((x,)), "mse")
         assert float(apart.attention.min()) > 0

@@ -63,11 +63,16 @@ class Residual(nn.Module):
 
 
 class FashionViT(nn.Module):
-    """2.7 M parameters: six blocks of width 192 over the 16 patches of an image."""
+    """2.9 M parameters: six blocks of width 192 over 16 tokens, which three convolutions make of an image.
+
+    The convolutions are a tenth of the work, and with them few epochs suffice (arXiv 2106.14881).
+    """
 
     def __init__(self, width: int = 192, blocks: int = 6, heads: int = 3) -> None:
         super().__init__()
-        self.patches = nn.Conv2d(1, width, 7, stride=7)
+        widths = ((1, 32), (32, 96), (96, width))
+        stem = [nn.Sequential(nn.Conv2d(*pair, 3, 2, 1, bias=False), nn.BatchNorm2d(pair[1])) for pair in widths]
+        self.patches = nn.Sequential(stem[0], nn.ReLU(), stem[1], nn.ReLU(), stem[2])
         self.positions = nn.Parameter(torch.randn(16, width) / 10)
         self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(blocks)))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 10)
@@ -107,7 +112,7 @@ class Recipe:
 
 
 RECIPES = {
-    "resnet": Recipe(FashionResNet, 5, 0.1, "sgd", 5e-4),
+    "resnet": Recipe(FashionResNet, 6, 0.1, "sgd", 5e-4),
     "vit": Recipe(FashionViT, 6, 1e-3, "adamw", 0.05),
 }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from lrcompile.graph.graph import Graph
 from lrcompile.memory import samples_in
 from lrcompile.recovery.attention import divergence, log_weights_of, same_calls
+from lrcompile.recovery.lineage import Counterparts
 from lrcompile.recovery.settings import Outputs
 
 Scales = tuple[list[Tensor], list[Tensor]]
@@ -95,20 +96,18 @@ class Pair:
         return Differences(_mean(of_outputs, nothing), _mean(of_inside, nothing), _mean(of_attention, nothing), got)
 
 
-def pair(teacher: Graph, student: Graph, probe: Sequence[Any], inside: bool = True, attention: bool = False) -> Pair:
+def pair(
+    teacher: Graph, student: Graph, probe: Sequence[Any], substitutes: Counterparts, attention: bool = False
+) -> Pair:
     """The pair of an original and a rewritten graph; `student` is left as it is, its copy is trained.
 
-    The values inside that are compared are those that a rewrite put others in the place of, and that differ by less
-    than themselves on `probe`, flat inputs; none without `inside`, for graphs that share no names. With `attention`
-    the weights of attention calls are compared too.
+    The values inside that are compared are those of `substitutes`, by their names in `student`, that differ by less
+    than themselves on `probe`, flat inputs. With `attention` the weights of the attention calls that both graphs have
+    by one name are compared too.
     """
     trained = independent(student)
-    by_name = {node.name: node for node in teacher.nodes}
-    found = []
-    for node in trained.nodes if inside else ():
-        original = stood_for(node, by_name)
-        if original is not None and _comparable(original, node):
-            found.append((original, node))
+    named = [(substitutes[node.name], node) for node in trained.nodes if node.name in substitutes]
+    found = [(original, node) for original, node in named if _comparable(original, node)]
     with torch.no_grad():
         given = _observed(teacher.gm, [t for t, _ in found])(*probe)[1]
         got = _observed(trained.gm, [s for _, s in found])(*probe)[1]
@@ -116,18 +115,13 @@ def pair(teacher: Graph, student: Graph, probe: Sequence[Any], inside: bool = Tr
         nodes for nodes, y, z in zip(found, given, got, strict=True)
         if float(difference(y, z, 1, "mse")) < UNRELATED
     ]  # fmt: skip
-    calls = same_calls(teacher, trained) if inside and attention else []
+    calls = same_calls(teacher, trained) if attention else []
     return Pair(
         _observed(teacher.gm, [t for t, _ in kept], [call for call, _ in calls]),
         _observed(trained.gm, [s for _, s in kept], [call for _, call in calls]),
         trained,
         tuple(t.name for t, _ in kept),
     )
-
-
-def stood_for(node: fx.Node, originals: Mapping[str, fx.Node]) -> fx.Node | None:
-    """The value, of the originals by name, that a rewrite put a node in the place of, or None."""
-    return next((originals[name] for name in node.meta.get("stands_for", ()) if name in originals), None)
 
 
 def independent(graph: Graph) -> Graph:

@@ -19,20 +19,23 @@ from torch.utils import _pytree as pytree
 
 from lrcompile.graph.graph import Graph, owners, shape, storage_id, submodule
 from lrcompile.graph.rewrite import set_module
-from lrcompile.recovery.pair import stood_for
+from lrcompile.recovery.lineage import Counterparts
 
 RIDGE = 1e-2  # of the mean of the Gram matrix's diagonal: how strongly weights are held where they are
 LIVE_BYTES = 2**31  # of values that are held at one time, over all batches
 
 
-def refit(teacher: Graph, student: Graph, batches: Sequence[Sequence[Any]]) -> tuple[Graph, tuple[str, ...]]:
+def refit(
+    teacher: Graph, student: Graph, batches: Sequence[Sequence[Any]], known: Counterparts
+) -> tuple[Graph, tuple[str, ...]]:
     """(a copy of the rewritten graph with fitted layers, the paths of those); batches are flat inputs.
 
-    Fitted are linear layers and 1 × 1 convolutions, behind the first lossy rewrite, that are called once and share no
-    weight: those that end what a rewrite made, and those that are as they were.
+    `known` are the values of the original that those of the rewritten graph stand for. Fitted are linear layers and
+    1 × 1 convolutions, behind the first lossy rewrite, that are called once and share no weight: those that end what a
+    rewrite made, and those that are as they were.
     """
     result = student.copy()
-    targets = fitted_layers(teacher, result)
+    targets = fitted_layers(result, known)
     if not targets:
         return result, ()
     batches = batches[: max(1, int(LIVE_BYTES // (1 + _live_bytes(teacher) + _live_bytes(result))))]
@@ -49,9 +52,8 @@ def refit(teacher: Graph, student: Graph, batches: Sequence[Sequence[Any]]) -> t
     return result, tuple(str(node.target) for node in targets)
 
 
-def fitted_layers(teacher: Graph, student: Graph) -> dict[fx.Node, fx.Node]:
+def fitted_layers(student: Graph, known: Counterparts) -> dict[fx.Node, fx.Node]:
     """The layers of the rewritten graph that can be fitted, each with the value of the original that it stands for."""
-    by_name = {node.name: node for node in teacher.nodes}
     owner_map = owners(student)
     single = {site.nodes[0]: site for site in student.sites().values() if len(site.nodes) == 1}
     found = {}
@@ -63,9 +65,7 @@ def fitted_layers(teacher: Graph, student: Graph) -> dict[fx.Node, fx.Node]:
             continue
         if any(owner_map[storage_id(parameter)] > {site.path} for parameter in site.module.parameters()):
             continue
-        original = stood_for(node, by_name)
-        if original is None and node.name in by_name and teacher.module(by_name[node.name]) is site.module:
-            original = by_name[node.name]
+        original = known.get(node.name)
         if original is not None and shape(original) == shape(node):
             found[node] = original
     return found
