@@ -132,7 +132,7 @@ def test_images() -> None:
     graph = trace(net, (images,)).graph
     known = known_to_batch_norms(graph)
     good = models.calibration_images(16)
-    raw = good * torch.tensor(models._STD).view(3, 1, 1) + torch.tensor(models._MEAN).view(3, 1, 1)
+    raw = good * models._SCALE + models._ZERO
 
     def usual(x: Tensor) -> bool:
         found = Distance.between(known, entering(graph, [(batch,) for batch in x.split(8)]))
@@ -142,7 +142,7 @@ def test_images() -> None:
     for x in (good, good[:1], models.unseen_images(8), models.imagenet_images()[0][:16]):
         assert usual(x)
     chance = torch.Generator().manual_seed(0)
-    for x in (raw[:8] * 255, torch.randn(8, 3, 224, 224, generator=chance), torch.zeros(2, 3, 224, 224)):
+    for x in (raw[:8], torch.randn(8, 3, 224, 224, generator=chance), torch.zeros(2, 3, 224, 224)):
         assert not usual(x)
 
 

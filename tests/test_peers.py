@@ -6,6 +6,7 @@ import copy
 import math
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -235,3 +236,16 @@ def test_a_peer_with_nothing_to_do_has_a_row() -> None:
     assert head.count("|") == ours.count("|") == other.count("|")
     assert "nothing to do: no convolutions" in other
     assert "2.00× (2.00–2.00) | 50% | 90 | 92 | 9" in ours
+
+
+def test_lower_perplexity_is_better() -> None:
+    ours, peer = (
+        Row(name, (0.5,) * 3, 0.5, {"perplexity": value}) for name, value in ((OURS, 18.0), ("uniform", 19.0))
+    )
+    assert verdict_of(ours, peer) == ["- No peer is ahead of lrcompile at its speed or above."]
+    assert verdict_of(replace(peer, name=OURS), replace(ours, name="uniform"))[0].startswith("- **uniform is ahead")
+    assert "| **18** |" in list(table({"perplexity": 17.0}, "batch 8", [replace(peer, name=OURS), ours]))[-3]
+
+
+def verdict_of(*rows: Row) -> list[str]:
+    return list(verdict(rows))

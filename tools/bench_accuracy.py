@@ -1,8 +1,8 @@
 """How fast trained models become at which accuracy: `python tools/bench_accuracy.py minilm --out docs/accuracy.md`.
 
-A model is compiled for this machine (`--target local`) at each of some speed-ups, as accurate as that allows, and
-trained for some minutes on inputs without labels. What comes out is judged on data that neither saw, and measured in
-ONNX Runtime against the original, paired.
+A model is compiled for this machine (`--target local`) at each of some speed-ups, as accurate as that allows, or
+within each of some errors (`--max-errors`), as fast as that allows, and trained for some minutes on inputs without
+labels. What comes out is judged on data that neither saw, and measured in ONNX Runtime against the original, paired.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from lrcompile import CalibrationData, calibration_from
 from lrcompile.devices.bench import paired
 from lrcompile.devices.measure import cpu_name, usable_cores
 from lrcompile.errors import BudgetError
+from lrcompile.planning.measures import MEASURES, RELATIVE
 from lrcompile.report.progress import ProgressDisplay
 from tools import models, novels
 from tools.fetch_data import DataMissing
@@ -152,7 +153,7 @@ TASKS: dict[str, Callable[[], Task]] = {
 
 @dataclass(frozen=True)
 class Row:
-    """A speed-up asked for, and what came of it: time over the original's with its interval of 95 %, and figures."""
+    """What was asked for, and what came of it: time over the original's with its interval of 95 %, and figures."""
 
     asked: str
     ratio: tuple[float, float, float]
@@ -164,18 +165,18 @@ class Row:
     steps: int
 
 
-def rows(task: Task, speedups: Sequence[float], minutes: Sequence[float], folder: Path) -> Iterator[Row]:
-    """One for each speed-up; `minutes` of training for each, 0 where layers are only fitted anew."""
+def rows(task: Task, budgets: Mapping[str, lrcompile.Budget], minutes: Sequence[float], folder: Path) -> Iterator[Row]:
+    """One for each budget, by its name; `minutes` of training for each, 0 where layers are only fitted anew."""
     with ProgressDisplay(Console(stderr=True)) as progress:
         prepared = lrcompile.prepare_model(
             task.model, task.example, target="local", calibration=task.calibration, progress=progress
         )
         assert prepared.reference is not None
-        for speedup, length in zip(speedups, minutes, strict=True):
+        for (asked, budget), length in zip(budgets.items(), minutes, strict=True):
             try:
-                found = lrcompile.solve(prepared, lrcompile.Budget(speedup=speedup))
+                found = lrcompile.solve(prepared, budget)
             except BudgetError as problem:
-                print(f"{speedup}: {problem}", file=sys.stderr)
+                print(f"{asked}: {problem}", file=sys.stderr)
                 continue
             start = time.monotonic()
             how = {"minutes": length} if length else {"steps": 0}
@@ -186,7 +187,7 @@ def rows(task: Task, speedups: Sequence[float], minutes: Sequence[float], folder
             result = paired(prepared.reference.onnx, path, batch=len(task.example[0]), seconds=BENCH_S)
             figures = after.report.recovery
             yield Row(
-                f"{speedup:g}×", (result.ratio, result.ratio_low, result.ratio_high),
+                asked, (result.ratio, result.ratio_low, result.ratio_high),
                 found.report.model["weight_bytes_after"] / found.report.model["weight_bytes_before"],
                 found.report.error["measured"], task.judge(found.model), task.judge(after.model),
                 taken, int(figures["steps"]) if figures else 0,
@@ -215,13 +216,12 @@ def table(task: Task, found: Sequence[Row]) -> Iterator[str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=list(TASKS))
-    parser.add_argument("--speedups", type=float, nargs="+", default=[1.15, 1.6])
+    limits = parser.add_mutually_exclusive_group(required=True)
+    limits.add_argument("--speedups", type=float, nargs="+")
+    limits.add_argument("--max-errors", type=float, nargs="+")
+    parser.add_argument("--measure", choices=list(MEASURES), default=RELATIVE.name, help="of --max-errors")
     parser.add_argument(
-        "--minutes",
-        type=float,
-        nargs="+",
-        default=[0.0, 13.0],
-        help="of training, for each speed-up; 0: fitted anew only",
+        "--minutes", type=float, nargs="+", required=True, help="of training, for each; 0: fitted anew only"
     )
     parser.add_argument("--out", type=Path, help="put the table into this page, between its marks")
     options = parser.parse_args(arguments)
@@ -231,19 +231,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except DataMissing as problem:
         print(f"bench_accuracy: {problem}", file=sys.stderr)
         return 1
+    if options.speedups:
+        budgets = {f"{value:g}×": lrcompile.Budget(speedup=value) for value in options.speedups}
+        words = f"--speedups {_words(options.speedups)}"
+    else:
+        errors, measure = options.max_errors, options.measure
+        budgets = {f"{measure} {value:g}": lrcompile.Budget(max_error=value, measure=measure) for value in errors}
+        words = f"--max-errors {_words(errors)} --measure {measure}"
     found = []
     with tempfile.TemporaryDirectory() as folder:
-        for row in rows(task, options.speedups, options.minutes, Path(folder)):
+        for row in rows(task, budgets, options.minutes, Path(folder)):
             found.append(row)
             print(row, flush=True)
-    words = " ".join(f"{value:g}" for value in options.speedups)
-    minutes = " ".join(f"{value:g}" for value in options.minutes)
-    command = f"python tools/bench_accuracy.py {options.name} --speedups {words} --minutes {minutes}"
+    command = f"python tools/bench_accuracy.py {options.name} {words} --minutes {_words(options.minutes)}"
     text = "\n".join([*table(task, found), "", f"    {command}"])
     print(text)
     if options.out:
         put(options.out, f"<!-- {options.name} -->", f"\n{text}\n", f"<!-- end of {options.name} -->")
     return 0
+
+
+def _words(values: Sequence[float]) -> str:
+    return " ".join(f"{value:g}" for value in values)
 
 
 if __name__ == "__main__":

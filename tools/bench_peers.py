@@ -36,11 +36,12 @@ from tools.peers.catalogue import PEERS
 from tools.peers.original import NothingToDo, Original
 from tools.peers.process import PeerFailed, PeerProcess
 from tools.peers.search import TOLERANCE, nearest
-from tools.peers.table import OURS, OWN, Row, table
+from tools.peers.table import INT8, OURS, OWN, Row, table
 from tools.validate_profiles import put
 
 TRY_S, TRY_OPENINGS = 1.5, 2
 BATCHES = 16  # calibration batches that peers are given
+NO_LIMIT = 1e6  # of the error that int8 adds: ONNX Runtime's own is not limited either
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,30 +62,35 @@ class Bench:
         """Calibration batches, of which the first is the size of the example."""
         return [tuple(batch.values()) for batch in self.task.calibration.batches[:BATCHES]]
 
+    @property
+    def reference(self) -> bytes:
+        """The original as ONNX."""
+        assert self.prepared.reference is not None
+        return self.prepared.reference.onnx
+
     def ratio(self, path: Path, seconds: float, openings: int = 6) -> tuple[float, float, float]:
         """Time of an ONNX model over the original's, with its interval."""
         traced = self.prepared.traced
         inputs = {name: value.numpy() for name, value in zip(traced.input_names, traced.flat, strict=True)}
-        assert self.prepared.reference is not None
-        found = paired(self.prepared.reference.onnx, path, inputs=inputs, seconds=seconds, openings=openings)
+        found = paired(self.reference, path, inputs=inputs, seconds=seconds, openings=openings)
         return found.ratio, found.ratio_low, found.ratio_high
 
-    def recovered(self, result: Result, *, outputs_alone: bool = True) -> tuple[Mapping[str, float], int]:
-        """(what a model is judged at after recovery, steps): of its outputs alone, or with what lrcompile adds."""
+    def recovered(self, result: Result, *, outputs_alone: bool = True) -> Result:
+        """A model after recovery: of its outputs alone, or with what lrcompile adds."""
         original = self.teacher if outputs_alone else None
-        after = lrcompile.recover(
+        return lrcompile.recover(
             result, self.task.training, original=original, minutes=self.minutes, progress=self.progress
         )
-        figures = after.report.recovery
-        return self.task.judge(after.model), int(figures["steps"]) if figures else 0
 
     def row(self, name: str, result: Result, path: Path) -> Row:
         """The row of a model that can be recovered."""
         ratio = self.ratio(path, self.seconds)
         size = weight_bytes(result.model) / weight_bytes(self.prepared.traced.graph.gm)
         before = self.task.judge(result.model)
-        after, steps = self.recovered(result) if self.minutes else ({}, 0)
-        return Row(name, ratio, size, before, after, steps)
+        if not self.minutes:
+            return Row(name, ratio, size, before)
+        after = self.recovered(result)
+        return Row(name, ratio, size, before, self.task.judge(after.model), steps_of(after))
 
 
 def rows(bench: Bench, speedup: float, peers: Sequence[str], python: Path | None) -> Iterator[Row]:
@@ -100,8 +106,10 @@ def rows(bench: Bench, speedup: float, peers: Sequence[str], python: Path | None
     assert first.ratio is not None
     yield first
     if bench.minutes:
-        after, steps = bench.recovered(ours, outputs_alone=False)
-        yield replace(first, name=OWN, after=after, steps=steps)
+        own = bench.recovered(ours, outputs_alone=False)
+        row = replace(first, name=OWN, after=bench.task.judge(own.model), steps=steps_of(own))
+        yield row
+        yield in_int8(bench, ours, own, row)
     for name in peers:
         try:
             if PEERS[name].searched:
@@ -113,6 +121,22 @@ def rows(bench: Bench, speedup: float, peers: Sequence[str], python: Path | None
             yield Row(name, notes=(f"nothing to do: {reason}",))
         except (PeerFailed, LrcompileError) as problem:
             yield Row(name, notes=(f"failed: {problem}",))
+
+
+def in_int8(bench: Bench, ours: Result, own: Result, row: Row) -> Row:
+    """That of lrcompile's model in 8-bit integers too, without and with its own recovery; its error is not limited."""
+    path = bench.folder / "int8.onnx"
+    judged, figures = [], {}
+    for result in (ours, own):
+        quantize = lrcompile.Quantization(bench.task.calibration, max_error=NO_LIMIT)
+        figures = dict(result.save(path, quantize=quantize, progress=bench.progress).quantization or {})
+        judged.append(bench.task.judge(int8.as_callable(path)))
+    size = path.stat().st_size / len(bench.reference)
+    notes = (f"{figures['layers'] - len(figures['left_float'])} of {figures['layers']} layers in int8",)
+    if figures["written"] == "float":
+        notes = ("not faster in int8 here, so that the float model was written",)
+    ratio = bench.ratio(path, bench.seconds)
+    return replace(row, name=INT8, ratio=ratio, size=size, before=judged[0], after=judged[1], notes=notes)
 
 
 def searched(bench: Bench, name: str, wanted: float, python: Path) -> Row:
@@ -153,13 +177,18 @@ def fused(task: Task, archive: Path) -> Result:
 
 def quantized(bench: Bench, name: str) -> Row:
     """The row of ONNX Runtime's int8, at the speed that it has, without recovery."""
-    assert bench.prepared.reference is not None
-    onnx, names = bench.prepared.reference.onnx, bench.prepared.traced.input_names
-    path, notes = int8.quantized(name, onnx, names, bench.batches, bench.folder)
+    path, notes = int8.quantized(
+        name, bench.reference, bench.prepared.traced.input_names, bench.batches, bench.folder
+    )  # fmt: skip
     before = bench.task.judge(int8.as_callable(path))
-    size = path.stat().st_size / len(onnx)
+    size = path.stat().st_size / len(bench.reference)
     notes = (*notes, "one speed; no recovery: its weights are integers")
     return Row(name, bench.ratio(path, bench.seconds), size, before, notes=notes)
+
+
+def steps_of(result: Result) -> int:
+    """The steps of a recovery."""
+    return int(result.report.recovery["steps"]) if result.report.recovery else 0
 
 
 def say(line: str) -> None:

@@ -22,8 +22,7 @@ from torch import Tensor, nn
 
 from tools.fetch_data import DataMissing, ensure
 
-_MEAN = (0.485, 0.456, 0.406)
-_STD = (0.229, 0.224, 0.225)
+_ZERO, _SCALE = 127.0, 128.0  # of EfficientNet-Lite's pixels: its batch norms do not know ImageNet's mean and deviation
 _SIDE = 224
 
 Example = tuple[nn.Module, tuple[Tensor, ...]]
@@ -176,8 +175,7 @@ def _crop(image: np.ndarray, down: float, right: float) -> np.ndarray:
 
 
 def _normalised(image: np.ndarray) -> Tensor:
-    pixels = torch.from_numpy(image.astype(np.float32) / 255.0)
-    return ((pixels - torch.tensor(_MEAN)) / torch.tensor(_STD)).permute(2, 0, 1).contiguous()
+    return ((torch.from_numpy(image.astype(np.float32)) - _ZERO) / _SCALE).permute(2, 0, 1).contiguous()
 
 
 # -------------------------------------------------------------------------------------------------- Fashion-MNIST

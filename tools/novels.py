@@ -29,10 +29,14 @@ TITLES = ("emma", "mansfieldpark", "northangerabbey", UNSEEN, "prideprejudice", 
 
 
 class NovelsGPT(nn.Module):
-    """GPT-2 of 1.9 M parameters: four blocks of width 192 over 128 tokens; the head is tied to the embedding."""
+    """GPT-2 of 1.9 M parameters: four blocks of width 192 over 128 tokens; the head is tied to the embedding.
+
+    Its `Conv1D` layers, which are linear layers under another name, are linear layers: other tools know no others.
+    """
 
     def __init__(self) -> None:
         from transformers import GPT2Config, GPT2LMHeadModel
+        from transformers.pytorch_utils import Conv1D
 
         super().__init__()
         self.gpt = GPT2LMHeadModel(
@@ -42,6 +46,13 @@ class NovelsGPT(nn.Module):
                 bos_token_id=0, eos_token_id=0,
             )
         )  # fmt: skip
+        for name, layer in list(self.gpt.named_modules()):
+            if isinstance(layer, Conv1D):
+                linear = nn.Linear(*layer.weight.shape)
+                with torch.no_grad():
+                    linear.weight.copy_(layer.weight.T)
+                    linear.bias.copy_(layer.bias)
+                self.gpt.set_submodule(name, linear)
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Tokens [batch × tokens] to scores of the next ones [batch × tokens × vocabulary]."""

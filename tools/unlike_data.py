@@ -20,13 +20,16 @@ def images() -> None:
     net, (example,) = models.efficientnet_lite0(batch=2)
     graph = trace(net, (example,)).graph
     good = models.calibration_images(32)
-    pixels = good * torch.tensor(models._STD).view(3, 1, 1) + torch.tensor(models._MEAN).view(3, 1, 1)
+    pixels = good * models._SCALE + models._ZERO
+    deviations = torch.tensor((0.229, 0.224, 0.225)).view(3, 1, 1)  # ImageNet's, as its means below
     chance = torch.Generator().manual_seed(0)
     cases = {
         "32 images": good,
         "one image": good[:1],
         "colours in another order": good.flip(1),
-        "pixels 0 to 255": pixels * 255,
+        "ImageNet's mean and deviation": (pixels / 255 - torch.tensor((0.485, 0.456, 0.406)).view(3, 1, 1))
+        / deviations,
+        "pixels 0 to 255": pixels,
         "noise": torch.randn(8, 3, 224, 224, generator=chance),
         "zeros": torch.zeros(2, 3, 224, 224),
     }

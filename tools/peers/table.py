@@ -10,6 +10,8 @@ from tools.peers.search import TOLERANCE
 
 OURS = "lrcompile"
 OWN = "lrcompile, its own recovery"
+INT8 = "lrcompile, its own recovery and int8"
+LOWER_IS_BETTER = ("perplexity",)
 WHENS = ("rewritten", "recovered")
 
 
@@ -18,7 +20,7 @@ class Row:
     """A model: `ratio` is its time over the original's with an interval of 95 %, None where there is no model.
 
     `size` is its share of the bytes of weights; `share` what the peer was asked for; `before` and `after` are what it
-    is judged at without and with recovery, higher is better, empty where it was not.
+    is judged at without and with recovery, empty where it was not.
     """
 
     name: str
@@ -61,8 +63,15 @@ def _cells(row: Row, ours: Row, names: Sequence[str]) -> Iterator[str]:
     for name in names:
         for got, least in ((row.before, ours.before), (row.after, ours.after)):
             text = f"{got[name]:.4g}" if got else ""
-            yield f"**{text}**" if row is not ours and text and name in least and got[name] > least[name] else text
+            yield f"**{text}**" if row is not ours and text and is_better(name, got, least) else text
     yield str(row.steps) if row.after else ""
+
+
+def is_better(name: str, got: Mapping[str, float], other: Mapping[str, float]) -> bool:
+    """Whether a model is judged better at something than another that was judged at it too."""
+    if name not in other:
+        return False
+    return got[name] < other[name] if name in LOWER_IS_BETTER else got[name] > other[name]
 
 
 def verdict(rows: Sequence[Row]) -> Iterator[str]:
@@ -77,7 +86,7 @@ def verdict(rows: Sequence[Row]) -> Iterator[str]:
             f"{name} {got[name] - least[name]:+.3g} {when}"
             for when, got, least in zip(WHENS, (row.before, row.after), (ours.before, ours.after), strict=True)
             for name in got
-            if name in least and got[name] > least[name]
+            if is_better(name, got, least)
         ]
         if leads:
             ahead = True
