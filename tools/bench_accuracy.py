@@ -13,8 +13,9 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -41,7 +42,8 @@ BENCH_S = 12.0
 class Task:
     """A trained model; what it is calibrated and trained with, by the names of its inputs; and who judges it.
 
-    `classes` says that the last axis of the output counts classes.
+    `classes` says that the last axis of the output counts classes; `measure` is that of errors, and `recovery` holds
+    settings of the training, where other ones than the defaults fit the task.
     """
 
     model: nn.Module
@@ -51,6 +53,8 @@ class Task:
     judge: Callable[[Callable[..., Tensor]], Mapping[str, float]]
     settings: str
     classes: bool = True
+    measure: str = RELATIVE.name
+    recovery: Mapping[str, Any] = field(default_factory=dict)
 
 
 def minilm() -> Task:
@@ -120,7 +124,10 @@ def gpt() -> Task:
         return {"perplexity": novels.perplexity(model, judged)}
 
     words = f"batch 8 × {novels.CONTEXT} tokens; {len(judged)} windows of the unseen novel"
-    return Task(model, (tokens[:8],), data(tokens[:256]), data(tokens[256:]), judge, words)
+    how = {"outputs": "kl", "batch": 16}
+    return Task(
+        model, (tokens[:8],), data(tokens[:256]), data(tokens[256:]), judge, words, measure="kl", recovery=how
+    )  # fmt: skip
 
 
 def efficientnet() -> Task:
@@ -179,7 +186,7 @@ def rows(task: Task, budgets: Mapping[str, lrcompile.Budget], minutes: Sequence[
                 print(f"{asked}: {problem}", file=sys.stderr)
                 continue
             start = time.monotonic()
-            how = {"minutes": length} if length else {"steps": 0}
+            how = {**task.recovery, "minutes": length} if length else {"steps": 0}
             after = lrcompile.recover(found, task.training, progress=progress, **how)
             taken = (time.monotonic() - start) / 60
             path = folder / "found.onnx"
@@ -202,7 +209,8 @@ def table(task: Task, found: Sequence[Row]) -> Iterator[str]:
     yield f"Original: {figures}; {task.settings}. {cpu_name()}, {usable_cores()} cores."
     yield ""
     columns = [f"{name}, {when}" for name in names for when in ("rewritten", "recovered")]
-    yield f"| asked | measured | weights | output error | {' | '.join(columns)} | minutes | steps |"
+    error = MEASURES[task.measure].label
+    yield f"| asked | measured | weights | {error} | {' | '.join(columns)} | minutes | steps |"
     yield "|" + "---|" * (6 + len(columns))
     for row in found:
         ratio, low, high = row.ratio
@@ -219,7 +227,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     limits = parser.add_mutually_exclusive_group(required=True)
     limits.add_argument("--speedups", type=float, nargs="+")
     limits.add_argument("--max-errors", type=float, nargs="+")
-    parser.add_argument("--measure", choices=list(MEASURES), default=RELATIVE.name, help="of --max-errors")
+    parser.add_argument("--measure", choices=list(MEASURES), help="of errors (default: as it fits the task)")
     parser.add_argument(
         "--minutes", type=float, nargs="+", required=True, help="of training, for each; 0: fitted anew only"
     )
@@ -231,13 +239,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except DataMissing as problem:
         print(f"bench_accuracy: {problem}", file=sys.stderr)
         return 1
+    measure = options.measure or task.measure
     if options.speedups:
-        budgets = {f"{value:g}×": lrcompile.Budget(speedup=value) for value in options.speedups}
+        budgets = {f"{value:g}×": lrcompile.Budget(speedup=value, measure=measure) for value in options.speedups}
         words = f"--speedups {_words(options.speedups)}"
     else:
-        errors, measure = options.max_errors, options.measure
+        errors = options.max_errors
         budgets = {f"{measure} {value:g}": lrcompile.Budget(max_error=value, measure=measure) for value in errors}
-        words = f"--max-errors {_words(errors)} --measure {measure}"
+        words = f"--max-errors {_words(errors)}"
+    words += f" --measure {measure}" if options.measure else ""
     found = []
     with tempfile.TemporaryDirectory() as folder:
         for row in rows(task, budgets, options.minutes, Path(folder)):

@@ -79,8 +79,9 @@ class Bench:
         """A model after recovery: of its outputs alone, or with what lrcompile adds."""
         original = self.teacher if outputs_alone else None
         return lrcompile.recover(
-            result, self.task.training, original=original, minutes=self.minutes, progress=self.progress
-        )
+            result, self.task.training, original=original, minutes=self.minutes, progress=self.progress,
+            **self.task.recovery,
+        )  # fmt: skip
 
     def row(self, name: str, result: Result, path: Path) -> Row:
         """The row of a model that can be recovered."""
@@ -99,7 +100,7 @@ def rows(bench: Bench, speedup: float, peers: Sequence[str], python: Path | None
     Raises:
         BudgetError: lrcompile does not get that fast.
     """
-    ours = lrcompile.solve(bench.prepared, lrcompile.Budget(speedup=speedup))
+    ours = lrcompile.solve(bench.prepared, lrcompile.Budget(speedup=speedup, measure=bench.task.measure))
     path = bench.folder / "ours.onnx"
     ours.save(path)
     first = bench.row(OURS, ours, path)
