@@ -20,6 +20,13 @@ from lrcompile.graph.rewrite import set_module
 from lrcompile.nn.linear import TransposedLinear
 
 aten = torch.ops.aten
+LAYERS = {
+    aten.linear, aten.addmm, aten.embedding, aten.layer_norm, aten.batch_norm,
+    aten._native_batch_norm_legit_no_training, aten.conv1d, aten.conv2d, aten.conv3d, aten.convolution,
+    aten.conv_transpose1d, aten.conv_transpose2d, aten.conv_transpose3d,
+}  # fmt: skip
+"""What is lifted where its weights are stored tensors."""
+
 Config = tuple[Any, ...]
 Maker = Callable[..., nn.Module]
 
@@ -237,7 +244,7 @@ def _path(
     tensors: dict[str, torch.Tensor | None],
 ) -> str:
     """Where the lifted module goes: the path of the module that called the operation, where that fits."""
-    called_from, kind = _calling_module(node)
+    called_from, kind = calling_module(node)
     if called_from and _fits(gm, called_from, tensors):
         return called_from
     target = targets.get("weight") or next((t for t in targets.values() if t is not None), None)
@@ -254,7 +261,7 @@ def _path(
     return f"{parent}.{name}" if parent else name
 
 
-def _calling_module(node: fx.Node) -> tuple[str, str]:
+def calling_module(node: fx.Node) -> tuple[str, str]:
     """Path and class name of the innermost module that the operation ran in, each empty if unknown."""
     stack = node.meta.get("nn_module_stack") or {}
     if not stack:

@@ -19,6 +19,7 @@ from lrcompile.frontend.calls import Call, CodeOfCall, script_signature, signatu
 from lrcompile.frontend.export import OpenAxes, at_other_sizes, batch_axes, batch_size, export, open_axes
 from lrcompile.frontend.functionalize import drop_last_writes, functionalize
 from lrcompile.frontend.lift import lift
+from lrcompile.frontend.weights import compute_weights
 from lrcompile.graph.graph import Graph, propagate
 from lrcompile.graph.verify import relative_error
 
@@ -96,6 +97,7 @@ def trace(
         gm = functionalize(exported).module()
     assert isinstance(gm, fx.GraphModule)
     notes += drop_last_writes(gm)
+    compute_weights(gm)
     gm = lift(gm)
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
     args, kwargs = _ordered(args, kwargs, exported)

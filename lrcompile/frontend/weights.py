@@ -1,0 +1,122 @@
+"""Weights that a model computes of others in every run, as `weight_norm` and `spectral_norm` do: computed once."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from lrcompile.frontend.lift import LAYERS, calling_module
+from lrcompile.graph.graph import attribute, has_attribute, set_tensor
+
+
+def compute_weights(gm: fx.GraphModule) -> None:
+    """Stores what layers get that depends on stored tensors alone, at the paths of the layers.
+
+    What it was computed of is dropped. Where something else uses that too, the computation is left in the graph: a
+    tied weight stays one.
+    """
+    paths: dict[str, str] = {}  # by computation
+    values: dict[str, nn.Parameter] = {}
+    before = _read(gm)
+    for node, wanted in _computed(gm).items():
+        path = paths.get(computation := _computation(node))
+        if path is None:
+            path, own = wanted, {str(source.target) for source in _behind(node) if source.op == "get_attr"}
+            while path in values or (has_attribute(gm, path) and path not in own):
+                path += "_"
+            paths[computation], values[path] = path, _value(gm, node)
+        with gm.graph.inserting_before(node):
+            stored = gm.graph.create_node("get_attr", path)
+        stored.meta = dict(node.meta)
+        node.replace_all_uses_with(stored)
+    for path, value in values.items():
+        set_tensor(gm, path, value)
+    if values:
+        gm.graph.eliminate_dead_code()
+        for path in before - _read(gm):
+            _drop(gm, path)
+
+
+def _read(gm: fx.GraphModule) -> set[str]:
+    """The paths of the stored tensors that the graph reads."""
+    return {str(node.target) for node in gm.graph.nodes if node.op == "get_attr"}
+
+
+def _computed(gm: fx.GraphModule) -> dict[fx.Node, str]:
+    """The values to compute, each with the path that names it as an argument of the first layer that gets it."""
+    constant: set[fx.Node] = set()
+    found: dict[fx.Node, str] = {}
+    reads = defaultdict(list)
+    for node in gm.graph.nodes:
+        if node.op == "get_attr":
+            reads[node.target].append(node)
+        if node.op == "get_attr" or (_is_repeatable(node) and set(node.all_input_nodes) <= constant):
+            constant.add(node)
+        elif getattr(node.target, "overloadpacket", None) in LAYERS:
+            names = [argument.name for argument in node.target._schema.arguments]
+            for name, value in [*zip(names, node.args, strict=False), *node.kwargs.items()]:
+                if isinstance(value, fx.Node) and value in constant and value.op != "get_attr":
+                    layer, _ = calling_module(node)
+                    found.setdefault(value, f"{layer}.{name}" if layer else name)
+    inside = {node for value in found for node in _behind(value)}
+
+    def alone(value: fx.Node) -> bool:
+        sources = (node for node in _behind(value) if node.op == "get_attr")
+        return all(user in inside for source in sources for read in reads[source.target] for user in read.users)
+
+    return {value: path for value, path in found.items() if alone(value)}
+
+
+def _is_repeatable(node: fx.Node) -> bool:
+    tags = getattr(node.target, "tags", ())
+    computes = node.op == "call_function" and isinstance(node.meta.get("val"), torch.Tensor)
+    return computes and torch.Tag.nondeterministic_seeded not in tags
+
+
+def _behind(value: fx.Node) -> set[fx.Node]:
+    """A value and all that it is computed of."""
+    found = {value}
+    left = [value]
+    while left:
+        new = set(left.pop().all_input_nodes) - found
+        found |= new
+        left += new
+    return found
+
+
+def _computation(node: fx.Node) -> str:
+    """A text that is the same for the same computation of the same stored tensors."""
+    if node.op == "get_attr":
+        return str(node.target)
+    args, kwargs = (fx.node.map_arg(given, _computation) for given in (node.args, node.kwargs))
+    return f"{node.target}({args}, {kwargs})"
+
+
+def _value(gm: fx.GraphModule, node: fx.Node) -> nn.Parameter:
+    """The value of a node that depends on stored tensors alone, trainable if one of those is."""
+    sources: list[torch.Tensor] = []
+
+    def value(node: fx.Node) -> Any:
+        if node.op == "get_attr":
+            sources.append(attribute(gm, str(node.target)))
+            return sources[-1]
+        kwargs: Any = fx.node.map_arg(node.kwargs, value)
+        return node.target(*fx.node.map_arg(node.args, value), **kwargs)  # type: ignore[operator]
+
+    with torch.no_grad():
+        tensor = value(node).detach().clone()
+    return nn.Parameter(tensor, requires_grad=any(source.requires_grad for source in sources))
+
+
+def _drop(gm: fx.GraphModule, path: str) -> None:
+    """Removes a stored tensor, and the containers that hold nothing more."""
+    parent, _, leaf = path.rpartition(".")
+    holder = gm.get_submodule(parent)
+    delattr(holder, leaf)
+    while parent and not (holder._parameters or holder._buffers or holder._modules):
+        parent, _, leaf = parent.rpartition(".")
+        holder = gm.get_submodule(parent)
+        delattr(holder, leaf)
