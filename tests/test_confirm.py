@@ -62,14 +62,18 @@ def prepared() -> lrcompile.Prepared:
 
 
 def confirmed(
-    prepared: lrcompile.Prepared, budget: lrcompile.Budget, ratio: Callable[[set[int]], float], spread: float = 0.0
+    prepared: lrcompile.Prepared,
+    budget: lrcompile.Budget,
+    ratio: Callable[[set[int]], float],
+    spread: float = 0.0,
+    machine: type[Machine] = Machine,
 ) -> tuple[set[int], Measured, Machine]:
     p = prepared
     problem = Problem(p.graph, p.pricing.candidates, p.passes, p.context, p.evaluator, p.base, p.original.latency_s)
-    machine = Machine(prepared, ratio, p.original.latency_s, spread)
-    choice, measured = confirm(machine, problem, search(problem, budget), budget)  # type: ignore[arg-type]
+    made = machine(prepared, ratio, p.original.latency_s, spread)
+    choice, measured = confirm(made, problem, search(problem, budget), budget)  # type: ignore[arg-type]
     left = {i for i in range(LAYERS) if not isinstance(choice.graph.gm.get_submodule(f"layers.{i}"), nn.Linear)}
-    return left, measured, machine
+    return left, measured, made
 
 
 def test_a_gain_that_holds_is_measured_once(prepared: lrcompile.Prepared) -> None:
@@ -128,6 +132,30 @@ def test_a_size_that_was_asked_for_is_kept_though_slower(prepared: lrcompile.Pre
     left, measured, _ = confirmed(prepared, lrcompile.Budget(size=0.5), lambda split: 1 + 0.1 * len(split))
     assert len(left) >= 2
     assert "kept for its size" in (measured.remark or "")
+
+
+def test_a_speed_up_is_that_of_one_measurement(prepared: lrcompile.Prepared) -> None:
+    """The machine is three times as slow in the first one, which says nothing about the others."""
+
+    class Slow(Machine):
+        def measure(self, graph: Graph, seconds: float = 0.0) -> Measured:
+            found = super().measure(graph, seconds)
+            slowness = 3.0 if len(self.asked) == 1 else 1.0
+            return Measured(Cost(found.before.latency_s * slowness), Cost(found.after.latency_s * slowness))
+
+    left, measured, machine = confirmed(
+        prepared, lrcompile.Budget(speedup=1.5), lambda split: 1 - 0.09 * len(split), machine=Slow
+    )
+    assert len(machine.asked) > 1
+    assert 1 / measured.ratio >= 1.5
+    assert len(left) == LAYERS
+
+
+def test_the_best_of_several_figures_is_measured_again(prepared: lrcompile.Prepared) -> None:
+    """A ratio of 0.63 is met once by luck, and is 0.8 in truth."""
+    ratios = iter([0.8, 0.63, *[0.8] * 20])
+    with pytest.raises(BudgetError, match=r"speed-up 1\.5\b"):
+        confirmed(prepared, lrcompile.Budget(speedup=1.5), lambda split: next(ratios))
 
 
 def test_a_latency_is_met_as_measured_by_asking_for_less(prepared: lrcompile.Prepared) -> None:
