@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedNod
 from onnx_ir.tensor_adapters import TorchTensor
 from torch import fx
 from torch.export import ExportedProgram
+from torch.onnx._internal.exporter import _core as exporter
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 from torch.utils import _pytree as pytree
 
 from lrcompile.emit.express import expressible, is_tensor
@@ -138,8 +141,9 @@ def lower(
     notes += fixed_sizes(input_names, open_axes, kept)
     with quiet():
         try:
-            converted = torch.onnx.export(program, dynamo=True, verbose=False, opset_version=opset, optimize=False)
-            assert converted is not None
+            converted = exporter.export(
+                program, registry=_operators(opset), verbose=False, opset_version=opset, optimize=False
+            )
             _transpose_weights(converted.model.graph)
             onnxscript.optimizer.optimize_ir(converted.model, should_fold=_should_fold)
             fold_shapes(converted.model.graph)
@@ -156,6 +160,13 @@ def lower(
     _name_open(model, _names_of_symbols(program, input_names, is_shared))
     ins, outs = _rename(model.graph, inputs, outputs)
     return OnnxModel(model, ins, outs, kept, tuple(notes))
+
+
+@cache
+def _operators(opset: int) -> ONNXRegistry:
+    """How torch writes each operator; `torch.onnx.export` takes this from source code anew for every model, which is
+    most of its time for a small one."""
+    return ONNXRegistry.from_torchlib(opset_version=opset)
 
 
 def fixed_sizes(names: Sequence[str], wanted: OpenAxes, kept: OpenAxes) -> list[str]:
