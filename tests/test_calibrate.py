@@ -68,7 +68,10 @@ def use_made_up_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(measure.LocalCostModel, "cost", lambda self, op: measured(op))
     monkeypatch.setattr(measure.LocalCostModel, "network", network)
-    monkeypatch.setattr(calibrate_module, "MOST", 300)
+    monkeypatch.setattr(calibrate_module, "MOST", 150)
+    monkeypatch.setattr(calibrate_module, "NETWORKS", 3)
+    monkeypatch.setattr(calibrate_module, "POOL", 600)
+    monkeypatch.setattr(calibrate_module, "ROUNDS", 1)
 
 
 def made(seconds: float = 40.0, noise: float = 0.0, seed: int = 0) -> Calibration:
@@ -124,8 +127,8 @@ def test_figures_of_what_was_not_measured_keep_their_source(calibration: Calibra
     assert device.launch_s["conv"] == X86.launch_s["conv"]
 
 
-def test_time_goes_where_predictions_are_bad() -> None:
-    measurements = made().measurements
+def test_time_goes_where_predictions_are_bad(calibration: Calibration) -> None:
+    measurements = calibration.measurements
     good = ("gemm", "bmm", *FUNCTIONS)  # of which the formula says all
     share = sum(family(m.op) in good for m in measurements) / len(measurements)
     assert share < 0.8 * sum(WEIGHTS[name] for name in good) / sum(WEIGHTS.values())
@@ -156,7 +159,7 @@ def test_networks_say_what_they_take_besides(tmp_path: Path) -> None:
         ops = describe_all(gm, X86.fuses, X86.lacks).values()
         return Cost(1e-4 + 1.3 * sum(truth(op).latency_s for op in ops if op.kind not in ("view", "fused")))
 
-    found = calibrate(X86, machine(clock), 60.0, network=network, clock=clock)
+    found = calibrate(X86, machine(clock), 30.0, network=network, clock=clock)
     assert found.network == {"run_s": pytest.approx(1e-4, rel=0.3), "slower": pytest.approx(1.3, rel=0.05)}
     (tmp_path / "mine.toml").write_text(profile_text(calibrated(found, "", "made up", "measured here (a test)"), "A."))
     device = load_device(str(tmp_path / "mine.toml"))

@@ -48,6 +48,10 @@ class Residuals:
     def _scaled(self) -> np.ndarray:
         return self.points / self.reach
 
+    @cached_property
+    def _factor(self) -> tuple[np.ndarray, bool]:
+        return self._factor_of(np.arange(len(self.points)))
+
     def at(self, features: Sequence[float]) -> tuple[float, float]:
         """(correction, standard deviation of a measurement from it) of a shape, in logarithms of latency."""
         correction, covariance = self.joint([features])
@@ -73,9 +77,13 @@ class Residuals:
             some = np.unique(np.argpartition(away, NEAREST, axis=1)[:, :NEAREST])
             known, away = known[some], away[:, some]
         near = self.spread**2 * np.exp(-away)
-        factor = cho_factor(self._covariance(self._scaled[known]), check_finite=False)
+        factor = self._factor if len(known) == len(self.points) else self._factor_of(known)
         weights = cho_solve(factor, near.T, check_finite=False).T
         return weights @ self.values[known], own - weights @ near.T
+
+    def _factor_of(self, known: np.ndarray) -> tuple[np.ndarray, bool]:
+        """What `cho_solve` takes, of the covariance of some values."""
+        return cho_factor(self._covariance(self._scaled[known]), check_finite=False)
 
     def _covariance(self, scaled: np.ndarray) -> np.ndarray:
         return self.spread**2 * np.exp(-cdist(scaled, scaled)) + self.noise**2 * np.eye(len(scaled))
