@@ -136,11 +136,11 @@ def test_pools(case: tuple[Any, ...], divisor: int | None) -> None:
 
 
 @quick
-@given(three(1, 7), three(1, 7), st.booleans())
-def test_trilinear(sizes: tuple[int, ...], wanted: tuple[int, ...], corners: bool) -> None:
+@given(three(1, 7), three(1, 7), st.booleans(), st.booleans())
+def test_trilinear(sizes: tuple[int, ...], wanted: tuple[int, ...], corners: bool, by_factors: bool) -> None:
     factors = [w / n + 0.01 * (w != n) for w, n in zip(wanted, sizes, strict=True)]
-    lowered(single(aten.upsample_trilinear3d.vec, volume(2, *sizes), list(wanted), corners, None))
-    lowered(single(aten.upsample_trilinear3d.vec, volume(2, *sizes), None, corners, factors))
+    options = (None, corners, factors) if by_factors else (list(wanted), corners, None)
+    lowered(single(aten.upsample_trilinear3d.vec, volume(2, *sizes), *options))
 
 
 @quick
