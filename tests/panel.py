@@ -127,9 +127,9 @@ def clip_vision() -> Example:
     )  # fmt: skip
 
 
-def bert() -> Example:
+def bert(layers: int = 3) -> Example:
     model = _pretrained_class(
-        "BertForSequenceClassification", "BertConfig", vocab_size=96, hidden_size=48, num_hidden_layers=3,
+        "BertForSequenceClassification", "BertConfig", vocab_size=96, hidden_size=48, num_hidden_layers=layers,
         num_attention_heads=4, intermediate_size=96, max_position_embeddings=32, num_labels=3,
     )  # fmt: skip
     return model, (), {"input_ids": _tokens(), "attention_mask": _padding()}
@@ -151,10 +151,11 @@ def gpt2() -> Example:
     return model, (_tokens(),), {}
 
 
-def _llama(kv_heads: int) -> Example:
+def _llama(kv_heads: int, layers: int = 3) -> Example:
     model = _pretrained_class(
-        "LlamaForCausalLM", "LlamaConfig", vocab_size=96, hidden_size=48, intermediate_size=112, num_hidden_layers=3,
-        num_attention_heads=4, num_key_value_heads=kv_heads, max_position_embeddings=32, use_cache=False,
+        "LlamaForCausalLM", "LlamaConfig", vocab_size=96, hidden_size=48, intermediate_size=112,
+        num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=kv_heads, max_position_embeddings=32,
+        use_cache=False,
     )  # fmt: skip
     return model, (_tokens(),), {}
 
@@ -163,8 +164,8 @@ def llama() -> Example:
     return _llama(kv_heads=4)
 
 
-def llama_grouped() -> Example:
-    return _llama(kv_heads=2)
+def llama_grouped(layers: int = 3) -> Example:
+    return _llama(kv_heads=2, layers=layers)
 
 
 def t5_encoder() -> Example:
@@ -187,35 +188,36 @@ def whisper_encoder() -> Example:
     return _build(lambda: WhisperEncoder(config)), (mel,), {}
 
 
-def _volumes(name: str, size: int, **options: Any) -> Example:
+def volumes(name: str, size: int, **options: Any) -> Example:
+    """A network of MONAI for volumes of one channel."""
     import monai.networks.nets as nets
 
     return _build(lambda: getattr(nets, name)(**options)), (_images(1, size, axes=3),), {}
 
 
 def resnet_3d() -> Example:
-    return _volumes(
+    return volumes(
         "ResNet", 32, block="bottleneck", layers=[1, 2, 1, 1], block_inplanes=[8, 16, 24, 32], spatial_dims=3,
         n_input_channels=1, num_classes=3,
     )  # fmt: skip
 
 
 def unet_3d() -> Example:
-    return _volumes(
+    return volumes(
         "UNet", 32, spatial_dims=3, in_channels=1, out_channels=2, channels=(8, 16, 24, 32), strides=(2, 2, 2),
         num_res_units=2, norm="batch",
     )  # fmt: skip
 
 
 def densenet_3d() -> Example:
-    return _volumes(
+    return volumes(
         "DenseNet", 32, spatial_dims=3, in_channels=1, out_channels=3, init_features=16, growth_rate=8,
         block_config=(2, 2, 3, 2),
     )  # fmt: skip
 
 
 def segresnet() -> Example:
-    return _volumes("SegResNet", 32, spatial_dims=3, in_channels=1, out_channels=2, init_filters=8)
+    return volumes("SegResNet", 32, spatial_dims=3, in_channels=1, out_channels=2, init_filters=8)
 
 
 def efficientnet() -> Example:
