@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 import lrcompile
 from lrcompile.emit.onnx import to_onnx
-from lrcompile.frontend.trace import trace
+from lrcompile.frontend.trace import Traced, trace
 from lrcompile.graph.graph import Graph, aten, parameter_count, prune
 from lrcompile.graph.rewrite import Rewrite
 from lrcompile.passes import apply
@@ -303,18 +304,22 @@ def test_golden(variant: tuple[str, int, int]) -> None:
     assert common.on_other_batch(result, result.gm, (x,), (other,)) < 1e-10
 
 
-@pytest.mark.parametrize("variant", variants(4), ids=str)
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("opset", [20, 23])
-def test_onnx_at_two_batch_sizes(variant: tuple[str, int, int], causal: bool, opset: int) -> None:
+@cache
+def traced(causal: bool) -> Traced:
     class Model(Plain):
         def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
 
     torch.manual_seed(0)
-    x = torch.randn(2, 5, 16)
-    traced = trace(Model(), (x,))
-    result = common.applied(traced.graph, PASS, chosen(traced.graph, *variant))
+    return trace(Model(), (torch.randn(2, 5, 16),))
+
+
+@pytest.mark.parametrize("variant", variants(4), ids=str)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("opset", [20, 23])
+def test_onnx_at_two_batch_sizes(variant: tuple[str, int, int], causal: bool, opset: int) -> None:
+    graph, (x,) = traced(causal).graph, traced(causal).args
+    result = common.applied(graph, PASS, chosen(graph, *variant))
     model = to_onnx(result.gm, (x,), {}, input_names=["x"], output_names=["y"], open_axes=((0,),), opset=opset)
     kinds = [node.op_type for node in model.graph.node]
     assert kinds.count("Attention") == (opset == 23)
