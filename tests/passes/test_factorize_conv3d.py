@@ -18,6 +18,7 @@ import lrcompile
 from lrcompile.frontend.trace import trace
 from lrcompile.graph.rewrite import Rewrite
 from lrcompile.passes import apply
+from lrcompile.planning.plan import Plan
 from tests.passes import common
 
 PASS = FactorizeConv3d()
@@ -392,17 +393,25 @@ class Clips(nn.Module):
         return self.head(x.mean((2, 3, 4)))
 
 
-@pytest.mark.parametrize("form", [*EXACT, "2plus1"])
-def test_onnx(form: str, tmp_path: Path) -> None:
-    """A plan with one form everywhere, at the batch that was traced and at another."""
+def clips() -> tuple[nn.Module, torch.Tensor]:
     torch.manual_seed(5)
-    model, x = Clips().eval(), torch.randn(2, 3, 5, 12, 12)
-    result = lrcompile.compile(model, (x,), passes=[PASS])
+    return Clips().eval(), torch.randn(2, 3, 5, 12, 12)
+
+
+@pytest.fixture(scope="module")
+def plan() -> Plan:
+    model, x = clips()
+    return lrcompile.compile(model, (x,), passes=[PASS]).plan
+
+
+@pytest.mark.parametrize("form", [*EXACT, "2plus1"])
+def test_onnx(form: str, plan: Plan, tmp_path: Path) -> None:
+    """A plan with one form everywhere, at the batch that was traced and at another."""
+    model, x = clips()
     sites = ("stem", "deep") if form == "2plus1" else ("stem", "deep", "own", "up")
     extra = {"rank": 48} if form == "2plus1" else {}
     rewrites = tuple(Rewrite(PASS.name, (s,), {"form": form, **extra}, exact=not extra) for s in sites)
-    plan = replace(result.plan, rewrites=rewrites)
-    compiled = lrcompile.compile(model, (x,), passes=[PASS], plan=plan)
+    compiled = lrcompile.compile(model, (x,), passes=[PASS], plan=replace(plan, rewrites=rewrites))
     report = compiled.save(tmp_path / "clips.onnx")
     assert report.verification["onnx_vs_torch"] < 1e-5
     other = torch.randn(5, 3, 5, 12, 12)
@@ -416,8 +425,7 @@ def test_onnx(form: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("target", ["x86-ort", "v100"])
 def test_whole_compile(target: str, tmp_path: Path) -> None:
-    torch.manual_seed(5)
-    model, x = Clips().eval(), torch.randn(2, 3, 5, 12, 12)
+    model, x = clips()
     result = lrcompile.compile(model, (x,), target=target)
     report = result.save(tmp_path / "clips.onnx")
     assert report.verification["onnx_vs_torch"] < 1e-5
