@@ -195,12 +195,17 @@ def test_a_peer_is_searched_recovered_and_judged(tmp_path: Path, monkeypatch: py
 # -------------------------------------------------------------------------------------------------------------- int8
 
 
-@pytest.mark.parametrize("name", ["ort-static", "ort-dynamic"])
-def test_int8_is_close_and_not_the_same(name: str, tmp_path: Path) -> None:
-    given = original()
-    path = tmp_path / "net.onnx"
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    given, path = original(), tmp_path_factory.mktemp("float") / "net.onnx"
     lrcompile.compile(given.model, given.batches[0], passes=[]).save(path)
-    made, _ = int8.quantized(name, path.read_bytes(), ["images"], given.batches, tmp_path)
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("name", ["ort-static", "ort-dynamic"])
+def test_int8_is_close_and_not_the_same(name: str, written: bytes, tmp_path: Path) -> None:
+    given = original()
+    made, _ = int8.quantized(name, written, ["images"], given.batches, tmp_path)
     images = given.batches[0][0]
     expected = given.model(images).detach()
     apart = float(torch.linalg.vector_norm(int8.as_callable(made)(images) - expected) / expected.norm())
