@@ -167,6 +167,7 @@ class Block(nn.Module):
         return x + 0.3 * torch.tanh(self.linear(x))
 
 
+@pytest.mark.slow
 def test_sixty_layers_take_few_evaluations() -> None:
     torch.manual_seed(0)
     net = nn.Sequential(*(Block(0.5 + 0.03 * i) for i in range(60)), nn.Linear(WIDTH, 6)).eval()

@@ -50,7 +50,7 @@ def test_a_strategy_with_options_is_saved_by_its_name() -> None:
 
 
 @pytest.mark.parametrize("name", RIVALS)
-@pytest.mark.parametrize("asked", [1.2, 1.6])
+@pytest.mark.parametrize("asked", [pytest.param(1.2, marks=pytest.mark.slow), 1.6])
 def test_a_speed_up_is_reached(prepared: lrcompile.Prepared, name: str, asked: float) -> None:
     result = lrcompile.solve(prepared, lrcompile.Budget(speedup=asked, strategy=name))
     assert result.report.latency_ms["speedup"] >= asked * (1 - 1e-6)
@@ -58,7 +58,7 @@ def test_a_speed_up_is_reached(prepared: lrcompile.Prepared, name: str, asked: f
 
 
 @pytest.mark.parametrize("name", RIVALS)
-@pytest.mark.parametrize("limit", [0.01, 0.2, 0.6])
+@pytest.mark.parametrize("limit", [0.01, pytest.param(0.2, marks=pytest.mark.slow), 0.6])
 def test_an_error_is_kept_as_measured(prepared: lrcompile.Prepared, name: str, limit: float) -> None:
     result = lrcompile.solve(prepared, lrcompile.Budget(max_error=limit, strategy=name))
     assert result.report.error["measured"] <= limit
@@ -280,6 +280,7 @@ def trained(seed: int, x: torch.Tensor, y: torch.Tensor) -> nn.Module:
     return model.eval()
 
 
+@pytest.mark.slow
 def test_beam_keeps_more_accuracy_than_energy() -> None:
     """Handwritten digits, a quarter of the weights, spectra of the weights alone: at least a point more, three seeds.
 

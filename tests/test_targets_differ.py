@@ -15,6 +15,7 @@ from lrcompile.planning.sensitivity import rewritten
 from lrcompile.report.terminal import print_site
 
 transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.slow  # a whole ResNet-50, for two devices
 DEVICES = ("v100", "ascend310")
 
 
