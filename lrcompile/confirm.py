@@ -167,15 +167,17 @@ def _within(
     fastest, asked_s = measured, budget.latency_limit_s(problem.original_s)
     slack = WELL_SPENT if budget.error_limit is None and problem.drop is None else 0.0
     held: tuple[Choice, Measured] | None = None
+    missed = 0
     for attempt in range(ATTEMPTS + 1):
         if attempt and spent(measured) <= 1:
             measured = _mean(measured, reference.measure(choice.graph))
         holds = spent(measured) <= 1
+        missed += not holds
         if holds and (held is None or choice.error < held[0].error):
             held = choice, measured
         if attempt == ATTEMPTS or (holds and spent(measured) >= slack):
             break
-        asked_s *= SAFETY / spent(measured)
+        asked_s *= SAFETY ** (1 + missed) / spent(measured)
         try:
             other = search(problem, replace(budget, speedup=None, max_latency_s=asked_s))
         except BudgetError:

@@ -201,15 +201,15 @@ def rows(task: Task, budgets: Mapping[str, lrcompile.Budget], minutes: Sequence[
             )  # fmt: skip
 
 
-def table(task: Task, found: Sequence[Row]) -> Iterator[str]:
-    """The rows as Markdown, under what the original is judged at."""
+def table(task: Task, found: Sequence[Row], measure: str) -> Iterator[str]:
+    """The rows as Markdown, under what the original is judged at; their errors are in a measure."""
     base = task.judge(task.model)
     names = list(base)
     figures = ", ".join(f"{name} {value:.4g}" for name, value in base.items())
     yield f"Original: {figures}; {task.settings}. {cpu_name()}, {usable_cores()} cores."
     yield ""
     columns = [f"{name}, {when}" for name in names for when in ("rewritten", "recovered")]
-    error = MEASURES[task.measure].label
+    error = MEASURES[measure].label
     yield f"| asked | measured | weights | {error} | {' | '.join(columns)} | minutes | steps |"
     yield "|" + "---|" * (6 + len(columns))
     for row in found:
@@ -254,7 +254,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             found.append(row)
             print(row, flush=True)
     command = f"python tools/bench_accuracy.py {options.name} {words} --minutes {_words(options.minutes)}"
-    text = "\n".join([*table(task, found), "", f"    {command}"])
+    text = "\n".join([*table(task, found, measure), "", f"    {command}"])
     print(text)
     if options.out:
         put(options.out, f"<!-- {options.name} -->", f"\n{text}\n", f"<!-- end of {options.name} -->")
