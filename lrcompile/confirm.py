@@ -177,7 +177,7 @@ def _within(
             held = choice, measured
         if attempt == ATTEMPTS or (holds and spent(measured) >= slack):
             break
-        asked_s *= SAFETY ** (1 + missed) / spent(measured)
+        asked_s *= SAFETY ** (1 if holds else missed) / spent(measured)
         try:
             other = search(problem, replace(budget, speedup=None, max_latency_s=asked_s))
         except BudgetError:
