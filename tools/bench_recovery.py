@@ -100,10 +100,12 @@ def freeze(seeds: int) -> Iterator[str]:
     """Step time and loss with frozen factors over those without, in turn in one run."""
     torch.manual_seed(0)
     x, y = fashion_mnist("train")
-    found = split(learned(perceptron(784, 10, WIDTH, 4), (x[:8000], y[:8000]), 2), x, 0.5)
-    part, steps = slice(10000, 42768), 768
-    yield f"Four layers {WIDTH} × {WIDTH}, two epochs on 8,000 images; at half its weights {steps} steps"
-    yield f"of 64 others, rate 0.001, single precision, {seeds} seeds in turn; the loss is that of images kept out."
+    width = 2 * WIDTH
+    found = split(learned(perceptron(784, 10, width, 4), (x[:8000], y[:8000]), 2), x, 0.5)
+    part, steps, batch = slice(10000, 42768), 256, 256
+    yield f"Four layers {width} × {width}, two epochs on 8,000 images; at half its weights {steps} steps"
+    yield f"of {batch} others, rate 0.001, single precision, {seeds} seeds in turn; the loss is that of images kept"
+    yield "out."
     yield ""
     yield "| learned from | frozen | step, of that without | range | loss, of that without | range |"
     yield "|---|---|---|---|---|---|"
@@ -111,7 +113,8 @@ def freeze(seeds: int) -> Iterator[str]:
         runs: dict[str, list[dict[str, Any]]] = {"none": [], "sequential": [], "regular": []}
         for seed in range(seeds):
             for kind, rows in runs.items():
-                rows.append(figures(recovered(found, x[part], labels, steps=steps, freeze=kind, seed=seed)))
+                how: dict[str, Any] = {"steps": steps, "batch": batch, "freeze": kind, "seed": seed}
+                rows.append(figures(recovered(found, x[part], labels, **how)))
         for kind in ("sequential", "regular"):
             pairs = list(zip(runs[kind], runs["none"], strict=True))
             times = [a["seconds"] / b["seconds"] for a, b in pairs]
