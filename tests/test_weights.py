@@ -104,6 +104,19 @@ def test_a_tied_weight_stays_one() -> None:
     assert weight_bytes(traced.graph.gm) == 4 * 12 * 20
 
 
+def test_a_long_computation_takes_each_step_once() -> None:
+    """Each value is used twice by the next: over 40 steps that would be a million million computations."""
+
+    class Iterated(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            weight = self.weight
+            for _ in range(40):
+                weight = (weight + weight.tanh()) / 2
+            return functional.linear(x, weight, self.bias)
+
+    assert called(layers(nn.Sequential(Iterated(12, 12)))) == ["0"]
+
+
 def test_what_is_random_is_not_computed_once() -> None:
     class Noisy(nn.Module):
         def __init__(self) -> None:

@@ -21,14 +21,15 @@ def images() -> None:
     graph = trace(net, (example,)).graph
     good = models.calibration_images(32)
     pixels = good * models._SCALE + models._ZERO
-    deviations = torch.tensor((0.229, 0.224, 0.225)).view(3, 1, 1)  # ImageNet's, as its means below
+    means, deviations = (
+        torch.tensor(values).view(3, 1, 1) for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    )  # ImageNet's
     chance = torch.Generator().manual_seed(0)
     cases = {
         "32 images": good,
         "one image": good[:1],
         "colours in another order": good.flip(1),
-        "ImageNet's mean and deviation": (pixels / 255 - torch.tensor((0.485, 0.456, 0.406)).view(3, 1, 1))
-        / deviations,
+        "ImageNet's mean and deviation": (pixels / 255 - means) / deviations,
         "pixels 0 to 255": pixels,
         "noise": torch.randn(8, 3, 224, 224, generator=chance),
         "zeros": torch.zeros(2, 3, 224, 224),

@@ -20,13 +20,6 @@ from lrcompile.graph.rewrite import set_module
 from lrcompile.nn.linear import TransposedLinear
 
 aten = torch.ops.aten
-LAYERS = {
-    aten.linear, aten.addmm, aten.embedding, aten.layer_norm, aten.batch_norm,
-    aten._native_batch_norm_legit_no_training, aten.conv1d, aten.conv2d, aten.conv3d, aten.convolution,
-    aten.conv_transpose1d, aten.conv_transpose2d, aten.conv_transpose3d,
-}  # fmt: skip
-"""What is lifted where its weights are stored tensors."""
-
 Config = tuple[Any, ...]
 Maker = Callable[..., nn.Module]
 
@@ -149,6 +142,12 @@ _CONVS = {
     aten.conv3d.padding: 3,
 }
 _TRANSPOSED_CONVS = {aten.conv_transpose1d.default: 1, aten.conv_transpose2d.input: 2, aten.conv_transpose3d.input: 3}
+LAYERS = {
+    aten.linear, aten.addmm, aten.embedding, aten.layer_norm, aten.batch_norm,
+    aten._native_batch_norm_legit_no_training, aten.convolution,
+    *(target.overloadpacket for target in (*_CONVS, *_TRANSPOSED_CONVS)),
+}  # fmt: skip
+"""What is lifted where its weights are stored tensors."""
 
 
 def _arguments(node: fx.Node, count: int, defaults: tuple[Any, ...] = ()) -> list[Any]:

@@ -18,26 +18,29 @@ def compute_weights(gm: fx.GraphModule) -> None:
     What it was computed of is dropped. Where something else uses that too, the computation is left in the graph: a
     tied weight stays one.
     """
-    paths: dict[str, str] = {}  # by computation
+    computed = _computed(gm)
+    if not computed:
+        return
+    before, numbers = _read(gm), _numbered(gm)
+    known: dict[fx.Node, Any] = {}
+    paths: dict[int, str] = {}  # by computation
     values: dict[str, nn.Parameter] = {}
-    before = _read(gm)
-    for node, wanted in _computed(gm).items():
-        path = paths.get(computation := _computation(node))
+    for node, wanted in computed.items():
+        path = paths.get(numbers[node])
         if path is None:
-            path, own = wanted, {str(source.target) for source in _behind(node) if source.op == "get_attr"}
+            path, own = wanted, _sources(node)
             while path in values or (has_attribute(gm, path) and path not in own):
                 path += "_"
-            paths[computation], values[path] = path, _value(gm, node)
+            paths[numbers[node]], values[path] = path, _value(gm, node, known)
         with gm.graph.inserting_before(node):
             stored = gm.graph.create_node("get_attr", path)
         stored.meta = dict(node.meta)
         node.replace_all_uses_with(stored)
     for path, value in values.items():
         set_tensor(gm, path, value)
-    if values:
-        gm.graph.eliminate_dead_code()
-        for path in before - _read(gm):
-            _drop(gm, path)
+    gm.graph.eliminate_dead_code()
+    for path in before - _read(gm):
+        _drop(gm, path)
 
 
 def _read(gm: fx.GraphModule) -> set[str]:
@@ -64,8 +67,7 @@ def _computed(gm: fx.GraphModule) -> dict[fx.Node, str]:
     inside = {node for value in found for node in _behind(value)}
 
     def alone(value: fx.Node) -> bool:
-        sources = (node for node in _behind(value) if node.op == "get_attr")
-        return all(user in inside for source in sources for read in reads[source.target] for user in read.users)
+        return all(user in inside for path in _sources(value) for read in reads[path] for user in read.users)
 
     return {value: path for value, path in found.items() if alone(value)}
 
@@ -87,28 +89,36 @@ def _behind(value: fx.Node) -> set[fx.Node]:
     return found
 
 
-def _computation(node: fx.Node) -> str:
-    """A text that is the same for the same computation of the same stored tensors."""
-    if node.op == "get_attr":
-        return str(node.target)
-    args, kwargs = (fx.node.map_arg(given, _computation) for given in (node.args, node.kwargs))
-    return f"{node.target}({args}, {kwargs})"
+def _sources(value: fx.Node) -> set[str]:
+    """The paths of the stored tensors that a value is computed of."""
+    return {str(node.target) for node in _behind(value) if node.op == "get_attr"}
 
 
-def _value(gm: fx.GraphModule, node: fx.Node) -> nn.Parameter:
-    """The value of a node that depends on stored tensors alone, trainable if one of those is."""
-    sources: list[torch.Tensor] = []
+def _numbered(gm: fx.GraphModule) -> dict[fx.Node, int]:
+    """A number for each node, the same for the same computation of the same stored tensors."""
+    numbers: dict[str, int] = {}
+    found: dict[fx.Node, int] = {}
+    for node in gm.graph.nodes:
+        given = fx.node.map_arg((node.args, node.kwargs), lambda argument: f"value {found[argument]}")
+        computation = str(node.target) if node.op == "get_attr" else f"{node.target} {given}"
+        found[node] = numbers.setdefault(computation, len(numbers))
+    return found
 
-    def value(node: fx.Node) -> Any:
-        if node.op == "get_attr":
-            sources.append(attribute(gm, str(node.target)))
-            return sources[-1]
-        kwargs: Any = fx.node.map_arg(node.kwargs, value)
-        return node.target(*fx.node.map_arg(node.args, value), **kwargs)  # type: ignore[operator]
 
+def _value(gm: fx.GraphModule, value: fx.Node, known: dict[fx.Node, Any]) -> nn.Parameter:
+    """The value of a node that depends on stored tensors alone, trainable if one of those is; `known` holds steps."""
+    behind = _behind(value)
     with torch.no_grad():
-        tensor = value(node).detach().clone()
-    return nn.Parameter(tensor, requires_grad=any(source.requires_grad for source in sources))
+        for node in gm.graph.nodes:
+            if node not in behind or node in known:
+                continue
+            if node.op == "get_attr":
+                known[node] = attribute(gm, str(node.target))
+                continue
+            kwargs: Any = fx.node.map_arg(node.kwargs, known.__getitem__)
+            known[node] = node.target(*fx.node.map_arg(node.args, known.__getitem__), **kwargs)
+    is_trained = any(attribute(gm, path).requires_grad for path in _sources(value))
+    return nn.Parameter(known[value].detach().clone(), requires_grad=is_trained)
 
 
 def _drop(gm: fx.GraphModule, path: str) -> None:
