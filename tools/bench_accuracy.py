@@ -131,10 +131,9 @@ def gpt() -> Task:
 
 
 def efficientnet() -> Task:
-    """EfficientNet-Lite0 on crops of ten photographs; crops of ten others judge by the class that the original says."""
+    """EfficientNet-Lite0 on pictures of 200 objects; those of 200 others judge by the class that the original says."""
     model, (images,) = models.efficientnet_lite0(8)
-    crops = models.calibration_images(320)
-    unseen = models.unseen_images(400)
+    unseen = models.object_images(400, unseen=True)
     with torch.no_grad():
         expected = torch.cat([model(part).argmax(1) for part in unseen.split(20)])
 
@@ -146,7 +145,9 @@ def efficientnet() -> Task:
     def data(part: Tensor) -> CalibrationData:
         return calibration_from({"inputs": part}, ["inputs"], 8, max_batches=None)
 
-    return Task(model, (images,), data(crops[:64]), data(crops), judge, "batch 8; 400 crops of ten unseen photographs")
+    known = models.object_images(800)
+    words = "batch 8; 400 pictures of 200 unseen objects"
+    return Task(model, (images,), data(known[:200]), data(known), judge, words, measure="top1")
 
 
 TASKS: dict[str, Callable[[], Task]] = {

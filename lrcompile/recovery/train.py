@@ -68,6 +68,7 @@ class _State:
     place: int = 0  # in the epoch
     rate: float = 0.0
     seconds: float = 0.0
+    began: float = 0.0  # seconds that went before the first step
     rolled_back: int = 0
     done: bool = False
     loss_before: float = math.inf
@@ -131,13 +132,13 @@ class _Training:
             self._begin()
         order = self._order()
         every = max(1, state.steps // JUDGEMENTS)
-        while state.step < state.steps and not state.done and not self._late():
+        while state.step < state.steps and not state.done and (done := self._share_done()) < 1:
             self.progress("recover", state.step, state.steps)
             if state.place >= len(order):
                 state.epoch, state.place = state.epoch + 1, 0
                 self._choose_samples()
                 order = self._order()
-            finite = self._step(order[state.place], rate_at(state.step / state.steps))
+            finite = self._step(order[state.place], rate_at(done))
             state.step, state.place = state.step + 1, state.place + 1
             if not finite and not self._rolled_back():
                 break
@@ -175,8 +176,8 @@ class _Training:
             length = min(max(int(TRIAL_SHARE * most), TRIAL_STEPS[0]), TRIAL_STEPS[1])
             state.rate = self._best_rate(order, length) if most > 4 * len(RATES) * TRIAL_STEPS[0] else RATES[1]
         if settings.minutes is not None:
-            left_s = self.processes.mean([settings.minutes * 60 - self._seconds()])[0]
-            state.steps = max(1, int(left_s / (MARGIN * seconds)))
+            state.began = self.processes.mean([self._seconds()])[0]
+            state.steps = max(1, int((settings.minutes * 60 - state.began) / (MARGIN * seconds)))
 
     def _timed(self, order: Sequence[Tensor]) -> float:
         """Seconds that a step takes: the least of two, after one that does not count."""
@@ -347,6 +348,11 @@ class _Training:
     def _seconds(self) -> float:
         return self.state.seconds + time.monotonic() - self.started
 
-    def _late(self) -> bool:
-        limit = self.recovery.minutes
-        return limit is not None and self.processes.mean([self._seconds()])[0] > limit * 60
+    def _share_done(self) -> float:
+        """How much of the training is done: of its steps, or of its time where a machine that slowed down runs late."""
+        state, limit = self.state, self.recovery.minutes
+        done = state.step / state.steps
+        if limit is None:
+            return done
+        seconds = self.processes.mean([self._seconds()])[0]
+        return max(done, (seconds - state.began) / max(limit * 60 - state.began, 1e-9))
