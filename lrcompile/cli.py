@@ -296,7 +296,7 @@ def calibrate(
     out: Annotated[Path, typer.Option(help="The profile to write, .toml: a --target from then on.")],
     minutes: Annotated[float, typer.Option(help="How long to measure, at most.")] = 15.0,
     runtime: Annotated[
-        str, typer.Option(help="What runs the operations: onnxruntime or torch (eager).")
+        str, typer.Option(help="What runs the operations: onnxruntime, torch (eager) or torch-compile.")
     ] = "onnxruntime",
     seed: Annotated[int, typer.Option(help="Seed of what is measured; the same one goes on where it was stopped.")] = 0,
     plot: Annotated[

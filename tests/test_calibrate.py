@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import fields, replace
 from itertools import islice, pairwise
@@ -11,7 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from torch import fx
+from torch._dynamo.exc import TorchDynamoException
 
 from lrcompile.cli import run
 from lrcompile.devices import calibrate as calibrate_module
@@ -332,19 +335,50 @@ def test_pytorch_is_measured_and_remembered(tmp_path: Path) -> None:
             first.cost(op)
 
 
-def test_a_profile_of_eager_pytorch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own modules, which torch.compile imports
+def test_compiled_pytorch_is_measured_apart(tmp_path: Path) -> None:
+    if not shutil.which("g++"):
+        pytest.skip("torch.compile needs a C++ compiler")
+    eager, compiled = TorchCostModel(tmp_path), TorchCostModel(tmp_path, compiled=True)
+    by_family = {family(op): op for op in islice(operations(2), 300) if op.flops < 1e7}
+    for op in by_family.values():
+        cost = compiled.cost(op)
+        assert 0 < cost.latency_s < 1
+        assert TorchCostModel(tmp_path, compiled=True).cost(op) == cost
+        assert eager.cost(op) != cost
+
+
+def test_what_cannot_be_compiled_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(gm: object, compiled: bool = False) -> None:
+        raise TorchDynamoException("backend='inductor' raised:\nInvalidCxxCompiler: No working C++ compiler found")
+
+    monkeypatch.setattr(measure_torch, "call_of", fails)
+    with pytest.raises(
+        DeviceError, match=r"torch\.compile failed: InvalidCxxCompiler: No working C\+\+ compiler found; "
+    ):
+        TorchCostModel(tmp_path, compiled=True).cost(gemm_op(8, 8, 8, "fp32"))
+
+
+@pytest.mark.parametrize(("runtime", "words"), [("torch", "eager"), ("torch-compile", "compiled")])
+def test_a_profile_of_pytorch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, runtime: str, words: str) -> None:
     measured = machine(Clock())
-    monkeypatch.setattr(measure_torch.TorchCostModel, "cost", lambda self, op: measured(op))
+
+    def cost(self: TorchCostModel, op: OpDesc) -> Cost:
+        assert self.compiled == (words == "compiled")
+        return measured(op)
+
+    monkeypatch.setattr(measure_torch.TorchCostModel, "cost", cost)
     monkeypatch.setattr(calibrate_module, "MOST", 120)
-    out = tmp_path / "eager.toml"
-    assert run(["calibrate", "--out", str(out), "--minutes", "1", "--runtime", "torch"]) == 0
+    out = tmp_path / "mine.toml"
+    assert run(["calibrate", "--out", str(out), "--minutes", "1", "--runtime", runtime]) == 0
     device = load_device(str(out))
     assert not device.fuses
     assert not device.network
-    assert "PyTorch" in device.description
+    assert f"PyTorch {torch.__version__}, {words}" in device.description
 
 
 def test_another_runtime_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["calibrate", "--out", str(tmp_path / "mine.toml"), "--runtime", "cuda"]) == 2
-    assert "unknown runtime 'cuda': expected onnxruntime or torch" in capsys.readouterr().err
+    assert "unknown runtime 'cuda': expected onnxruntime or torch or torch-compile" in capsys.readouterr().err
     assert not (tmp_path / "mine.toml").exists()

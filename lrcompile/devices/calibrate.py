@@ -29,7 +29,7 @@ from lrcompile.errors import DeviceError, InputError
 from lrcompile.graph.op import FUNCTIONS, OpDesc
 
 Progress = Callable[[str, int, int], None]
-RUNTIMES = ("onnxruntime", "torch")
+RUNTIMES = ("onnxruntime", "torch", "torch-compile")
 _RUN_S = 1e-5  # of about which size that of a run is: for the solver
 NETWORKS = 20  # of convolutions, and as many transformers
 VISITS, CHUNK = 3, 60  # an operation is measured so often, each time after as many others
@@ -157,16 +157,17 @@ def calibrate_here(
     from lrcompile.devices.measure_torch import TorchCostModel
 
     if runtime not in RUNTIMES:
-        raise InputError(f"unknown runtime {runtime!r}: expected {' or '.join(RUNTIMES)}, both on this machine's CPU")
+        raise InputError(f"unknown runtime {runtime!r}: expected {' or '.join(RUNTIMES)}, on this machine's CPU")
     device, folders = local_device(), [default_cache_dir() / f"visit{i}" for i in range(VISITS)]
-    network, version = None, f"PyTorch {torch.__version__}, eager"
-    measured: list[Callable[[OpDesc], Cost]] = [TorchCostModel(folder).cost for folder in folders]
+    compiled = runtime == "torch-compile"
+    network, version = None, f"PyTorch {torch.__version__}, {'compiled' if compiled else 'eager'}"
+    measured: list[Callable[[OpDesc], Cost]] = [TorchCostModel(folder, compiled).cost for folder in folders]
     if runtime == "onnxruntime":
         visits = [LocalCostModel(folder) for folder in folders]
         measured, network = [visit.cost for visit in visits], visits[0].network
         version = f"ONNX Runtime {onnxruntime.__version__}"
     else:
-        device = replace(device, fuses=frozenset())  # eager calls are kernels of their own
+        device = replace(device, fuses=frozenset())  # what is measured are kernels of their own
     found = calibrate(
         device,
         lambda op, visit: measured[visit](op),

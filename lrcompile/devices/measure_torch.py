@@ -1,12 +1,15 @@
-"""Operations as eager PyTorch runs them on this machine's CPU, measured and remembered like those of ONNX Runtime."""
+"""Operations as PyTorch runs them on this machine's CPU, measured and remembered like those of ONNX Runtime."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import fx
 
 from lrcompile.devices.bench import Clock, waited_s
 from lrcompile.devices.cost import Cost
@@ -19,9 +22,13 @@ from lrcompile.graph.op import OpDesc
 
 @dataclass(frozen=True)
 class TorchCostModel:
-    """Measures operations in fp32, each alone, without gradients. Results are kept in `cache_dir`, or not if None."""
+    """Measures operations in fp32, each alone, without gradients. Results are kept in `cache_dir`, or not if None.
+
+    `compiled` ones are made by torch.compile, others are called one by one.
+    """
 
     cache_dir: Path | None = field(default_factory=default_cache_dir)
+    compiled: bool = False
     clock: Clock = time.perf_counter
     waited: Clock = waited_s
 
@@ -29,16 +36,30 @@ class TorchCostModel:
         """The price of one operation.
 
         Raises:
-            DeviceError: this operation is not measured in PyTorch.
+            DeviceError: this operation is not measured in PyTorch, or torch.compile cannot make it here.
         """
         graph = repeated(op, 1, wake=False) if op.dtype == "fp32" else None
         if graph is None:
             raise DeviceError(f"operation {op.kind} in {op.dtype} is not measured in PyTorch; give one in fp32")
         traffic = op.weight_bytes, op.activation_bytes
         shape = repr((op.kind, op.dtype, op.gemm, op.conv, op.attention, op.function, op.row, *traffic))
-        key = key_of("torch", torch.__version__, cpu_name(), torch.get_num_threads(), shape)
+        kind = "torch-compile" if self.compiled else "torch"
+        key = key_of(kind, torch.__version__, cpu_name(), torch.get_num_threads(), shape)
         timings = recall(self.cache_dir, key, 1)
         if timings is None:
-            timings = measure([call_of(graph)], self.clock, self.waited)
+            timings = measure([self._call(graph)], self.clock, self.waited)
             remember(self.cache_dir, key, timings)
         return Cost(*timings[0], op.flops, op.weight_bytes, op.activation_bytes)
+
+    def _call(self, graph: fx.GraphModule) -> Callable[[], Any]:
+        if not self.compiled:
+            return call_of(graph)
+        from torch._dynamo.exc import TorchDynamoException  # which takes long to import
+
+        try:
+            return call_of(graph, compiled=True)
+        except TorchDynamoException as problem:
+            reason = str(problem).strip().splitlines()[-1]
+            raise DeviceError(
+                f"torch.compile failed: {reason}; it needs a C++ compiler, or measure another --runtime"
+            ) from problem

@@ -294,14 +294,21 @@ def _function(make: _Maker, name: str, x: fx.Node, other: fx.Node | None, row: i
     return make.call(_CHAINED[name], x)
 
 
-def call_of(gm: fx.GraphModule) -> Callable[[], Any]:
-    """A call that runs the graph once in PyTorch, on random values; it was run once when this returns."""
+def call_of(gm: fx.GraphModule, *, compiled: bool = False) -> Callable[[], Any]:
+    """A call that runs the graph once in PyTorch, on random values; it was run once when this returns.
+
+    With `compiled` it is what torch.compile makes of it for these shapes alone.
+    """
     gm = gm.to_empty(device="cpu")
     for parameter in gm.parameters():
         nn.init.normal_(parameter, std=0.02)
     values = [node.meta["val"] for node in gm.graph.nodes if node.op == "placeholder"]
     inputs = [_random(value) for value in values]
     run = torch.inference_mode()(lambda: gm(*inputs))
+    if compiled:
+        torch.compiler.reset()  # it compiles only so many shapes of what it takes for one function
+        graph: Any = torch.compile(gm, dynamic=False)
+        run = torch.no_grad()(lambda: graph(*inputs))
     run()
     return run
 
