@@ -112,6 +112,16 @@ def test_every_layer_keeps_the_share(share: float) -> None:
     assert made.notes == ("3 layers split",)
 
 
+def test_the_fault_of_a_tool_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(bench: Bench, name: str) -> Row:
+        raise TypeError("object of type 'NoneType' has no len()")
+
+    monkeypatch.setattr(bench_peers, "quantized", fails)
+    got = bench_peers.of_peer(None, "ort-static", 0.5, None)  # type: ignore[arg-type]
+    assert got.notes == ("failed: TypeError: object of type 'NoneType' has no len()",)
+    assert got.ratio is None
+
+
 def test_nothing_is_wide_enough() -> None:
     with pytest.raises(NothingToDo, match="wide enough"):
         uniform.prepared(Original(nn.Linear(16, 400), (), classes=True), "uniform")
@@ -208,6 +218,15 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     given, path = original(), tmp_path_factory.mktemp("float") / "net.onnx"
     lrcompile.compile(given.model, given.batches[0], passes=[]).save(path)
     return path.read_bytes()
+
+
+def test_int8_where_shapes_are_not_inferred(written: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def gives_up(*_: object, **__: object) -> None:
+        raise TypeError("object of type 'NoneType' has no len()")
+
+    monkeypatch.setattr("onnxruntime.tools.symbolic_shape_infer.SymbolicShapeInference.infer_shapes", gives_up)
+    made, _ = int8.quantized("ort-dynamic", written, ["images"], original().batches, tmp_path)
+    assert made.stat().st_size < 0.7 * len(written)
 
 
 @pytest.mark.parametrize("name", ["ort-static", "ort-dynamic"])

@@ -23,7 +23,8 @@ from torch import Tensor
 import lrcompile
 from lrcompile.compile import Prepared, Result
 from lrcompile.devices.bench import paired
-from lrcompile.errors import BudgetError, LrcompileError
+from lrcompile.devices.measure import cpu_name, usable_cores
+from lrcompile.errors import BudgetError
 from lrcompile.frontend.trace import trace
 from lrcompile.graph.graph import Graph, weight_bytes
 from lrcompile.passes import Stage
@@ -34,7 +35,7 @@ from tools.fetch_data import DataMissing
 from tools.peers import int8
 from tools.peers.catalogue import PEERS
 from tools.peers.original import NothingToDo, Original
-from tools.peers.process import PeerFailed, PeerProcess
+from tools.peers.process import PeerProcess
 from tools.peers.search import TOLERANCE, nearest
 from tools.peers.table import INT8, OURS, OWN, Row, table
 from tools.validate_profiles import put
@@ -112,16 +113,20 @@ def rows(bench: Bench, speedup: float, peers: Sequence[str], python: Path | None
         yield row
         yield in_int8(bench, ours, own, row)
     for name in peers:
-        try:
-            if PEERS[name].searched:
-                assert python is not None
-                yield searched(bench, name, first.ratio[0], python)
-            else:
-                yield quantized(bench, name)
-        except NothingToDo as reason:
-            yield Row(name, notes=(f"nothing to do: {reason}",))
-        except (PeerFailed, LrcompileError) as problem:
-            yield Row(name, notes=(f"failed: {problem}",))
+        yield of_peer(bench, name, first.ratio[0], python)
+
+
+def of_peer(bench: Bench, name: str, wanted: float, python: Path | None) -> Row:
+    """The row of a peer, which says so where it fails: the others are not lost."""
+    try:
+        if not PEERS[name].searched:
+            return quantized(bench, name)
+        assert python is not None
+        return searched(bench, name, wanted, python)
+    except NothingToDo as reason:
+        return Row(name, notes=(f"nothing to do: {reason}",))
+    except Exception as problem:  # of any kind: they are other tools
+        return Row(name, notes=(f"failed: {type(problem).__name__}: {problem}",))
 
 
 def in_int8(bench: Bench, ours: Result, own: Result, row: Row) -> Row:
@@ -248,7 +253,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     if options.peers != list(PEERS):
         command += f" --peers {' '.join(options.peers)}"
-    head = f"{task.settings}; {options.minutes:g} minutes of recovery each"
+    head = f"{task.settings}; {options.minutes:g} min of recovery each; {cpu_name()}, {usable_cores()} cores"
     text = "\n".join([*table(task.judge(task.model), head, found), "", f"    {command}"])
     print(text)
     say(f"{(time.monotonic() - start) / 60:.1f} minutes in all")
