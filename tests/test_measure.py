@@ -19,12 +19,14 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from lrcompile.devices import measure as measure_module
 from lrcompile.devices.analytic import AnalyticCostModel
 from lrcompile.devices.cost import Cost
 from lrcompile.devices.measure import (
     SIGMA_CONTENDED,
     SIGMA_FLOOR,
     LocalCostModel,
+    cpu_name,
     local_device,
     measure,
     usable_cores,
@@ -571,3 +573,19 @@ def test_the_local_device_is_this_machine() -> None:
     assert device.rank_step["fp32"] in (8, 16)
     assert device.ranks(256)
     assert "scaled to" in device.provenance["dtype.fp32.peak"]
+
+
+@pytest.mark.parametrize(
+    ("facts", "expected"),
+    [
+        ({"model name": "AMD EPYC", "flags": "fma avx2"}, "AMD EPYC (AVX2)"),
+        ({"model name": "AMD EPYC", "flags": "avx2 avx512f avx512_vnni"}, "AMD EPYC (AVX-512 with VNNI)"),
+        ({"model name": "Xeon", "flags": "avx2 avx512f avx512_vnni amx_tile"}, "Xeon (AMX)"),
+        ({"model name": "Cortex"}, "Cortex"),
+    ],
+)
+def test_processors_of_one_name_are_told_apart(
+    facts: dict[str, str], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure_module, "_cpu_facts", lambda: facts)
+    assert cpu_name() == expected

@@ -45,6 +45,10 @@ SIGMA_CONTENDED = 0.3
 HOPELESS = 1.3
 FEW = 1 << 14  # random values, repeated to fill an input: making them takes longer than running most operations
 CONFIDENCE = 0.9
+VECTOR_UNITS = {  # by the flags of x86, the widest first
+    "amx_tile": "AMX", "avx512_vnni": "AVX-512 with VNNI", "avx512f": "AVX-512", "avx_vnni": "AVX2 with VNNI",
+    "avx2": "AVX2",
+}  # fmt: skip
 LEAST_S = 2e-8  # what any operation takes, where noise hides it
 
 
@@ -270,8 +274,11 @@ def usable_cores() -> int:
 
 
 def cpu_name() -> str:
-    """The processor's name as the system tells it."""
-    return _cpu_facts().get("model name") or platform.processor() or platform.machine()
+    """The processor's name as the system tells it, and its vector units: virtual machines hide which model it is."""
+    facts = _cpu_facts()
+    flags = facts.get("flags", "").split()
+    name = facts.get("model name") or platform.processor() or platform.machine()
+    return next((f"{name} ({words})" for flag, words in VECTOR_UNITS.items() if flag in flags), name)
 
 
 @lru_cache(maxsize=1)
