@@ -35,7 +35,7 @@ from tools.fetch_data import DataMissing
 from tools.peers import int8
 from tools.peers.catalogue import PEERS
 from tools.peers.original import NothingToDo, Original
-from tools.peers.process import PeerProcess
+from tools.peers.process import PeerFailed, PeerProcess
 from tools.peers.search import TOLERANCE, nearest
 from tools.peers.table import INT8, OURS, OWN, Row, table
 from tools.validate_profiles import put
@@ -125,6 +125,8 @@ def of_peer(bench: Bench, name: str, wanted: float, python: Path | None) -> Row:
         return searched(bench, name, wanted, python)
     except NothingToDo as reason:
         return Row(name, notes=(f"nothing to do: {reason}",))
+    except PeerFailed as problem:
+        return Row(name, notes=(f"failed: {problem}",))
     except Exception as problem:  # of any kind: they are other tools
         return Row(name, notes=(f"failed: {type(problem).__name__}: {problem}",))
 

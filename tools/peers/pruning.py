@@ -66,7 +66,7 @@ def gradients(model: nn.Module, original: Original, said: Sequence[Tensor]) -> N
     for i, batch in enumerate(original.batches[:BATCHES]):
         output = model(*batch)
         if said:
-            loss = nn.functional.cross_entropy(output, said[i])
+            loss = nn.functional.cross_entropy(output.flatten(0, -2), said[i].flatten())
         else:
             loss = (output * torch.randn(output.shape, generator=chance)).sum(-1).mean()
         loss.backward()
