@@ -138,12 +138,12 @@ def imagenet_images() -> tuple[Tensor, Tensor]:
 
 def calibration_images(samples: int = 64) -> Tensor:
     """Random crops and flips of the last ten ImageNet images; the first ten stay unseen, for judging."""
-    return _crops(_photographs()[10:], samples)
+    return _crops(_photographs(unseen=False), samples)
 
 
 def unseen_images(samples: int) -> Tensor:
     """The same of the first ten."""
-    return _crops(_photographs()[:10], samples)
+    return _crops(_photographs(unseen=True), samples)
 
 
 def object_images(samples: int, *, unseen: bool = False) -> Tensor:
@@ -156,22 +156,19 @@ def object_images(samples: int, *, unseen: bool = False) -> Tensor:
     """
     from PIL import Image
 
-    behind = _photographs()[:10] if unseen else _photographs()[10:]
     chance = random.Random(0)
-    above = objects(unseen=unseen)
+    above, behind = objects(unseen=unseen), _photographs(unseen=unseen)
     chance.shuffle(above)
     images = []
     for i in range(samples):
-        crop = _crop(_resized(chance.choice(behind), chance.randint(240, 320)), chance.random(), chance.random())
-        image = Image.fromarray(crop)
+        image = Image.fromarray(_random_crop(chance.choice(behind), chance))
         with Image.open(above[i % len(above)]) as file:
             thing = file.convert("RGBA")
         scale = chance.randint(160, _SIDE) / max(thing.size)
         width, height = (max(1, round(side * scale)) for side in thing.size)
         thing = thing.resize((width, height), Image.Resampling.BICUBIC)
         image.paste(thing, (chance.randint(0, _SIDE - width), chance.randint(0, _SIDE - height)), thing)
-        pixels = np.asarray(image)
-        images.append(_normalised(pixels[:, ::-1] if chance.random() < 0.5 else pixels))
+        images.append(_mirrored_or_not(np.asarray(image), chance))
     return torch.stack(images)
 
 
@@ -190,15 +187,22 @@ def _is_first(path: Path) -> bool:
 
 def _crops(paths: Sequence[Path], samples: int) -> Tensor:
     chance = random.Random(0)
-    images = []
-    for i in range(samples):
-        image = _crop(_resized(paths[i % len(paths)], chance.randint(240, 320)), chance.random(), chance.random())
-        images.append(_normalised(image[:, ::-1] if chance.random() < 0.5 else image))
-    return torch.stack(images)
+    crops = (_random_crop(paths[i % len(paths)], chance) for i in range(samples))
+    return torch.stack([_mirrored_or_not(crop, chance) for crop in crops])
 
 
-def _photographs() -> list[Path]:
-    return sorted((ensure("images") / "foolbox" / "data").glob("imagenet_*.jpg"))
+def _random_crop(path: Path, chance: random.Random) -> np.ndarray:
+    return _crop(_resized(path, chance.randint(240, 320)), chance.random(), chance.random())
+
+
+def _mirrored_or_not(image: np.ndarray, chance: random.Random) -> Tensor:
+    return _normalised(image[:, ::-1] if chance.random() < 0.5 else image)
+
+
+def _photographs(unseen: bool | None = None) -> list[Path]:
+    """All twenty, or those ten that are `unseen` or not."""
+    paths = sorted((ensure("images") / "foolbox" / "data").glob("imagenet_*.jpg"))
+    return paths if unseen is None else paths[:10] if unseen else paths[10:]
 
 
 def _resized(path: Path, short_side: int) -> np.ndarray:
