@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from lrcompile.planning.strategies.beam import Beam
     from lrcompile.plugins import discover, select
     from lrcompile.progressive import Member, progressive
-    from lrcompile.quantize import Quantization
+    from lrcompile.quantization.quantize import Quantization
     from lrcompile.recover import recover
     from lrcompile.recovery.settings import Recovery
     from lrcompile.recovery.stable_rank import StableRank
@@ -50,7 +50,7 @@ _HOMES = {
     "planning.strategies.beam": "Beam",
     "plugins": "discover select",
     "progressive": "Member progressive",
-    "quantize": "Quantization",
+    "quantization.quantize": "Quantization",
     "recover": "recover",
     "recovery.settings": "Recovery",
     "recovery.stable_rank": "StableRank",

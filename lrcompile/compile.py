@@ -47,7 +47,8 @@ from lrcompile.planning.sensitivity import Evaluator, rewritten
 from lrcompile.planning.store import Store
 from lrcompile.planning.strategies import search
 from lrcompile.plugins import discover
-from lrcompile.quantize import Quantization, quantizer
+from lrcompile.quantization.limits import search_for_int8
+from lrcompile.quantization.quantize import Quantization, quantizer
 from lrcompile.remarks import remarks
 from lrcompile.report.clock import Clock, Progress, silent
 from lrcompile.report.report import Decision, Report, decide, error_figures, latency_figures, model_figures
@@ -58,7 +59,8 @@ class Result:
     """A compiled model: `model` is the rewritten graph as a module, `plan` the decisions, `report` the figures.
 
     `metric` is the user's own, where the search was held to it; `seen` is what entered the layers of the traced graph
-    on calibration data, where there were any.
+    on calibration data, where there were any. `replayed`: the plan was made before, maybe on another machine, so that
+    what is written is not held to its size and latency.
     """
 
     model: fx.GraphModule
@@ -67,6 +69,7 @@ class Result:
     traced: Traced
     metric: Metric | None = None
     seen: Mapping[str, Spread] = field(default_factory=dict)
+    replayed: bool = False
 
     def save(
         self, path: str | Path, *, quantize: Quantization | None = None, progress: Progress = silent
@@ -77,6 +80,7 @@ class Result:
 
         Raises:
             InputError: the path has another suffix or cannot be written, or the model cannot be quantised.
+            BudgetError: the 8-bit file does not keep the size or latency that the budget limits.
             VerificationError: what was emitted does not compute what the model computes; nothing is written.
         """
         start = time.perf_counter()
@@ -84,7 +88,8 @@ class Result:
         if quantize is not None:
             split = Split.of(model_batches(self.traced, quantize.data))
             is_local = self.plan.target == "local"
-            refine = quantizer(quantize, self.model, self.traced, self.plan.budget, split, is_local, progress)
+            budget = replace(self.plan.budget, int8=self.plan.budget.int8 and not self.replayed)
+            refine = quantizer(quantize, self.model, self.traced, budget, split, is_local, progress)
         emitted = emit(path, self.model, self.traced, refine)
         return replace(
             self.report,
@@ -260,17 +265,21 @@ def solve(prepared: Prepared, budget: Budget) -> Result:
     p, clock = prepared, prepared.clock
     drop = DropLimit.of(p.metric, budget)
     problem = p.problem(budget, drop.kept_back() if drop and p.reference else drop)
+    asked, reference = budget, p.reference
     with clock("choose"):
-        choice = search(problem, budget)
+        if budget.int8:
+            choice, asked, reference = search_for_int8(problem, budget, p.traced, p.reference)
+        else:
+            choice = search(problem, budget)
         check_finite(p.graph, choice.rewrites, p.passes, p.context, problem.evaluator, choice.error)
         exact = [rewrite for rewrite in choice.rewrites if rewrite.exact]
         if exact and len(exact) == len(choice.rewrites):
             check_exact(p.graph, exact, p.passes, p.context, p.evaluator, _relative_error(p, budget, choice))
     measured: Measured | None = None
     wanted = choice.candidates
-    if p.reference and not choice.untouched:
+    if reference and not choice.untouched:
         with clock("confirm"):
-            choice, measured = confirm(p.reference, replace(problem, drop=drop), choice, budget)
+            choice, measured = confirm(reference, replace(problem, drop=drop), choice, budget, asked)
     untouched = choice.untouched or bool(measured and measured.returned_original)
     canonical = () if untouched else p.canonical
     metric = drop.result(None if untouched else choice.rewrites).to_json() if drop else None
@@ -406,7 +415,7 @@ def replay(
         settings=_settings(dtype, traced, plan.seed, plan.budget),
         metric=plan.metric,
     )
-    return Result(graph_after.gm, plan, report, traced, seen=seen)
+    return Result(graph_after.gm, plan, report, traced, seen=seen, replayed=True)
 
 
 def _replayed(plan: Plan) -> list[str]:

@@ -6,11 +6,13 @@ import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from lrcompile.devices.bench import OPENINGS, BenchResult, paired
 from lrcompile.devices.cost import Cost
+from lrcompile.emit.int8 import in_int8
 from lrcompile.emit.onnx import to_onnx
 from lrcompile.errors import BudgetError, InputError
 from lrcompile.frontend.trace import Traced
@@ -35,7 +37,8 @@ CONTENDED = 0.2  # share of the time spent waiting for a core from which a measu
 class Measured:
     """Whole-model latencies, original and emitted; `overruled` says why the search's choice was not taken.
 
-    `remark` is set where the machine was too busy to trust the figures.
+    `remark` is set where the machine was too busy to trust the figures; with `int8` the emitted one was measured in
+    8-bit integers.
     """
 
     before: Cost
@@ -43,6 +46,7 @@ class Measured:
     overruled: str | None = None
     returned_original: bool = False
     remark: str | None = None
+    int8: bool = False
 
     @property
     def ratio(self) -> float:
@@ -61,10 +65,16 @@ class Measured:
 
 @dataclass(frozen=True, eq=False)
 class Reference:
-    """The model as it was given, as ONNX: what everything else is measured against, in ONNX Runtime."""
+    """The model as it was given, as ONNX: what everything else is measured against, in ONNX Runtime.
+
+    With `int8`, all that can be is put into 8-bit integers before it is measured. `share` is the time of what was not
+    cut over that of the original.
+    """
 
     traced: Traced
     onnx: bytes
+    int8: bool = False
+    share: float = 1.0
 
     @classmethod
     def of(cls, traced: Traced) -> Reference:
@@ -86,10 +96,22 @@ class Reference:
         result = self._paired(self.onnx, SECONDS / 2, TRIAL_OPENINGS)
         return Cost(latency_s=result.median_a_s, sigma_s=result.median_a_s * (result.ratio_high - result.ratio_low) / 4)
 
+    def in_int8(self, exact: Graph) -> Reference:
+        """A reference for models in 8-bit integers, where those make the graph of exact rewrites faster here, or this.
+
+        Raises:
+            VerificationError: the quantizer fails.
+        """
+        floats, integers = _onnx(self.traced, exact), int8_of(self.traced, exact)
+        if paired(floats, integers, inputs=example_of(self.traced), seconds=SECONDS).ratio_high >= 1:
+            return self
+        return replace(self, int8=True, share=self._paired(integers, SECONDS, OPENINGS).ratio)
+
     def measure(self, graph: Graph, seconds: float = SECONDS) -> Measured:
         """A rewritten graph against the original, paired and interleaved."""
         openings = OPENINGS if seconds >= SECONDS else TRIAL_OPENINGS
-        result = self._paired(_onnx(self.traced, graph), seconds, openings)
+        emitted = int8_of(self.traced, graph) if self.int8 else _onnx(self.traced, graph)
+        result = self._paired(emitted, seconds, openings)
         spread = (result.ratio_high - result.ratio_low) / 4
         before = Cost(latency_s=result.median_a_s)
         after = Cost(latency_s=result.median_a_s * result.ratio, sigma_s=result.median_a_s * spread)
@@ -99,37 +121,38 @@ class Reference:
                 f"the machine was busy while the whole model was measured (interval {result.ratio_low:.3f}–"
                 f"{result.ratio_high:.3f}, {result.contention:.0%} of the time waiting for a core): measure again"
             )
-        return Measured(before, after, remark=remark)
+        return Measured(before, after, remark=remark, int8=self.int8)
 
     def _paired(self, other: bytes, seconds: float, openings: int) -> BenchResult:
-        named = zip(self.traced.input_names, self.traced.flat, strict=True)
-        inputs = {name: value.numpy() for name, value in named if isinstance(value, torch.Tensor)}
-        return paired(self.onnx, other, inputs=inputs, seconds=seconds, openings=openings)
+        return paired(self.onnx, other, inputs=example_of(self.traced), seconds=seconds, openings=openings)
 
 
-def confirm(reference: Reference, problem: Problem, choice: Choice, budget: Budget) -> tuple[Choice, Measured]:
+def confirm(
+    reference: Reference, problem: Problem, choice: Choice, budget: Budget, asked: Budget
+) -> tuple[Choice, Measured]:
     """The choice as measured on the whole model, or what of it is worth its while; in the end the original.
 
     A choice made for a size is kept. One made for a latency is made again with tighter limits until the latency holds
-    as measured.
+    as measured. `asked` is the budget that the choice was made for: another one than `budget` where that is of a file
+    in 8-bit integers.
 
     Raises:
         BudgetError: the latency asked for is not reached as measured.
     """
     measured = reference.measure(choice.graph)
     if math.isfinite(budget.latency_limit_s(measured.before.latency_s)):
-        return _within(reference, problem, choice, measured, budget)
+        return _within(reference, problem, choice, measured, budget, asked)
     if budget.size is not None:
         slower = f"measured on the whole model it takes {measured}"
         return choice, measured if measured.ratio <= 1 else replace(measured, remark=f"{slower}; kept for its size")
     measured = _settled(reference, choice, measured)
     promised = choice.gain_s / problem.base.latency_s
-    if _gains(choice, measured) and measured.ratio <= 1 - LEAST_OF_GAIN * promised:
+    if _gains(choice, measured, reference) and measured.ratio <= reference.share * (1 - LEAST_OF_GAIN * promised):
         return choice, measured
     overruled = f"measured on the whole model, all of the rewrites took {measured}"
     better, better_measured = _pruned(reference, problem, choice, measured, budget)
     better_measured = _settled(reference, better, better_measured)
-    if _gains(better, better_measured) and metric_holds(problem, better.candidates):
+    if _gains(better, better_measured, reference) and metric_holds(problem, better.candidates):
         if len(better.candidates) < len(choice.candidates):
             better_measured = replace(better_measured, overruled=f"{overruled}: some were dropped")
         return better, better_measured
@@ -139,19 +162,19 @@ def confirm(reference: Reference, problem: Problem, choice: Choice, budget: Budg
 
 def _settled(reference: Reference, choice: Choice, measured: Measured) -> Measured:
     """The measurement, or one that takes longer where its interval leaves open whether the choice gains."""
-    is_open = measured.ratio <= WORTH and not _gains(choice, measured)
+    is_open = measured.ratio <= WORTH * reference.share and not _gains(choice, measured, reference)
     return reference.measure(choice.graph, 2 * SECONDS) if is_open else measured
 
 
-def _gains(choice: Choice, measured: Measured) -> bool:
+def _gains(choice: Choice, measured: Measured, reference: Reference) -> bool:
     """Whether a choice is worth emitting: an error must buy time for sure."""
     if all(candidate.exact for candidate in choice.candidates):
         return measured.ratio <= 1
-    return measured.ratio <= WORTH and measured.most <= 1
+    return measured.ratio <= WORTH * reference.share and measured.most <= reference.share
 
 
 def _within(
-    reference: Reference, problem: Problem, choice: Choice, measured: Measured, budget: Budget
+    reference: Reference, problem: Problem, choice: Choice, measured: Measured, budget: Budget, asked: Budget
 ) -> tuple[Choice, Measured]:
     """A choice within a latency as measured, found by asking for less as predicted.
 
@@ -164,7 +187,7 @@ def _within(
         """The share of the latency allowed."""
         return measured.after.latency_s / budget.latency_limit_s(measured.before.latency_s)
 
-    fastest, asked_s = measured, budget.latency_limit_s(problem.original_s)
+    fastest, asked_s = measured, asked.latency_limit_s(problem.original_s)
     slack = WELL_SPENT if budget.error_limit is None and problem.drop is None else 0.0
     held: tuple[Choice, Measured] | None = None
     missed = 0
@@ -179,7 +202,7 @@ def _within(
             break
         asked_s *= SAFETY ** (1 if holds else missed) / spent(measured)
         try:
-            other = search(problem, replace(budget, speedup=None, max_latency_s=asked_s))
+            other = search(problem, replace(asked, speedup=None, max_latency_s=asked_s))
         except BudgetError:
             break
         if holds and other.error >= choice.error:
@@ -254,6 +277,21 @@ def worthwhile(
 def _halves(group: tuple[int, ...]) -> list[tuple[int, ...]]:
     middle = len(group) // 2
     return [group[:middle], group[middle:]] if middle else []
+
+
+def int8_of(traced: Traced, graph: Graph) -> bytes:
+    """A graph as ONNX with all that can be in 8-bit integers, whose ranges are those of the example.
+
+    Raises:
+        VerificationError: the quantizer fails.
+    """
+    return in_int8(_onnx(traced, graph), example_of(traced))
+
+
+def example_of(traced: Traced) -> dict[str, Any]:
+    """The example's tensors by the names of inputs."""
+    named = zip(traced.input_names, traced.flat, strict=True)
+    return {name: value.numpy() for name, value in named if isinstance(value, torch.Tensor)}
 
 
 def _onnx(traced: Traced, graph: Graph) -> bytes:

@@ -28,6 +28,12 @@ def remarks(p: Prepared, budget: Budget, choice: Choice, measured: Measured | No
     if choice.untouched:
         found.append("exact rewrites alone make the metric fall further than allowed: the model is as it was")
         return found
+    if measured and budget.int8:
+        found.append(
+            "the latency is that with all that can be in 8-bit integers, on the example; the file's own is below"
+            if measured.int8
+            else "8-bit integers do not make this model faster here: the latency is that of the float model"
+        )
     if measured and measured.remark:
         found.append(measured.remark)
     if measured and measured.overruled:

@@ -27,7 +27,7 @@ from lrcompile.planning.metric import Evaluation, check_metric
 from lrcompile.planning.plan import Plan
 from lrcompile.plugins import configure, discover, parsed_option, select
 from lrcompile.progressive import progressive
-from lrcompile.quantize import RESERVE, Quantization, check_float32
+from lrcompile.quantization.quantize import RESERVE, Quantization, check_float32
 from lrcompile.recover import recover
 from lrcompile.recovery.processes import Processes
 from lrcompile.recovery.settings import Recovery
@@ -253,7 +253,7 @@ def _budget(request: Request) -> Budget:
     if request.confidence is not None:
         options["confidence"] = request.confidence
     if request.quantize is not None:
-        options["reserve"] = RESERVE
+        options |= {"reserve": RESERVE, "int8": request.progressive is None}  # a family's sizes are those of floats
     if request.strategy is not None:
         options["strategy"] = request.strategy
     return Budget(**options)

@@ -44,6 +44,7 @@ class Machine:
     original_s: float = 1.0
     spread: float = 0.0
     asked: list[set[int]] = field(default_factory=list)
+    share: float = 1.0
 
     @property
     def traced(self) -> object:
@@ -67,11 +68,12 @@ def confirmed(
     ratio: Callable[[set[int]], float],
     spread: float = 0.0,
     machine: type[Machine] = Machine,
+    share: float = 1.0,
 ) -> tuple[set[int], Measured, Machine]:
     p = prepared
     problem = Problem(p.graph, p.pricing.candidates, p.passes, p.context, p.evaluator, p.base, p.original.latency_s)
-    made = machine(prepared, ratio, p.original.latency_s, spread)
-    choice, measured = confirm(made, problem, search(problem, budget), budget)  # type: ignore[arg-type]
+    made = machine(prepared, ratio, p.original.latency_s, spread, share=share)
+    choice, measured = confirm(made, problem, search(problem, budget), budget, budget)  # type: ignore[arg-type]
     left = {i for i in range(LAYERS) if not isinstance(choice.graph.gm.get_submodule(f"layers.{i}"), nn.Linear)}
     return left, measured, made
 
@@ -114,6 +116,17 @@ def test_an_error_must_buy_time(prepared: lrcompile.Prepared) -> None:
     left, measured, _ = confirmed(prepared, lrcompile.Budget(), lambda split: 0.9 - 0.001 * len(split))
     assert left == set()
     assert not measured.returned_original
+
+
+def test_in_integers_an_error_must_buy_time_over_integers_alone(prepared: lrcompile.Prepared) -> None:
+    """Splits that gain in float, and in integers nothing over those, which alone take half of the time."""
+    for gain, worth in ((0.0, False), (0.1, True)):
+        left, measured, _ = confirmed(
+            prepared, lrcompile.Budget(int8=True), lambda split, gain=gain: 0.5 - gain * len(split), share=0.5
+        )
+        assert (left == {0, 1, 2, 3}) == worth
+        assert (left == set()) != worth
+        assert not measured.returned_original
 
 
 @pytest.mark.parametrize(("spread", "is_sure"), [(0.01, True), (0.018, True), (0.04, False)])

@@ -36,19 +36,19 @@ MAY_IMPORT = {
     "report": "errors graph devices frontend planning",
     "confirm": "errors graph devices frontend emit planning",
     "remarks": "frontend planning planning.moments",
-    "quantize": "errors graph devices frontend emit planning report confirm",
+    "quantization": "errors graph devices frontend emit planning report confirm",
     "compile": "errors cache graph devices frontend lower emit passes plugins planning.store planning report confirm "
-    "remarks quantize",
+    "remarks quantization",
     "front": "errors planning compile",
     "recovery": "errors memory cache graph",
     "recover": "errors memory graph frontend lower planning recovery compile",
     "progressive": "errors frontend graph planning report recovery compile recover",
-    "session": "errors devices frontend emit plugins planning report quantize compile front recovery recover "
+    "session": "errors devices frontend emit plugins planning report quantization compile front recovery recover "
     "progressive",
     "cli": "errors memory devices plugins planning report session",
     "__main__": "cli",
-    "lrcompile": "errors graph devices frontend passes plugins planning report quantize compile front recovery recover "
-    "progressive",
+    "lrcompile": "errors graph devices frontend passes plugins planning report quantization compile front recovery "
+    "recover progressive",
     "lrcompile_passes": "graph planning.decompose passes",  # what a plugin may know
 }
 

@@ -17,15 +17,16 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from onnx import numpy_helper
 from torch import Tensor, nn
 
 import lrcompile
 from lrcompile import Budget, CalibrationData, Quantization, Result, calibration_from
-from lrcompile import quantize as decisions
 from lrcompile.cli import run
 from lrcompile.devices.bench import BenchResult
 from lrcompile.emit.int8 import Quantizer, quantizable
-from lrcompile.errors import InputError, VerificationError
+from lrcompile.errors import BudgetError, InputError, VerificationError
+from lrcompile.quantization import quantize as decisions
 
 
 class ConvNet(nn.Module):
@@ -90,6 +91,20 @@ class Reciprocal(nn.Module):
         return 1 / self.conv(x)
 
 
+class Words(nn.Module):
+    """Tables of embeddings, one of which the head reads too where it is tied."""
+
+    def __init__(self, tied: bool = False) -> None:
+        super().__init__()
+        self.words, self.layer = nn.Embedding(400, 32), nn.Linear(32, 32)
+        self.head = nn.Linear(32, 400, bias=False)
+        if tied:
+            self.head.weight = self.words.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layer(self.words(x)).relu())
+
+
 class Plain(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -140,6 +155,103 @@ def outputs(path: Path, given: CalibrationData) -> np.ndarray:
 
 def operations(path: Path) -> Counter[str]:
     return Counter(node.op_type for node in onnx.load(path).graph.node)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_table_that_nothing_else_reads_is_stored_in_8_bits(tied: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, ids = Words(tied).eval(), torch.randint(400, (32, 6))
+    given = calibration_from({"x": ids}, ["x"], 4)
+    result = lrcompile.compile(
+        model, (ids[:4],), target="rpi5", calibration=given, budget=Budget(max_error=0.2, reserve=decisions.RESERVE)
+    )
+    figures = result.save(tmp_path / "out.onnx", quantize=Quantization(given)).quantization
+    assert figures is not None
+    assert figures["written"] == "int8"
+    tables = {t.name: t for t in onnx.load(tmp_path / "out.onnx").graph.initializer if 400 in t.dims and 32 in t.dims}
+    in_float = [name for name, tensor in tables.items() if tensor.data_type == onnx.TensorProto.FLOAT]
+    assert len(in_float) == (1 if tied else 0)
+    assert len(tables) == (1 if tied else 2)
+    assert ("embeddings" in figures["weight_bits"]) != tied
+    with torch.no_grad():
+        expected = model(ids[-8:]).numpy()
+    got = outputs(tmp_path / "out.onnx", given).reshape(expected.shape)
+    error = np.linalg.norm(got - expected) / np.linalg.norm(expected)
+    assert error == pytest.approx(figures["error_whole"], rel=1e-3)
+    assert 0 < error < 0.1
+
+
+# --------------------------------------------------------------------------------------------- limits of the file
+
+
+def asked_of_int8(size: float, kind: type[nn.Module] = Mlp, **options: Any) -> tuple[Result, CalibrationData]:
+    torch.manual_seed(0)
+    given = data(kind)
+    budget = Budget(size=size, reserve=decisions.RESERVE, int8=True, **options)
+    model = kind().eval()
+    return lrcompile.compile(model, (given.batches[0]["x"],), target="rpi5", budget=budget, calibration=given), given
+
+
+@pytest.mark.parametrize("size", [0.9, 0.4, 0.2, 0.12])
+def test_a_size_is_that_of_the_int8_file(size: float, tmp_path: Path) -> None:
+    """Integers alone make a third of it, so that down to there no layer is split."""
+    result, given = asked_of_int8(size)
+    assert bool(result.plan.rewrites) == (size < 0.33)
+    report = result.save(tmp_path / "out.onnx", quantize=Quantization(given))
+    assert report.quantization is not None
+    assert report.quantization["written"] == "int8"
+    stored = sum(numpy_helper.to_array(t).nbytes for t in onnx.load(tmp_path / "out.onnx").graph.initializer)
+    of_original = stored / report.model["weight_bytes_before"]
+    assert of_original <= size
+    assert size > 0.33 or of_original > 0.7 * size  # and no more is cut than it takes
+
+
+def test_a_size_that_integers_cannot_keep_either() -> None:
+    with pytest.raises(BudgetError, match=r"limits of the float model, so that its int8 file is what was asked for"):
+        asked_of_int8(0.002)
+
+
+def test_a_file_that_stays_in_float_is_held_to_its_size_too(tmp_path: Path) -> None:
+    result, given = asked_of_int8(0.5, max_error=1e-3)
+    (tmp_path / "out.onnx").write_text("old")
+    with pytest.raises(BudgetError, match=r"MB asked for: not quantised: .* over 0\.001 .*allow more error"):
+        result.save(tmp_path / "out.onnx", quantize=Quantization(given))
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("out.onnx", "old")]
+    replace(result, replayed=True).save(tmp_path / "out.onnx", quantize=Quantization(given))  # is not
+    assert operations(tmp_path / "out.onnx")["MatMulInteger"] == 0
+
+
+def benched(ratio: float) -> BenchResult:
+    return BenchResult(1e-3, 1e-3, ratio * 1e-3, ratio * 1e-3, ratio, ratio, ratio, 6, 12, False, 0.0, 0.0, "", 4, 1)
+
+
+@pytest.mark.parametrize("wanted", [1.0, 1.8, 2.5, 4.0])
+def test_as_many_layers_are_quantised_as_a_latency_takes(
+    wanted: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A layer saves a quarter of the time in int8, and that in the middle costs all accuracy."""
+
+    def measured(first: Path | bytes, second: Path | bytes, **options: Any) -> BenchResult:
+        model = onnx.load_from_string(second) if isinstance(second, bytes) else onnx.load(second)
+        return benched(1 - 0.25 * sum(node.op_type == "MatMulInteger" for node in model.graph.node))
+
+    monkeypatch.setattr(decisions, "paired", measured)
+    result, given = compiled(Sensitive)
+    budget = Budget(speedup=wanted, int8=True)
+    asked = replace(result, plan=replace(result.plan, target="local", budget=budget))
+    path = tmp_path / "out.onnx"
+    if wanted > 4 - 1e-9:
+        with pytest.raises(BudgetError, match=r"takes 0\.250× the original's time as measured .* 0 of 3 layers stay"):
+            replace(asked, plan=replace(asked.plan, budget=replace(budget, speedup=5.0))).save(
+                path, quantize=Quantization(given)
+            )
+        assert not path.exists()
+    report = asked.save(path, quantize=Quantization(given))
+    count = operations(path)["MatMulInteger"]
+    assert count == {1.0: 2, 1.8: 2, 2.5: 3, 4.0: 3}[wanted]
+    assert any("more than its default limit" in note for note in report.notes) == (count == 3)
+    assert report.quantization is not None
+    assert report.quantization["budget"] == (None if count == 3 else pytest.approx(0.05))
 
 
 @pytest.mark.parametrize("kind", [ConvNet, Mlp, Transformer])

@@ -2,8 +2,9 @@
 
 Convolutions are quantised statically, with ranges from calibration data: sought anew in each run they are several times
 slower than in float. Products with constant matrices are quantised dynamically, with ranges of each run: what
-transformers multiply has outliers, for which one range for all inputs is too coarse. `docs/quantization.md` has the
-figures. Whatever else there is stays in float.
+transformers multiply has outliers, for which one range for all inputs is too coarse. Tables of embeddings are stored in
+8 bits, and what is looked up is made float again. `docs/quantization.md` has the figures. Whatever else there is stays
+in float.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import math
 import tempfile
 import warnings
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,13 +27,13 @@ from onnx import TensorProto, helper, numpy_helper
 from lrcompile.errors import VerificationError
 from lrcompile.frontend.archives import first_line
 
-STATIC, DYNAMIC = "convolutions", "products"
+KINDS = (STATIC, DYNAMIC, TABLES) = ("convolutions", "products", "embeddings")
 Feeds = Mapping[str, np.ndarray]
 
 
 @dataclass(frozen=True)
 class Quantizable:
-    """A node with a constant float weight: its name, whether its inputs' range is calibrated, and its layer's name."""
+    """A node with a constant float weight: its name, its kind, which says how it is quantised, and its layer's name."""
 
     node: str
     kind: str
@@ -38,21 +41,30 @@ class Quantizable:
 
 
 def quantizable(model: onnx.ModelProto) -> tuple[Quantizable, ...]:
-    """The nodes that 8-bit integers make faster, in graph order: convolutions and products with constant matrices."""
+    """The nodes that 8-bit integers make faster or smaller, in graph order.
+
+    Convolutions, products with constant matrices, and tables that nothing else reads: it would need them in float.
+    """
     floats = {t.name: len(t.dims) for t in model.graph.initializer if t.data_type == TensorProto.FLOAT}
+    uses = Counter(name for node in model.graph.node for name in node.input)
     found = []
     for node in model.graph.node:
-        if len(node.input) < 2 or node.input[1] not in floats or node.input[0] in floats:
-            continue
-        is_product = node.op_type == "MatMul" and floats[node.input[1]] == 2
-        if node.op_type == "Conv":
-            kind = STATIC
-        elif is_product or (node.op_type == "Gemm" and _is_plain(node)):
-            kind = DYNAMIC
+        constant = tuple(floats.get(name, 0) for name in node.input[:2])  # axes of the first two inputs, 0: computed
+        if node.op_type == "Gather" and constant == (2, 0) and uses[node.input[0]] == 1 and not _axis(node):
+            kind, weight = TABLES, node.input[0]
+        elif node.op_type == "Conv" and not constant[0] and constant[1]:
+            kind, weight = STATIC, node.input[1]
+        elif constant == (0, 2) and (node.op_type == "MatMul" or (node.op_type == "Gemm" and _is_plain(node))):
+            kind, weight = DYNAMIC, node.input[1]
         else:
             continue
-        found.append(Quantizable(node.name, kind, node.input[1].removesuffix(".weight")))
+        found.append(Quantizable(node.name, kind, weight.removesuffix(".weight")))
     return tuple(found)
+
+
+def _axis(gather: onnx.NodeProto) -> int:
+    """The axis that is looked up along."""
+    return next((attribute.i for attribute in gather.attribute if attribute.name == "axis"), 0)
 
 
 def _is_plain(gemm: onnx.NodeProto) -> bool:
@@ -87,15 +99,16 @@ class Quantizer:
             VerificationError: the quantizer fails.
         """
         chosen = set(nodes)
-        static = [node.node for node in self.nodes if node in chosen and node.kind == STATIC]
-        dynamic = [node.node for node in self.nodes if node in chosen and node.kind == DYNAMIC]
+        static, dynamic, tables = (
+            [node.node for node in self.nodes if node in chosen and node.kind == kind] for kind in KINDS
+        )
         path = self.path
         with _quiet():
             try:
                 if static:
                     path = self._static(path, static, STATIC in narrow)
-                if dynamic:
-                    path = self._dynamic(path, dynamic, DYNAMIC in narrow)
+                if dynamic or tables:
+                    path = self._dynamic(path, dynamic, tables, DYNAMIC in narrow)
             except Exception as error:  # whatever the quantizer raises
                 raise VerificationError(
                     f"ONNX Runtime's quantizer cannot quantise the model: {type(error).__name__}: {first_line(error)}; "
@@ -117,18 +130,38 @@ class Quantizer:
         )  # fmt: skip
         return out
 
-    def _dynamic(self, path: Path, names: list[str], narrow: bool) -> Path:
+    def _dynamic(self, path: Path, products: list[str], tables: list[str], narrow: bool) -> Path:
+        """Both in one go, as a product can take what was looked up as it is; tables have 8 bits in any case."""
         from onnxruntime.quantization import QuantType, quantize_dynamic
 
         out = Path(self._folder.name) / "dynamic.onnx"
-        taken_apart = [f"{name}_MatMul" for name in names]  # what the quantizer calls the product of a Gemm
+        taken_apart = [f"{name}_MatMul" for name in products]  # what the quantizer calls the product of a Gemm
+        kinds = ["MatMul"] * bool(products) + ["Gather"] * bool(tables)
         quantize_dynamic(
-            path, out,
-            op_types_to_quantize=["MatMul"], nodes_to_quantize=[*names, *taken_apart],
+            path, out, op_types_to_quantize=kinds, nodes_to_quantize=[*products, *taken_apart, *tables],
             per_channel=True, reduce_range=narrow, weight_type=QuantType.QInt8,
             extra_options={"MatMulConstBOnly": True},
         )  # fmt: skip
         return out
+
+
+def in_int8(model: bytes, feeds: Feeds) -> bytes:
+    """A model with all that can be in 8-bit integers: what it takes of time and memory, not what it costs.
+
+    Raises:
+        VerificationError: the quantizer fails.
+    """
+    with tempfile.TemporaryDirectory(prefix="lrcompile-") as folder:
+        path = Path(folder) / "float.onnx"
+        path.write_bytes(model)
+        with Quantizer(path, [feeds]) as quantizer:
+            return quantizer.quantized(quantizer.nodes) if quantizer.nodes else model
+
+
+def stored_bytes(model: bytes) -> int:
+    """Bytes of the weights that a model stores."""
+    tensors = onnx.load_from_string(model).graph.initializer
+    return sum(math.prod(t.dims) * helper.tensor_dtype_to_np_dtype(t.data_type).itemsize for t in tensors)
 
 
 class Reader:

@@ -30,7 +30,8 @@ class Budget:
     of the softmax over the last axis of the first floating-point output from the original's, in nats a position) or
     "top1" (the share of positions at which the largest entry of that axis is another one). `strategy`: what chooses, a
     name or one with options of its own, such as `Beam(width=8)`. `reserve`: the share of `max_error`, squared, that
-    rewrites leave to what comes after them, such as quantisation.
+    rewrites leave to what comes after them, such as quantisation. `int8`: limits on size and, as measured, on latency
+    are those of a file in 8-bit integers, which `Result.save` is to write.
 
     With `max_error` or `max_drop`, or with no limit at all (then a `max_error` of `DEFAULT_MAX_ERROR` holds), the
     fastest model within the limits is sought; with only size, speed or latency limits, the most accurate one.
@@ -45,6 +46,7 @@ class Budget:
     measure: str = "error"
     strategy: str | Strategy = "milp"
     reserve: float = 0.0
+    int8: bool = False
 
     def __post_init__(self) -> None:
         for name in ("max_error", "size", "speedup", "max_latency_s", "confidence", "max_drop"):
@@ -62,6 +64,8 @@ class Budget:
             raise InputError(f"--confidence {self.confidence} can never be reached; expected less than 1, such as 0.8")
         if not 0 <= self.reserve < 1:
             raise InputError(f"budget reserve is {self.reserve!r}; expected a share of at least 0 and less than 1")
+        if not isinstance(self.int8, bool):
+            raise InputError(f"budget int8 is {self.int8!r}; expected True or False")
         if getattr(self.strategy, "name", self.strategy) not in STRATEGY_NAMES:
             raise InputError(f"--strategy {self.strategy!r} is unknown; expected one of {', '.join(STRATEGY_NAMES)}")
 

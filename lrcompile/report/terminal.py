@@ -53,9 +53,10 @@ def quantization_lines(figures: Mapping[str, Any]) -> Iterator[str]:
         return
     left, size = figures["layers"] - len(figures["left_float"]), figures["bytes"]
     judged = f"{figures['batches_judged']} batches{' held out' if figures['held_out'] else ''}"
+    judged += f", budget {figures['budget']:g}" if figures["budget"] is not None else ""
     yield (
         f"int8      error {figures['error']:.3g} against the float model, {figures['error_whole']:.3g} "
-        f"{figures['metric']} against the original (measured; {judged}, budget {figures['budget']:g})"
+        f"{figures['metric']} against the original (measured; {judged})"
     )
     bits = ", ".join(f"weights of {kind} in {count} bits" for kind, count in figures["weight_bits"].items())
     yield (

@@ -33,6 +33,6 @@ PEERS = {
         "is added",
     ),
     "tensorly-torch": Peer("tensorly_torch", "factorises into more than two factors, which hold fewer weights"),
-    "ort-static": Peer("int8", "computes in int8, where lrcompile keeps floating point", searched=False),
-    "ort-dynamic": Peer("int8", "computes in int8, where lrcompile keeps floating point", searched=False),
+    "ort-static": Peer("int8", "puts everything that it can into int8", searched=False),
+    "ort-dynamic": Peer("int8", "puts everything that it can into int8", searched=False),
 }

@@ -10,7 +10,7 @@ from tools.peers.search import TOLERANCE
 
 OURS = "lrcompile"
 OWN = "lrcompile, its own recovery"
-INT8 = "lrcompile, its own recovery and int8"
+INT8 = "lrcompile, int8"
 LOWER_IS_BETTER = ("perplexity",)
 WHENS = ("rewritten", "recovered")
 
@@ -34,7 +34,7 @@ class Row:
 
 
 def table(original: Mapping[str, float], settings: str, rows: Sequence[Row]) -> Iterator[str]:
-    """Lines of Markdown; the first row is that of lrcompile. What is better than that is bold."""
+    """Lines of Markdown; the first row is that of lrcompile. What is better than its counterpart is bold."""
     names = list(original)
     yield f"Original: {', '.join(f'{name} {value:.4g}' for name, value in original.items())}; {settings}."
     yield ""
@@ -42,7 +42,7 @@ def table(original: Mapping[str, float], settings: str, rows: Sequence[Row]) -> 
     yield f"| model | speed-up | weights | {' | '.join(columns)} | steps | |"
     yield "|" + "---|" * (5 + len(columns))
     for row in rows:
-        yield f"| {row.name} | {' | '.join(_cells(row, rows[0], names))} | {'; '.join(_notes(row))} |"
+        yield f"| {row.name} | {' | '.join(_cells(row, counterpart(row, rows), names))} | {'; '.join(_notes(row))} |"
     yield ""
     yield from verdict(rows)
 
@@ -74,13 +74,22 @@ def is_better(name: str, got: Mapping[str, float], other: Mapping[str, float]) -
     return got[name] < other[name] if name in LOWER_IS_BETTER else got[name] > other[name]
 
 
+def counterpart(row: Row, rows: Sequence[Row]) -> Row:
+    """What of lrcompile a row is compared with: what is in int8 with that in int8, if there is one."""
+    in_int8 = row.name == INT8 or (row.name in PEERS and not PEERS[row.name].searched)
+    return next((other for other in rows if in_int8 and other.name == INT8 and other.ratio), rows[0])
+
+
 def verdict(rows: Sequence[Row]) -> Iterator[str]:
     """Sentences: each peer that is as fast as lrcompile and better at something, and what it does differently."""
-    ours, peers = rows[0], [row for row in rows if row.name in PEERS]
-    assert ours.ratio is not None
-    ahead = False
+    peers = [row for row in rows if row.name in PEERS and row.ratio]
+    behind, ahead = [], False
     for row in peers:
-        if row.ratio is None or row.ratio[0] > ours.ratio[0] * (1 + TOLERANCE):
+        ours = counterpart(row, rows)
+        assert ours.ratio is not None
+        assert row.ratio is not None
+        if row.ratio[0] > ours.ratio[0] * (1 + TOLERANCE):
+            behind.append(row.name)
             continue
         leads = [
             f"{name} {got[name] - least[name]:+.3g} {when}"
@@ -92,9 +101,8 @@ def verdict(rows: Sequence[Row]) -> Iterator[str]:
             ahead = True
             quicker = ours.ratio[0] / row.ratio[0]
             speed = f", at {quicker:.2f}× its speed" if quicker > 1 + TOLERANCE else " at the same speed"
-            yield f"- **{row.name} is ahead of lrcompile{speed}**: {', '.join(leads)}. It {PEERS[row.name].edge}."
+            yield f"- **{row.name} is ahead of {ours.name}{speed}**: {', '.join(leads)}. It {PEERS[row.name].edge}."
     if not ahead:
         yield "- No peer is ahead of lrcompile at its speed or above."
-    slower = [row.name for row in peers if row.ratio and row.ratio[0] > ours.ratio[0] * (1 + TOLERANCE)]
-    if slower:
-        yield f"- Not as fast as lrcompile, so that its figures are of a slower model: {', '.join(slower)}."
+    if behind:
+        yield f"- Not as fast as lrcompile, so that its figures are of a slower model: {', '.join(behind)}."

@@ -1,0 +1,1 @@
+"""Quantisation: a compiled model in 8-bit integers, and what that does to the limits of a budget."""

@@ -1,0 +1,231 @@
+"""A compiled model in 8-bit integers: within which error, whether it keeps what was asked, and is faster here.
+
+`emit/int8.py` makes the file, `layers.py` says of which layers, on data that its ranges were not calibrated with.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from lrcompile.confirm import Reference
+from lrcompile.devices.bench import BenchResult, paired
+from lrcompile.emit.int8 import KINDS, Quantizer, stored_bytes
+from lrcompile.emit.verify import emitted_error, open_onnx, runner
+from lrcompile.emit.write import Refine, other_sizes
+from lrcompile.errors import BudgetError, InputError
+from lrcompile.frontend.calibration_data import CalibrationData
+from lrcompile.frontend.trace import Traced, run
+from lrcompile.graph.graph import weight_bytes
+from lrcompile.planning.budget import Budget
+from lrcompile.planning.calibration import Split
+from lrcompile.quantization.layers import Choice, Judge, LayerSearch, check_finite, tensors
+from lrcompile.report.clock import Progress
+
+SECONDS = 4.0
+RESERVE = 0.5  # the share of the squared error that rewrites leave to a quantisation that is to follow
+WIDER = (1.0, 2.0, 4.0, 8.0, math.inf)  # times the default limit, until size and latency are kept
+
+Placed = tuple[dict[str, Any], list[str]]
+"""Figures and notes."""
+
+
+@dataclass(frozen=True, eq=False)
+class Quantization:
+    """What `Result.save` needs to write 8-bit integers: data to calibrate with and to judge by.
+
+    `max_error` takes the place of the one that the model was compiled with. `original` is what errors and latencies
+    are held against where that is not the model that was compiled.
+    """
+
+    data: CalibrationData
+    max_error: float | None = None
+    original: Traced | None = None
+
+
+def check_float32(given: Iterable[Tensor], dtype: str | None = None) -> None:
+    """Refuses to quantise anything but single precision.
+
+    Raises:
+        InputError: it is asked for, or a tensor is, of another floating-point type.
+    """
+    kinds = {str(t.dtype).removeprefix("torch.") for t in given if t.is_floating_point()} - {"float32"}
+    got = dtype if dtype not in (None, "fp32") else ", ".join(sorted(kinds)) if dtype is None else ""
+    if got:
+        raise InputError(f"--quantize int8 starts from single precision, got {got}; give --dtype fp32")
+
+
+def quantizer(
+    wanted: Quantization, gm: fx.GraphModule, traced: Traced, budget: Budget, split: Split, local: bool,
+    progress: Progress,
+) -> Refine:  # fmt: skip
+    """What makes an 8-bit file of a float one, for `emit`; the float file stays where nothing else is within the limit.
+
+    The file's error is against the original, and within the limit on `split.judged`. Where only other things than the
+    error are limited, it is against the compiled graph, and within the default, or as much more as it takes to keep
+    those. With `local`, what is surely slower than the float file is not written, but where a size is asked of
+    integers. With `budget.int8` the file is held to size and latency.
+
+    Raises:
+        InputError: the model is not in single precision.
+        BudgetError: the file is too large or surely too slow.
+    """
+    check_float32([*gm.state_dict().values(), *(t for t in traced.flat if isinstance(t, Tensor))])
+
+    def refine(path: Path) -> tuple[Mapping[str, Any], Sequence[str]]:
+        original = wanted.original or traced
+        judge = Judge.of(path, original, gm, budget, wanted.max_error, split)
+        file = _File(path, gm, traced, original, judge.feeds(traced.flat), budget, local, progress)
+        with Quantizer(path, [judge.feeds(batch) for batch in split.fitted]) as int8:
+            search = LayerSearch(int8, judge, progress)
+            for times in WIDER:
+                choice = search.choose(times)
+                try:
+                    figures, notes = file.place(choice, len(int8.nodes))
+                    break
+                except BudgetError:
+                    if judge.whole or len(choice.nodes) == len(int8.nodes):
+                        raise
+        if times > 1:
+            notes.append("int8 was let cost more than its default limit, so that size and latency are as asked for")
+        return _figures(choice, int8, judge, split, times) | {"evaluations": search.evaluations} | figures, notes
+
+    return refine
+
+
+@dataclass(frozen=True, eq=False)
+class _File:
+    """A float file, which a file in 8-bit integers may take the place of."""
+
+    path: Path
+    gm: fx.GraphModule
+    traced: Traced
+    original: Traced
+    example: Mapping[str, Any]
+    budget: Budget
+    local: bool
+    progress: Progress
+
+    def place(self, choice: Choice, layers: int) -> Placed:
+        """Puts the file of a choice into its place, if that is better.
+
+        Raises:
+            BudgetError: size or latency are not as asked for.
+        """
+        if choice.model is None:
+            return self._kept(f"not quantised: {choice.reason or 'nothing in the model can be quantised'}", {})
+        left = f"{layers - len(choice.nodes)} of {layers} layers stay in float"
+        self._check_size(stored_bytes(choice.model), left)
+        self._check_other_sizes(choice.model)
+        figures: dict[str, Any] = {"bytes": [self.path.stat().st_size, len(choice.model)]}
+        notes = []
+        if not self.local:
+            notes.append("the latency of the int8 file was not predicted: measure it")
+        else:
+            self.progress("measure int8", 0, 0)
+            against = paired(self.path, choice.model, inputs=self.example, seconds=SECONDS)
+            of_original = self._of_original(choice.model)
+            figures["latency_ms"] = _latency(against, of_original)
+            if against.ratio_low > 1 and not (self.budget.int8 and self.budget.size):
+                times = f"{against.ratio:.2f}× the time of the float model"
+                why = f"not quantised: int8 takes {times} ({against.ratio_low:.2f}–{against.ratio_high:.2f}) here"
+                return self._kept(why, figures)
+            self._check_latency(of_original, left)
+            if against.ratio_high >= 1:
+                notes.append("int8 was not measured to be faster than the float model here")
+        self.path.write_bytes(choice.model)
+        return {**figures, "written": "int8"}, notes
+
+    def _kept(self, why: str, figures: dict[str, Any]) -> Placed:
+        """The float file, which is held to the same limits, and was confirmed in integers alone."""
+        self._check_size(weight_bytes(self.gm), why)
+        notes = [f"{why}; the float model is written"]
+        if self.local and self.budget.int8:
+            measured = self._of_original(self.path)
+            self._check_latency(measured, why)
+            if measured.ratio_low > 1:
+                raise BudgetError(f"{why}, and the float model is slower than the original; compile without --quantize")
+            figures = {**figures, "float_of_original": [measured.ratio, measured.ratio_low, measured.ratio_high]}
+            notes[0] += (
+                f": {measured.ratio:.3f}× the original's time ({measured.ratio_low:.3f}–{measured.ratio_high:.3f})"
+            )
+        return {**figures, "written": "float"}, notes
+
+    @cached_property
+    def _reference(self) -> bytes:
+        return Reference.of(self.original).onnx
+
+    def _of_original(self, model: Path | bytes) -> BenchResult:
+        return paired(self._reference, model, inputs=self.example, seconds=SECONDS)
+
+    def _check_size(self, got: int, why: str) -> None:
+        limit = self.budget.bytes_limit(weight_bytes(self.original.graph.gm))
+        if self.budget.int8 and got > limit:
+            raise BudgetError(
+                f"the file has {got / 1e6:.4g} MB of weights, {limit / 1e6:.4g} MB asked for: {why}; allow more error "
+                "with --max-error, or a larger --size"
+            )
+
+    def _check_latency(self, of_original: BenchResult, why: str) -> None:
+        limit = self.budget.latency_limit_s(of_original.median_a_s) / of_original.median_a_s
+        if self.budget.int8 and of_original.ratio_low > limit:
+            raise BudgetError(
+                f"the file takes {of_original.ratio:.3f}× the original's time as measured ({of_original.ratio_low:.3f}–"
+                f"{of_original.ratio_high:.3f}), {limit:.3f} asked for: {why}; allow more error with --max-error, or "
+                "ask for less"
+            )
+
+    def _check_other_sizes(self, model: bytes) -> None:
+        """Runs the file on the example, and at other sizes of what it leaves open.
+
+        Raises:
+            VerificationError: it fails there, or is further off than elsewhere.
+        """
+        session, flat = open_onnx(model), self.traced.flat
+        open_axes = iter(
+            tuple(axis for axis, size in enumerate(port.shape) if not isinstance(size, int))
+            for port in session.get_inputs()
+        )
+        kept = tuple(next(open_axes) if isinstance(value, Tensor) else () for value in flat)
+        emitted = runner(session, [port.name for port in session.get_inputs()])
+        with torch.no_grad():
+            check_finite(tensors(run(self.gm, flat)), emitted(flat))
+        emitted_error(emitted, self.gm, flat, **other_sizes(self.traced, kept), limit=1.0)
+
+
+def _figures(choice: Choice, int8: Quantizer, judge: Judge, split: Split, times: float) -> dict[str, Any]:
+    chosen = set(choice.nodes)
+    return {
+        "type": "int8",
+        "error": choice.error,
+        "error_whole": choice.whole,
+        "metric": judge.measure.label,
+        "budget": judge.measure.value(judge.limit * times) if math.isfinite(times) else None,
+        "budget_of": "whole" if judge.whole else "error",
+        "batches_fitted": len(split.fitted),
+        "batches_judged": len(split.judged),
+        "held_out": split.held_out > 0,
+        "layers": len(int8.nodes),
+        "left_float": [node.layer for node in int8.nodes if node not in chosen],
+        "weight_bits": {kind: 7 if kind in choice.narrow else 8 for kind in KINDS if kind in {n.kind for n in chosen}},
+        "bytes": None,
+        "latency_ms": None,
+    }
+
+
+def _latency(against: BenchResult, original: BenchResult) -> dict[str, Any]:
+    return {
+        "kind": "measured",
+        "int8": against.median_b_s * 1e3,
+        "float": against.median_a_s * 1e3,
+        "original": original.median_a_s * 1e3,
+        "of_float": [against.ratio, against.ratio_low, against.ratio_high],
+        "of_original": [original.ratio, original.ratio_low, original.ratio_high],
+    }
