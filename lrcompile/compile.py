@@ -48,7 +48,7 @@ from lrcompile.planning.store import Store
 from lrcompile.planning.strategies import search
 from lrcompile.plugins import discover
 from lrcompile.quantization.limits import search_for_int8
-from lrcompile.quantization.quantize import Quantization, quantizer
+from lrcompile.quantization.quantize import Quantization, metric_after, quantizer
 from lrcompile.remarks import remarks
 from lrcompile.report.clock import Clock, Progress, silent
 from lrcompile.report.report import Decision, Report, decide, error_figures, latency_figures, model_figures
@@ -87,9 +87,10 @@ class Result:
         refine = None
         if quantize is not None:
             split = Split.of(model_batches(self.traced, quantize.data))
-            is_local = self.plan.target == "local"
-            budget = replace(self.plan.budget, int8=self.plan.budget.int8 and not self.replayed)
-            refine = quantizer(quantize, self.model, self.traced, budget, split, is_local, progress)
+            refine = quantizer(
+                quantize, self.model, self.traced, self.plan, split, progress,
+                metric=self.metric, replayed=self.replayed,
+            )  # fmt: skip
         emitted = emit(path, self.model, self.traced, refine)
         return replace(
             self.report,
@@ -97,6 +98,7 @@ class Result:
             timings_s={**self.report.timings_s, "emit": time.perf_counter() - start},
             notes=[*self.report.notes, *emitted.notes],
             quantization=emitted.refined,
+            metric=metric_after(self.report.metric, emitted.refined),
         )
 
 

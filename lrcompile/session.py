@@ -123,7 +123,7 @@ def compile_files(request: Request, progress: Callable[[str, int, int], None]) -
         quantize = _quantization(request, asked)
         report = replace(result, report=report).save(request.out, quantize=quantize, progress=progress)
     if request.plan_out is not None:
-        write_text(request.plan_out, result.plan.dumps())
+        write_text(request.plan_out, result.plan.with_int8(report.quantization).dumps())
     if request.report_json is not None:
         write_text(request.report_json, json.dumps(report.to_json(), indent=1, allow_nan=False) + "\n")
     return report
@@ -307,10 +307,6 @@ def _check_quantize(request: Request) -> None:
     check_float32((), request.dtype)
     if request.calib is None:
         raise InputError("--quantize int8 needs inputs to calibrate with and to judge by; give --calib data.npz")
-    if request.max_drop is not None:
-        raise InputError(
-            "--quantize int8 is judged by the error of outputs, not by --eval; give --max-error instead of --max-drop"
-        )
 
 
 def _quantization(request: Request, asked: _Asked, original: Traced | None = None) -> Quantization | None:

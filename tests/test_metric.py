@@ -313,6 +313,8 @@ def test_exact_rewrites_that_harm_leave_the_model_as_it_was() -> None:
 class Machine:
     """Stands for a `Reference`: some of the layers' splits make the whole model slower."""
 
+    share = 1.0
+
     def __init__(self, prepared: lrcompile.Prepared, slow: str) -> None:
         self.traced, self.slow = prepared.traced, slow
 
@@ -335,7 +337,7 @@ def test_what_a_measurement_leaves_holds_the_drop(prepared: lrcompile.Prepared, 
     choice = search(problem_of(prepared, drop.kept_back()), budget)
     assert len(drop.asked) + 2 <= MOST_EVALUATIONS - KEPT_BACK
     problem = problem_of(prepared, drop)
-    left, _ = confirm(Machine(prepared, slow), problem, choice, budget)  # type: ignore[arg-type]
+    left, _ = confirm(Machine(prepared, slow), problem, choice, budget, budget)  # type: ignore[arg-type]
     assert 0 < len(left.candidates) < len(choice.candidates)
     assert metric_holds(problem, left.candidates)
     assert accuracy(left.graph.gm) >= prepared.metric.base - 0.02 - 1e-6
@@ -356,7 +358,7 @@ def test_what_a_measurement_leaves_and_harms_is_not_emitted(net: nn.Module) -> N
     assert len(choice.candidates) == 2
     assert metric_holds(problem, choice.candidates)
     machine, budget = Machine(prepared, "2"), lrcompile.Budget(max_drop=0.5)
-    left, _ = confirm(machine, problem, choice, budget)  # type: ignore[arg-type]
+    left, _ = confirm(machine, problem, choice, budget, budget)  # type: ignore[arg-type]
     assert left.candidates == ()
     assert problem.drop is not None
     assert problem.drop.result(left.rewrites).after == 1

@@ -254,6 +254,44 @@ def test_as_many_layers_are_quantised_as_a_latency_takes(
     assert report.quantization["budget"] == (None if count == 3 else pytest.approx(0.05))
 
 
+class Named(Sensitive):
+    """Takes its input by name and returns it in a dictionary, beside something that is no tensor."""
+
+    def forward(self, *, x: Tensor, scale: float = 1.0) -> dict[str, Any]:  # type: ignore[override]
+        return {"scale": scale, "y": super().forward(x)}
+
+
+@pytest.mark.parametrize(("max_drop", "layers"), [(1e3, 3), (20.0, 2), (1e-7, 0)])
+def test_the_users_metric_is_that_of_the_file(max_drop: float, layers: int, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, given = Named().eval(), data(Sensitive)
+    x = torch.cat([batch["x"] for batch in given.batches])
+    expected = model(x=x)["y"].detach()
+    values = []
+
+    def closeness(module: nn.Module) -> float:
+        got = module(x=x)
+        assert got["scale"] == 1.0
+        values.append(-100 * float((got["y"] - expected).norm() / expected.norm()))
+        return values[-1]
+
+    result = lrcompile.compile(
+        model, (), {"x": x[:4]}, target="rpi5", calibration=given, metric=closeness,
+        budget=Budget(max_drop=max_drop, reserve=decisions.RESERVE, int8=True),
+    )  # fmt: skip
+    path = tmp_path / "out.onnx"
+    report = result.save(path, quantize=Quantization(given))
+    assert operations(path)["MatMulInteger"] == layers
+    assert report.metric is not None
+    assert report.metric["evaluations"] == len(values) <= 25
+    assert report.metric["before"] - report.metric["after"] <= max_drop
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    got = session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
+    value = -100 * np.linalg.norm(got - expected.numpy()) / np.linalg.norm(expected)
+    assert report.metric["after"] == pytest.approx(value, rel=1e-3, abs=1e-3)
+    assert any("closeness fell to" in note for note in report.notes) == (layers == 0)
+
+
 @pytest.mark.parametrize("kind", [ConvNet, Mlp, Transformer])
 def test_the_file_computes_in_integers_within_the_error_that_is_reported(kind: type[nn.Module], tmp_path: Path) -> None:
     result, given = compiled(kind, 0.2)
@@ -429,16 +467,11 @@ def cwd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("model.pt2 --quantize int8 --calib calib.npz --out folder", "got folder"),
         ("model.pt2 --quantize int8 --calib calib.npz --out out.onnx --dtype bf16", "got bf16; give --dtype fp32"),
         ("half.pt2 --quantize int8 --calib calib.npz --out out.onnx", "got float16; give --dtype fp32"),
-        (
-            "model.pt2 --quantize int8 --calib calib.npz --out out.onnx --eval task:f --max-drop 0.1",
-            "give --max-error instead of --max-drop",
-        ),
     ],
 )
 def test_refused_before_the_work(
     words: str, message: str, cwd: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (cwd / "task.py").write_text("def f(model):\n    return 1.0\n")
     monkeypatch.setattr("lrcompile.session.compile_model", lambda *given, **options: pytest.fail("it was compiled"))
     before = sorted(cwd.iterdir())
     assert run(words.split()) == 2
@@ -466,6 +499,29 @@ def test_command_and_replay(cwd: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert run(f"{common} --plan p.json --out c.onnx --max-error 1e-6 --json".split()) == 0
     assert json.loads(capsys.readouterr().out)["quantization"]["written"] == "float"
     assert operations(Path("c.onnx"))["MatMulInteger"] == 0
+
+
+@pytest.mark.parametrize(
+    "words", ["--size 0.4", "--size 0.15", "--max-error 0.01", "--max-error 1e-6", "--eval always_one:f --max-drop 0.1"]
+)
+def test_a_replay_quantises_what_the_plan_says(words: str, cwd: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (cwd / "always_one.py").write_text("def f(model):\n    return 1.0\n")
+    common = "model.pt2 --calib calib.npz --quantize int8"
+    assert run(f"{common} --target rpi5 {words} --out a.onnx --plan-out p.json".split()) == 0, capsys.readouterr()
+    assert run(f"{common} --plan p.json --out b.onnx --plan-out q.json".split()) == 0, capsys.readouterr()
+    assert Path("a.onnx").read_bytes() == Path("b.onnx").read_bytes()
+    assert Path("p.json").read_text() == Path("q.json").read_text()
+    plan = json.loads(Path("p.json").read_text())
+    plan["int8"] = {"written": "int8", "left_float": ["nowhere"], "weight_bits": {}}
+    Path("p.json").write_text(json.dumps(plan))
+    capsys.readouterr()
+    assert run(f"{common} --plan p.json --out c.onnx".split()) == 2
+    assert "leaves nowhere in float" in capsys.readouterr().err
+    for damaged in ({"written": "int4", "left_float": [], "weight_bits": {}}, {"written": "int8"}, [1]):
+        Path("p.json").write_text(json.dumps(plan | {"int8": damaged}))
+        assert run(f"{common} --plan p.json --out c.onnx".split()) == 2
+        assert "damaged plan" in capsys.readouterr().err
+    assert not Path("c.onnx").exists()
 
 
 @pytest.mark.slow

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ast
 import inspect
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -209,6 +210,37 @@ class CalledAsGiven(nn.Module):
             return outputs
         leaves, structure = pytree.tree_flatten(outputs)
         return pytree.tree_unflatten(list(map(_unfolded, leaves, self._shapes)), structure)
+
+
+class _Elsewhere(nn.Module):
+    """What a graph computes, computed by something else; copies run the same."""
+
+    def __init__(self, run: Callable[[Sequence[Any]], Sequence[Any]]) -> None:
+        super().__init__()
+        self.run = run
+
+    def forward(self, *flat: Any) -> Sequence[Any]:
+        return self.run(flat)
+
+    def __deepcopy__(self, memo: object) -> _Elsewhere:
+        return _Elsewhere(self.run)
+
+
+def in_place_of(gm: fx.GraphModule, run: Callable[[Sequence[Any]], Sequence[Any]]) -> fx.GraphModule:
+    """A graph that is called as `gm` is, and takes the tensors that it returns from what runs on its flat inputs."""
+    graph = fx.Graph()
+    inputs = [graph.placeholder(node.target) for node in gm.graph.find_nodes(op="placeholder")]
+    outputs = graph.call_module("elsewhere", tuple(inputs))
+    (end,) = gm.graph.find_nodes(op="output")
+    count = iter(range(len(end.args[0])))
+    graph.output(
+        [
+            graph.call_function(operator.getitem, (outputs, next(count))) if isinstance(y, fx.Node) else y
+            for y in end.args[0]
+        ]
+    )
+    graph.set_codegen(gm.graph._codegen)
+    return fx.GraphModule({"elsewhere": _Elsewhere(run)}, graph)
 
 
 def _fitted(value: Any, example: Any, fold: bool) -> Any:

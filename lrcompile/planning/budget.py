@@ -29,9 +29,9 @@ class Budget:
     the user's metric may fall, in its own units. `measure`: what `max_error` is of, "error" as above, "kl" (divergence
     of the softmax over the last axis of the first floating-point output from the original's, in nats a position) or
     "top1" (the share of positions at which the largest entry of that axis is another one). `strategy`: what chooses, a
-    name or one with options of its own, such as `Beam(width=8)`. `reserve`: the share of `max_error`, squared, that
-    rewrites leave to what comes after them, such as quantisation. `int8`: limits on size and, as measured, on latency
-    are those of a file in 8-bit integers, which `Result.save` is to write.
+    name or one with options of its own, such as `Beam(width=8)`. `reserve`: the share of `max_error`, squared, and of
+    `max_drop` that rewrites leave to what comes after them, such as quantisation. `int8`: limits on size and, as
+    measured, on latency are those of a file in 8-bit integers, which `Result.save` is to write.
 
     With `max_error` or `max_drop`, or with no limit at all (then a `max_error` of `DEFAULT_MAX_ERROR` holds), the
     fastest model within the limits is sought; with only size, speed or latency limits, the most accurate one.

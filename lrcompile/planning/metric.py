@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import fx, nn
 
 from lrcompile.errors import InputError
-from lrcompile.frontend.calls import CalledAsGiven
+from lrcompile.frontend.calls import CalledAsGiven, in_place_of
 from lrcompile.frontend.imports import import_attribute, working_directory_importable
 from lrcompile.frontend.trace import Traced
 from lrcompile.graph.graph import Graph
@@ -29,6 +29,7 @@ from lrcompile.planning.plan import Plan
 MOST_EVALUATIONS = 25
 ON_ORIGINAL = 2
 KEPT_BACK = 8  # evaluations for what measurements of the whole model leave of a choice
+AFTERWARDS = 5  # evaluations for what comes after the rewrites, where they leave it something of the budget
 CHECK = 1  # the turn of the evaluation that what is emitted has to pass besides the one it was chosen by
 RESOLUTION = 2.0**-22  # relative: metrics come in single precision, where a drop of exactly the limit may be a bit more
 
@@ -178,10 +179,10 @@ class Metric:
         """
         progress("evaluate", 0, MOST_EVALUATIONS)
         start = time.perf_counter()
-        first = _value(evaluation, traced.graph, traced, seed, ("original", "0"))
+        first = _value(evaluation, traced.graph.gm, traced, seed, ("original", "0"))
         taken_s = time.perf_counter() - start
         progress(f"one evaluation of {evaluation.name} takes {taken_s:.2g} s; at most {MOST_EVALUATIONS} of them", 0, 0)
-        again = _value(evaluation, traced.graph, traced, seed, ("original", "1"))
+        again = _value(evaluation, traced.graph.gm, traced, seed, ("original", "1"))
         return cls(evaluation, traced, seed, progress, (first, again), taken_s)
 
     @property
@@ -194,17 +195,25 @@ class Metric:
         """How far apart two evaluations of the same model are."""
         return abs(self.before[0] - self.before[1])
 
+    def least(self, max_drop: float) -> float:
+        """The least value that has not fallen further than this, by more than noise."""
+        return self.base - max_drop - self.noise - RESOLUTION * abs(self.base)
+
     def value(self, key: tuple[str, ...], graph: Callable[[], Graph]) -> float:
         """The value of a rewritten graph that the key stands for."""
         if key not in self.known:
-            self.known[key] = _value(self.evaluation, graph(), self.traced, self.seed, key)
+            self.known[key] = _value(self.evaluation, graph().gm, self.traced, self.seed, key)
         return self.known[key]
 
+    def value_of(self, key: tuple[str, ...], run: Callable[[Sequence[Any]], Sequence[Any]]) -> float:
+        """The value of what takes the flat inputs of the graph and gives its outputs."""
+        return _value(self.evaluation, in_place_of(self.traced.graph.gm, run), self.traced, self.seed, key)
 
-def _value(evaluation: Evaluation, graph: Graph, traced: Traced, seed: int, key: Sequence[str]) -> float:
+
+def _value(evaluation: Evaluation, gm: fx.GraphModule, traced: Traced, seed: int, key: Sequence[str]) -> float:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # about torch's own deprecated ways
-        own = copy.deepcopy(graph.gm)  # graphs share modules, which a metric may cast or move
+        own = copy.deepcopy(gm)  # graphs share modules, which a metric may cast or move
     model = CalledAsGiven(own, traced)
     with _seeded(zlib.crc32("\n".join([str(seed), *key]).encode())):
         return evaluation(model)
@@ -235,12 +244,14 @@ class DropLimit:
     """How far a metric may fall in one search, and how many evaluations that may take.
 
     `asked` are the values that the search has asked for, in order: what an earlier one has computed counts as well,
-    so that a search does not depend on what came before it. `most` counts the two on the original.
+    so that a search does not depend on what came before it. `most` counts the two on the original. `reserve` is the
+    share of the drop that is left to what comes after.
     """
 
     metric: Metric
     max_drop: float
     most: int = MOST_EVALUATIONS
+    reserve: float = 0.0
     asked: dict[tuple[str, ...], float] = field(default_factory=dict)
 
     @classmethod
@@ -257,7 +268,8 @@ class DropLimit:
                 f"a drop of at most {budget.max_drop:g} was asked for, but of no metric; give one with "
                 "--eval pkg.mod:fn (in Python metric=fn)"
             )
-        return cls(metric, budget.max_drop)
+        most = MOST_EVALUATIONS - (AFTERWARDS if budget.reserve else 0)
+        return cls(metric, budget.max_drop, most, budget.reserve)
 
     def kept_back(self) -> DropLimit:
         """The same limit with a part of the evaluations left to those who look at the choice later."""
@@ -271,8 +283,7 @@ class DropLimit:
     @property
     def least(self) -> float:
         """The least value that holds."""
-        base = self.metric.base
-        return base - self.max_drop - self.metric.noise - RESOLUTION * abs(base)
+        return self.metric.least(self.max_drop * (1 - self.reserve))
 
     def value(self, rewrites: Sequence[object], graph: Callable[[], Graph], turn: int = 0) -> float | None:
         """The metric with rewrites made; None where no evaluation is left to tell."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,8 @@ class Plan:
     `max_rank` and `io_rank` limit the rank of values inside the graph and at its ends: the graph that is meant, and
     that the fingerprint is of, is the lowered one. `opset` is that of ONNX output, None for the usual one. `held_out`
     counts the calibration batches, from the end, that the factors are not fitted to.
-    `metric` holds the figures of the user's metric, as they were then: a replay does not evaluate it.
+    `metric` holds the figures of the user's metric, as they were then: a replay does not evaluate it. `int8` says what
+    was written in 8-bit integers: `written`, the names of layers `left_float`, and `weight_bits` by kind of layer.
     """
 
     target: str
@@ -44,6 +45,12 @@ class Plan:
     recovery: Mapping[str, Any] | None = None
     metric: Mapping[str, Any] | None = None
     held_out: int = 0
+    int8: Mapping[str, Any] | None = None
+
+    def with_int8(self, figures: Mapping[str, Any] | None) -> Plan:
+        """The plan of a file in 8-bit integers too, by the figures of `Report.quantization`."""
+        keys = ("written", "left_float", "weight_bits")
+        return self if figures is None else replace(self, int8={key: figures[key] for key in keys})
 
     def dumps(self) -> str:
         """The plan as JSON text; the same plan gives the same text."""
@@ -64,6 +71,7 @@ class Plan:
             "options": {name: dict(options) for name, options in sorted(self.options.items())},
             "rewrites": [rewrite.to_json() for rewrite in self.rewrites],
             "recovery": None if self.recovery is None else dict(self.recovery),
+            "int8": None if self.int8 is None else dict(self.int8),
             "sites": list(self.sites),
         }
         return json.dumps(data, indent=1) + "\n"
@@ -102,6 +110,7 @@ class Plan:
                 else {"steps": int(data["recovery"]["steps"]), **data["recovery"]},
                 metric=None if data.get("metric") is None else dict(data["metric"]),
                 held_out=int(data.get("held_out", 0)),
+                int8=None if data.get("int8") is None else _int8(**data["int8"]),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise PlanError(
@@ -150,3 +159,10 @@ class Plan:
             raise PlanError(
                 f"the plan was made with {had}, got {got}; the factors depend on them: give the same --calib as then"
             )
+
+
+def _int8(written: str, left_float: Sequence[str], weight_bits: Mapping[str, int]) -> dict[str, Any]:
+    """What a plan says of 8-bit integers, checked."""
+    if written not in ("int8", "float") or set(weight_bits.values()) - {7, 8}:
+        raise ValueError(f"int8 is {written} with weights of {weight_bits} bits")
+    return {"written": written, "left_float": [str(name) for name in left_float], "weight_bits": dict(weight_bits)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +13,7 @@ from torch import Tensor, fx
 
 from lrcompile.emit.int8 import DYNAMIC, STATIC, Quantizable, Quantizer
 from lrcompile.emit.verify import arrays, open_onnx, runner
-from lrcompile.errors import VerificationError
+from lrcompile.errors import PlanError, VerificationError
 from lrcompile.frontend.trace import Traced, run
 from lrcompile.planning.budget import DEFAULT_MAX_ERROR, Budget
 from lrcompile.planning.calibration import Split
@@ -28,13 +28,19 @@ VOTES = 4  # parts of the layers that say how many bits the weights should have
 
 @dataclass(frozen=True)
 class Choice:
-    """Which nodes are quantised, with the weights of which kinds in 7 bits, and the file; None where there is none."""
+    """Which nodes are quantised, with the weights of which kinds in 7 bits, and the file; None where there is none.
+
+    `error` is against the compiled graph, `whole` against the original, `metric` the user's own, which took
+    so many `evaluations`.
+    """
 
     nodes: tuple[Quantizable, ...] = ()
     narrow: frozenset[str] = frozenset()
     model: bytes | None = None
     error: float | None = None
     whole: float | None = None
+    metric: float | None = None
+    evaluations: int = 0
     reason: str | None = None
 
 
@@ -142,7 +148,8 @@ class LayerSearch:
             picked, predicted = _within(self._groups, target)
             if not picked:
                 break
-            choice, root = self._checked(tuple(node for node in nodes if node in picked))
+            halved = {node.layer for node in nodes if node not in picked}  # weights that are read twice
+            choice, root = self._checked(tuple(node for node in nodes if node.layer not in halved))
             if root <= limit:
                 return choice
             least = choice
@@ -155,6 +162,28 @@ class LayerSearch:
             f"int8, over {most:g} (see --max-error)"
         )
         return Choice(reason=reason)
+
+    def again(self, plan: Mapping[str, Any]) -> Choice:
+        """What a plan says was quantised; no model where that was nothing.
+
+        Raises:
+            PlanError: it names layers that the model has not.
+        """
+        if plan["written"] != "int8":
+            return Choice(reason="the plan's model was written in float")
+        left, known = set(plan["left_float"]), {node.layer for node in self.int8.nodes}
+        if left - known:
+            raise PlanError(
+                f"the plan leaves {sorted(left - known)[0]} in float, which is no layer that could be quantised; "
+                "make a new plan, or give --max-error to choose the layers anew"
+            )
+        narrow = frozenset(kind for kind, bits in plan["weight_bits"].items() if bits < 8)
+        return self._checked(tuple(node for node in self.int8.nodes if node.layer not in left), narrow)[0]
+
+    @property
+    def everything_root(self) -> float:
+        """The root that is limited with all layers in int8."""
+        return self._everything[1]
 
     @cached_property
     def _everything(self) -> tuple[Choice, float]:
@@ -204,12 +233,13 @@ class LayerSearch:
         self._tick()
         return self.judge.probe(self.int8.quantized(nodes, narrow))
 
-    def _checked(self, nodes: tuple[Quantizable, ...]) -> tuple[Choice, float]:
+    def _checked(self, nodes: tuple[Quantizable, ...], narrow: frozenset[str] | None = None) -> tuple[Choice, float]:
         """A choice, and the root that is limited."""
-        model = self.int8.quantized(nodes, self._narrow)
+        narrow = self._narrow if narrow is None else narrow
+        model = self.int8.quantized(nodes, narrow)
         self._tick()
         relative, root, total = self.judge.check(model)
-        return Choice(nodes, self._narrow, model, relative, self.judge.measure.value(total)), root
+        return Choice(nodes, narrow, model, relative, self.judge.measure.value(total)), root
 
     def _tick(self) -> None:
         self.progress("quantize", self.evaluations, PROBES + CHECKS + 2 * VOTES)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ from lrcompile.frontend.trace import Traced, run
 from lrcompile.graph.graph import weight_bytes
 from lrcompile.planning.budget import Budget
 from lrcompile.planning.calibration import Split
+from lrcompile.planning.metric import AFTERWARDS, Metric
+from lrcompile.planning.plan import Plan
 from lrcompile.quantization.layers import Choice, Judge, LayerSearch, check_finite, tensors
 from lrcompile.report.clock import Progress
 
@@ -63,41 +65,81 @@ def check_float32(given: Iterable[Tensor], dtype: str | None = None) -> None:
 
 
 def quantizer(
-    wanted: Quantization, gm: fx.GraphModule, traced: Traced, budget: Budget, split: Split, local: bool,
-    progress: Progress,
+    wanted: Quantization, gm: fx.GraphModule, traced: Traced, plan: Plan, split: Split, progress: Progress,
+    *, metric: Metric | None = None, replayed: bool = False,
 ) -> Refine:  # fmt: skip
     """What makes an 8-bit file of a float one, for `emit`; the float file stays where nothing else is within the limit.
 
     The file's error is against the original, and within the limit on `split.judged`. Where only other things than the
     error are limited, it is against the compiled graph, and within the default, or as much more as it takes to keep
-    those. With `local`, what is surely slower than the float file is not written, but where a size is asked of
-    integers. With `budget.int8` the file is held to size and latency.
+    those. Where the user's metric is limited, the file is held to that. With the target "local", what is surely slower
+    than the float file is not written, but where a size is asked of integers. With `budget.int8` the file is held to
+    size and latency, unless it is `replayed`: then the plan says which layers are quantised.
 
     Raises:
         InputError: the model is not in single precision.
         BudgetError: the file is too large or surely too slow.
+        PlanError: the plan that is replayed says something of layers that the model has not.
     """
     check_float32([*gm.state_dict().values(), *(t for t in traced.flat if isinstance(t, Tensor))])
+    budget = replace(plan.budget, int8=plan.budget.int8 and not replayed)
+    again = plan.int8 if replayed and wanted.max_error is None else None
 
     def refine(path: Path) -> tuple[Mapping[str, Any], Sequence[str]]:
         original = wanted.original or traced
         judge = Judge.of(path, original, gm, budget, wanted.max_error, split)
-        file = _File(path, gm, traced, original, judge.feeds(traced.flat), budget, local, progress)
+        file = _File(path, gm, traced, original, judge.feeds(traced.flat), budget, plan.target == "local", progress)
         with Quantizer(path, [judge.feeds(batch) for batch in split.fitted]) as int8:
             search = LayerSearch(int8, judge, progress)
-            for times in WIDER:
-                choice = search.choose(times)
-                try:
-                    figures, notes = file.place(choice, len(int8.nodes))
-                    break
-                except BudgetError:
-                    if judge.whole or len(choice.nodes) == len(int8.nodes):
-                        raise
-        if times > 1:
-            notes.append("int8 was let cost more than its default limit, so that size and latency are as asked for")
+            if again is not None:
+                choice, times, placed = search.again(again), 1.0, None
+            elif metric is not None and int8.nodes:
+                choice, times, placed = *_held_to_metric(search, metric, budget.max_drop or 0.0), None
+            else:
+                choice, times, placed = _held_to_limits(search, file)
+            figures, notes = placed or file.place(choice, len(int8.nodes))
         return _figures(choice, int8, judge, split, times) | {"evaluations": search.evaluations} | figures, notes
 
     return refine
+
+
+def _held_to_limits(search: LayerSearch, file: _File) -> tuple[Choice, float, Placed]:
+    """The choice of the least error that keeps size and latency; times the limit on that; its file is in place.
+
+    Raises:
+        BudgetError: none keeps them.
+    """
+    layers = len(search.int8.nodes)
+    for times in WIDER:
+        choice = search.choose(times)
+        try:
+            figures, notes = file.place(choice, layers)
+            break
+        except BudgetError:
+            if search.judge.whole or len(choice.nodes) == layers:
+                raise
+    if times > 1:
+        notes.append("int8 was let cost more than its default limit, so that size and latency are as asked for")
+    return choice, times, (figures, notes)
+
+
+def _held_to_metric(search: LayerSearch, metric: Metric, max_drop: float) -> tuple[Choice, float]:
+    """The choice of most error with which the user's metric holds, and times the limit on the error that is."""
+    judge, least = search.judge, metric.least(max_drop)
+    whole = search.everything_root / judge.limit
+    seen = ""
+    for halvings in range(AFTERWARDS):
+        times = whole / 2**halvings
+        if judge.whole:
+            times = min(1.0, times)
+        choice = search.choose(times)
+        if choice.model is None:
+            return choice, times
+        value = metric.value_of(("int8", str(halvings)), runner(open_onnx(choice.model), judge.names))
+        if value >= least:
+            return replace(choice, metric=value, evaluations=halvings + 1), times
+        seen = f"{metric.evaluation.name} fell to {value:.6g} with {len(choice.nodes)} of {len(search.int8.nodes)}"
+    return Choice(reason=f"{seen} layers in int8, below {least:.6g}", evaluations=AFTERWARDS), times
 
 
 @dataclass(frozen=True, eq=False)
@@ -200,6 +242,15 @@ class _File:
         emitted_error(emitted, self.gm, flat, **other_sizes(self.traced, kept), limit=1.0)
 
 
+def metric_after(metric: Mapping[str, Any] | None, figures: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """A report's figures of the user's metric, with what the int8 file came to where it was asked."""
+    if metric is None or figures is None:
+        return metric
+    value = figures["metric_value"]
+    more = {} if value is None else {"after": value}
+    return {**metric, "evaluations": metric["evaluations"] + figures["metric_evaluations"], **more}
+
+
 def _figures(choice: Choice, int8: Quantizer, judge: Judge, split: Split, times: float) -> dict[str, Any]:
     chosen = set(choice.nodes)
     return {
@@ -215,6 +266,8 @@ def _figures(choice: Choice, int8: Quantizer, judge: Judge, split: Split, times:
         "layers": len(int8.nodes),
         "left_float": [node.layer for node in int8.nodes if node not in chosen],
         "weight_bits": {kind: 7 if kind in choice.narrow else 8 for kind in KINDS if kind in {n.kind for n in chosen}},
+        "metric_value": choice.metric,
+        "metric_evaluations": choice.evaluations,
         "bytes": None,
         "latency_ms": None,
     }
