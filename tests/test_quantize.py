@@ -21,7 +21,7 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 
 import lrcompile
-from lrcompile import Budget, CalibrationData, Quantization, Result, calibration_from
+from lrcompile import Budget, CalibrationData, Quantization, Result, calibration_from, confirm
 from lrcompile.cli import run
 from lrcompile.devices.bench import BenchResult
 from lrcompile.emit.int8 import Quantizer, quantizable
@@ -252,6 +252,33 @@ def test_as_many_layers_are_quantised_as_a_latency_takes(
     assert any("more than its default limit" in note for note in report.notes) == (count == 3)
     assert report.quantization is not None
     assert report.quantization["budget"] == (None if count == 3 else pytest.approx(0.05))
+
+
+@pytest.mark.parametrize(("saved", "of_int8"), [(0.3, True), (-0.1, False)])
+def test_here_integers_count_where_they_are_faster(
+    saved: float, of_int8: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the time of the whole model a layer in int8 saves a share, made up, and no split anything."""
+
+    def measured(first: Path | bytes, second: Path | bytes, **options: Any) -> BenchResult:
+        model = onnx.load_from_string(second) if isinstance(second, bytes) else onnx.load(second)
+        return benched(1 - saved * sum(node.op_type == "MatMulInteger" for node in model.graph.node))
+
+    for module in (confirm, decisions):
+        monkeypatch.setattr(module, "paired", measured)
+    torch.manual_seed(0)
+    given = data(Mlp)
+    budget = Budget(speedup=2.0 if of_int8 else None, reserve=decisions.RESERVE, int8=True)
+    result = lrcompile.compile(Mlp().eval(), (given.batches[0]["x"],), target="local", calibration=given, budget=budget)
+    assert not result.plan.rewrites
+    assert result.report.latency_ms["speedup"] == pytest.approx(2.5 if of_int8 else 1.0)
+    said = " ".join(result.report.notes)
+    assert ("that with all that can be in 8-bit integers" in said) == of_int8
+    assert ("8-bit integers do not make this model faster here" in said) != of_int8
+    figures = result.save(tmp_path / "out.onnx", quantize=Quantization(given, max_error=1.0)).quantization
+    assert figures is not None
+    assert figures["written"] == ("int8" if of_int8 else "float")
+    assert of_int8 or figures["float_of_original"] == [1.0, 1.0, 1.0]
 
 
 class Named(Sensitive):
