@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from lrcompile import cli
 from lrcompile.errors import InputError
 from lrcompile.frontend.calibration_data import CalibrationData, calibration_from, load_calibration
 from lrcompile.frontend.inputs import (
@@ -423,3 +425,16 @@ def test_check_against_the_model() -> None:
         data.check_against(example | {"x": torch.ones(1, 4)})
     with pytest.raises(InputError, match="lacks the input mask"):
         data.check_against(example | {"mask": torch.ones(1)})
+
+
+def test_an_input_with_the_name_of_a_python_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`nn.Sequential` calls its input "input", which is `input_1` in the code of a graph."""
+    monkeypatch.chdir(tmp_path)
+    x = torch.randn(16, 32)
+    program = torch.export.export(nn.Sequential(nn.Linear(32, 8)).eval(), (x[:4],))
+    torch.export.save(program, "model.pt2")
+    assert input_names(program) == ("input",)
+    np.savez("calib.npz", input=x.numpy())
+    words = "model.pt2 --target rpi5 --calib calib.npz --batch 4 --out model.onnx"
+    assert cli.run(words.split()) == 0
+    assert [port.name for port in onnx.load("model.onnx").graph.input] == ["input"]

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
 from lrcompile.errors import InputError, VerificationError
@@ -254,8 +255,10 @@ def _input_names(
 ) -> tuple[str, ...]:
     """The user's names of the flat inputs: export renames what is a Python word, such as `input`."""
     names = tuple(node.name for node in placeholders)
-    values = (*args, *kwargs.values())
-    if isinstance(program, ExportedProgram) or not all(isinstance(value, torch.Tensor) for value in values):
+    if isinstance(program, ExportedProgram):
+        own = tuple(s.arg.name for s in program.graph_signature.input_specs if s.kind == InputKind.USER_INPUT)
+        return own if len(own) == len(names) else names
+    if not all(isinstance(value, torch.Tensor) for value in (*args, *kwargs.values())):
         return names
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     taken = [name for name, p in inspect.signature(program.forward).parameters.items() if p.kind in kinds]
