@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -10,8 +13,11 @@ from torch import nn
 
 import lrcompile
 from lrcompile.errors import BudgetError
+from lrcompile.graph.graph import Graph
 from lrcompile.planning import decompose
 from lrcompile.planning.budget import EXACT_ERROR
+from lrcompile.planning.price import Candidate
+from lrcompile.planning.sensitivity import PROBE_ERROR, Evaluator, Sensitivities
 
 
 def decaying(rows: int, columns: int, slope: float) -> nn.Linear:
@@ -126,3 +132,65 @@ def test_exact_rewrites_alone_decompose_nothing(monkeypatch: pytest.MonkeyPatch)
     prepared = lrcompile.prepare_model(stack(), (X[:1],), target="v100")
     lrcompile.solve(prepared, lrcompile.Budget(max_error=0.0))
     assert count() == 0
+
+
+def test_one_layer_that_is_misjudged_does_not_cost_the_others_their_gain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The layer that is cut best costs what its own error says at the rank that is measured, and at all others far more."""
+    prepared = lrcompile.prepare_model(stack(), (X,), target="v100")
+    spared = lrcompile.prepare_model(stack(), (X,), target="v100", skip=["6"])
+    own = [c.error for c in prepared.pricing.candidates if c.sites == ("6",) and c.error > 0]
+    probe = min(own, key=lambda error: abs(math.log(error / PROBE_ERROR)))
+    measured = Evaluator.error_after
+
+    def trapped(self: Evaluator, graph: Graph, candidates: Sequence[Candidate], *given: Any, **named: Any) -> float:
+        caught = any(c.sites == ("6",) and c.error not in (0.0, probe) for c in candidates)
+        return math.hypot(measured(self, graph, candidates, *given, **named), 0.6 * caught)
+
+    monkeypatch.setattr(Evaluator, "error_after", trapped)
+    gains = []
+    for limit in (0.05, 0.1, 0.2, 0.3, 0.4):
+        result, without = (lrcompile.solve(p, lrcompile.Budget(max_error=limit)) for p in (prepared, spared))
+        assert result.report.error["measured"] <= limit
+        assert speedup(result) >= 0.99 * speedup(without)
+        gains.append(speedup(result))
+    assert gains == sorted(gains)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Stands for a candidate: its family, its own error, and that of the model with it alone."""
+
+    family: str
+    error: float
+    truth: float
+
+
+class Sums:
+    """Stands for an `Evaluator`: errors add up in quadrature."""
+
+    resolution = 1e-12
+
+    def __init__(self) -> None:
+        self.asked: list[int] = []
+
+    def error_after(self, graph: object, cuts: Sequence[Cut], *given: object, quick: bool) -> float:
+        assert quick
+        self.asked.append(len(cuts))
+        return math.hypot(*(cut.truth for cut in cuts))
+
+
+def test_what_is_misjudged_is_found_by_halving() -> None:
+    cuts = [Cut(str(i), own, 0.5 * own) for i in range(32) for own in (0.1, 0.05, 0.02)]
+    bad = [Cut("bad", own, 0.1 if own == 0.1 else 0.3) for own in (0.1, 0.01, 0.001)]
+    everything, evaluator = [*cuts, *bad], Sums()
+    sensed = Sensitivities(None, everything, everything, {}, None, evaluator)  # type: ignore[arg-type]
+    assert len(evaluator.asked) == 33  # one of each family
+    assert sensed.errors[-3:] == pytest.approx([0.1, 0.01, 0.001])
+    before = list(sensed.errors)
+    picked = [*range(2, 96, 3), 98]  # of each family the most careful cut
+    assert sensed.look_closer(picked)
+    assert len(evaluator.asked) <= 33 + 1 + 2 * 6 + 3
+    assert sensed.errors[-3:] == pytest.approx([0.1, 0.3, 0.3])
+    assert sensed.errors[:-3] == before[:-3]
+    assert not sensed.look_closer(picked)
+    assert sensed.predicted(picked) == pytest.approx(math.hypot(0.3, *[0.01] * 32))

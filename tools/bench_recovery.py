@@ -229,12 +229,11 @@ def _cut(layer: nn.Module, rank: int) -> float:
 # ------------------------------------------------------------------------------------------------------- progressive
 
 
-def progressive(seeds: int, steps: int) -> Iterator[str]:
+def progressive(seeds: int, steps: int, sizes: Sequence[float]) -> Iterator[str]:
     """Perplexity of a family's members, and of one split to the size of the last, trained as long as the family."""
     model = novels.trained_on_novels(say=lambda line: print(line, file=sys.stderr, flush=True))
     train, unseen = novels.windows()
     tokens, judged = train[:, :-1], unseen[:: max(1, len(unseen) // 256)]
-    sizes = (0.8, 0.6, 0.4)
 
     def data(part: Tensor) -> CalibrationData:
         return calibration_from({"input_ids": part}, ["input_ids"], 8, max_batches=None)
@@ -245,7 +244,7 @@ def progressive(seeds: int, steps: int) -> Iterator[str]:
     yield f"GPT of {count:,} parameters, perplexity {perplexity:.3f} on {len(judged)} unseen windows; each"
     yield f"training {steps} steps of 16 windows, from the original alone, rate 0.001; {seeds} seeds."
     yield ""
-    yield "| seed | " + " | ".join(f"{size:.0%} of the bytes" for size in sizes) + f" | {sizes[-1]:.0%} in one step |"
+    yield "| seed | " + " | ".join(f"{size:.0%} of the bytes" for size in sizes) + f" | {sizes[-1]:.0%} in one go |"
     yield "|---|" + "---|" * (len(sizes) + 1)
     table = []
     for seed in range(seeds):
@@ -257,9 +256,9 @@ def progressive(seeds: int, steps: int) -> Iterator[str]:
         once = lrcompile.recover(once, data(tokens[256:]), steps=len(sizes) * steps, **how)
         row = [novels.perplexity(result.model, judged) for result in (*(member.result for member in family), once)]
         table.append(row)
-        yield f"| {seed} | " + " | ".join(f"{value:.3f}" for value in row) + " |"
+        yield f"| {seed} | " + " | ".join(f"{value:.2f}" for value in row) + " |"
     means = [statistics.mean(column) for column in zip(*table, strict=True)]
-    yield "| mean | " + " | ".join(f"{value:.3f}" for value in means) + " |"
+    yield "| mean | " + " | ".join(f"{value:.2f}" for value in means) + " |"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -267,6 +266,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("table", choices=("freeze", "subset", "stable-rank", "progressive"))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=60, help="of each training, for progressive")
+    parser.add_argument("--sizes", type=float, nargs="+", default=[0.4, 0.2, 0.1], help="of the family")
     parser.add_argument("--out", type=Path, help="put the table into this page, between its marks")
     options = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
@@ -274,7 +274,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "freeze": lambda: freeze(options.seeds),
         "subset": lambda: subset(options.seeds),
         "stable-rank": lambda: stable_rank(options.seeds),
-        "progressive": lambda: progressive(options.seeds, options.steps),
+        "progressive": lambda: progressive(options.seeds, options.steps, options.sizes),
     }
     lines = []
     try:
@@ -284,7 +284,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except DataMissing as problem:
         print(f"bench_recovery: {problem}", file=sys.stderr)
         return 1
-    more = f" --steps {options.steps}" if options.table == "progressive" else ""
+    more = ""
+    if options.table == "progressive":
+        more = f" --steps {options.steps} --sizes {' '.join(map(str, options.sizes))}"
     lines += ["", f"    python -m tools.bench_recovery {options.table} --seeds {options.seeds}{more}"]
     if options.out:
         put(

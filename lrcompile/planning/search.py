@@ -15,9 +15,10 @@ from lrcompile.planning.budget import DEFAULT_MAX_ERROR, EXACT_ERROR, Budget
 from lrcompile.planning.choose import Limits, Objective, choose
 from lrcompile.planning.metric import CHECK, DropLimit
 from lrcompile.planning.price import Candidate
-from lrcompile.planning.sensitivity import Evaluator, model_errors, rewritten
+from lrcompile.planning.sensitivity import MISJUDGED, Evaluator, Sensitivities, rewritten
 
 ROUNDS = 8
+LOOKS = 4  # choices that are looked at closer before one is taken
 CONFIRMATIONS = 3
 WELL_SPENT = 0.95  # share of the error budget from which looking on is not worth the forwards
 STEP = 4.0  # factor between error limits until one holds and one does not
@@ -176,18 +177,19 @@ def _beats(one: Candidate, other: Candidate) -> bool:
 
 def _best(problem: Problem, pool: _Pool, error_limit: float | None) -> Choice | None:
     """The best choice from a pool: the most accurate one if no error is given, else the fastest within the error."""
-    errors = _errors(problem, pool)
+    sensed = _sensed(problem, pool)
     if error_limit is None:
-        return _most_accurate(problem, pool, errors)
+        return _most_accurate(problem, pool, sensed)
     best: tuple[int, ...] | None = None
     bias = 1.0  # error on all batches over that on those that the loop looks at
     tried = set()
     for _ in range(CONFIRMATIONS):
-        picked = _closed_loop(problem, pool, errors, error_limit / bias)
+        picked = _closed_loop(problem, pool, sensed, error_limit / bias)
         if picked is None or tuple(picked) in tried:
             break
         tried.add(tuple(picked))
         error = _measured(problem, pool, picked)
+        error += problem.evaluator.margin(error)
         if error <= error_limit and (best is None or _gain_s(pool, picked) > _gain_s(pool, best)):
             best = tuple(picked)
         if WELL_SPENT * error_limit <= error <= error_limit:
@@ -199,20 +201,21 @@ def _best(problem: Problem, pool: _Pool, error_limit: float | None) -> Choice | 
     return _exact(problem, pool) if best is None else applied(problem, pool.candidates, best)
 
 
-def _most_accurate(problem: Problem, pool: _Pool, errors: Sequence[float]) -> Choice | None:
+def _most_accurate(problem: Problem, pool: _Pool, sensed: Sensitivities) -> Choice | None:
     """The most accurate choice within the limits, as measured.
 
     How errors of many layers add up is not known beforehand, and far from small ones the sensitivities are a guess. So
     several views of them each give a choice: the model's errors in quadrature and as a plain sum, and the layers' own
     errors likewise. The measurement decides.
     """
-    picks = _accurate(problem, pool, errors)
+    picks = _accurate(problem, pool, sensed)
     return applied(problem, pool.candidates, picks[0]) if picks else None
 
 
-def _accurate(problem: Problem, pool: _Pool, errors: Sequence[float]) -> list[tuple[int, ...]]:
+def _accurate(problem: Problem, pool: _Pool, sensed: Sensitivities) -> list[tuple[int, ...]]:
     """Choices of little error within the limits, one for each view of how errors add up, the most accurate first."""
-    found = (choose(pool.candidates, view, pool.limits, "error") for view in _views(pool, errors))
+    _well_judged(problem, pool, sensed, pool.limits, "error")
+    found = (choose(pool.candidates, view, pool.limits, "error") for view in _views(pool, sensed.errors))
     picks = dict.fromkeys(tuple(picked) for picked in found if picked is not None)
     return sorted(picks, key=lambda picked: _measured(problem, pool, picked))
 
@@ -230,7 +233,9 @@ def _fastest_that_holds(problem: Problem, pool: _Pool, drop: DropLimit, error_li
     not, first in terms of the model's errors, then in other views of them, in which only what is faster still is
     evaluated. What is taken has held twice.
     """
-    errors = _errors(problem, pool)
+    sensed = _sensed(problem, pool)
+    _well_judged(problem, pool, sensed, replace(pool.limits, error=error_limit or DEFAULT_MAX_ERROR))
+    errors = sensed.errors
     known: dict[tuple[int, ...], bool] = {}
 
     def fastest() -> tuple[int, ...] | None:
@@ -262,7 +267,7 @@ def _fastest_that_holds(problem: Problem, pool: _Pool, drop: DropLimit, error_li
         vain += picked not in known
         if holds(picked):
             vain, steps = 0, _steps(problem, pool, errors, picked)
-    last = () if fastest() is not None else (*_accurate(problem, pool, errors), *_exact_picks(pool))
+    last = () if fastest() is not None else (*_accurate(problem, pool, sensed), *_exact_picks(pool))
     for picked in last:
         if drop.left > 1 and holds(picked):
             break
@@ -315,6 +320,7 @@ def _worth_s(problem: Problem) -> float:
 
 def _within_error(problem: Problem, pool: _Pool, picked: Sequence[int], error_limit: float | None) -> bool:
     error = _measured(problem, pool, picked)
+    error += problem.evaluator.margin(error)
     return math.isfinite(error) and (error_limit is None or error <= max(error_limit, EXACT_ERROR))
 
 
@@ -359,7 +365,7 @@ def _untouched(problem: Problem, pools: Sequence[_Pool], drop: DropLimit, budget
         return Choice((), drop.metric.traced.graph.copy(), 0.0, untouched=True)
     pool, base = pools[-1], drop.metric.base
     falls = "falls too far"
-    for picked in _accurate(problem, pool, _errors(problem, pool))[:1]:
+    for picked in _accurate(problem, pool, _sensed(problem, pool))[:1]:
         if not _within_error(problem, pool, picked, budget.error_limit):
             raise BudgetError(_unreachable_together(problem, pool, budget.error_limit or 0.0))
         value = _metric(problem, [pool.candidates[i] for i in picked], 0)
@@ -383,14 +389,30 @@ def _exact(problem: Problem, pool: _Pool) -> Choice | None:
     return None if picked is None else applied(problem, exact, picked)
 
 
-def _closed_loop(problem: Problem, pool: _Pool, errors: Sequence[float], error_limit: float) -> list[int] | None:
+def _well_judged(
+    problem: Problem, pool: _Pool, sensed: Sensitivities, limits: Limits, aim: Objective = "latency"
+) -> list[int] | None:
+    """The choice within limits, chosen again as long as candidates in it turn out to cost far more than predicted."""
+    for _ in range(LOOKS):
+        picked = choose(pool.candidates, sensed.errors, limits, aim)
+        if picked is None or not _measured(problem, pool, picked, quick=True) > MISJUDGED * sensed.predicted(picked):
+            return picked
+        if not sensed.look_closer(picked):
+            return picked
+    return choose(pool.candidates, sensed.errors, limits, aim)
+
+
+def _closed_loop(problem: Problem, pool: _Pool, sensed: Sensitivities, error_limit: float) -> list[int] | None:
     """Tightens or relaxes the predicted-error limit until the error on the first batch is just within the limit."""
     best: list[int] | None = None
     seen: set[tuple[int, ...]] = set()
     target, low, high = error_limit, 0.0, math.inf
     for done in range(ROUNDS):
         problem.progress("choose", done, ROUNDS)
-        picked = choose(pool.candidates, errors, replace(pool.limits, error=target))
+        before = sensed.errors
+        picked = _well_judged(problem, pool, sensed, replace(pool.limits, error=target))
+        if sensed.errors is not before:
+            low, high = 0.0, math.inf
         if picked is None:  # the limits ask for more than this error allows
             low = target
             target = (low * high) ** 0.5 if math.isfinite(high) else 4 * target
@@ -403,7 +425,7 @@ def _closed_loop(problem: Problem, pool: _Pool, errors: Sequence[float], error_l
             best = picked
         if WELL_SPENT * error_limit <= measured <= error_limit:
             break
-        predicted = math.hypot(*(errors[i] for i in picked))
+        predicted = sensed.predicted(picked)
         low, high = (max(low, target), high) if measured <= error_limit else (low, min(high, predicted))
         # the measured error is taken as proportional to the predicted one, and the answer kept inside the bracket
         target = 0.98 * error_limit * predicted / measured if min(predicted, measured) > 0 else 4 * target
@@ -423,9 +445,9 @@ def applied(problem: Problem, candidates: Sequence[Candidate], picked: Sequence[
     return Choice(chosen, graph, error)
 
 
-def _errors(problem: Problem, pool: _Pool) -> list[float]:
+def _sensed(problem: Problem, pool: _Pool) -> Sensitivities:
     p = problem
-    return model_errors(p.graph, pool.candidates, p.candidates, p.passes, p.context, p.evaluator, p.progress)
+    return Sensitivities(p.graph, pool.candidates, p.candidates, p.passes, p.context, p.evaluator, p.progress)
 
 
 def _measured(problem: Problem, pool: _Pool, picked: Sequence[int], quick: bool = False) -> float:
@@ -439,7 +461,7 @@ def _gain_s(pool: _Pool, picked: Sequence[int]) -> float:
 
 def _unreachable_together(problem: Problem, pool: _Pool, error_limit: float) -> str:
     candidates = pool.candidates
-    picked = choose(candidates, _errors(problem, pool), pool.limits, "error")
+    picked = choose(candidates, _sensed(problem, pool).errors, pool.limits, "error")
     if picked is None:
         return "the limits cannot be met together; relax one of them"
     measure = problem.evaluator.measure

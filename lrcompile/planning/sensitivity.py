@@ -24,6 +24,7 @@ from lrcompile.planning.price import Candidate, Family
 PROBE_ERROR = 0.1  # relative output error of a layer, well above rounding and well below losing the layer
 ENOUGH_POSITIONS = 512  # to count differences of a few in a thousand
 LEAST_ERROR = 1e-12
+MISJUDGED = 1.5  # times the error predicted, from which candidates are looked at alone
 KEPT_BYTES = 2**30  # of intermediate values, so that a probe runs only what comes after its rewrite
 
 
@@ -69,6 +70,11 @@ class Evaluator:
         """The error below which outputs cannot be told apart in a quick look."""
         positions = self.measure.positions(self.reference[0])
         return LEAST_ERROR if positions is None else 0.5 / max(1, positions * self.quick_batches)
+
+    def margin(self, root: float) -> float:
+        """The standard error of a share that is counted on all batches; 0 of what is measured."""
+        positions = sum(self.measure.positions(expected) or 0 for expected in self.reference)
+        return math.sqrt(root * (1 - root) / positions) if positions and 0 < root < 1 else 0.0
 
     def error(self, graph: Graph, first: int | None = None) -> float:
         """The error of a graph on all batches, or on the first few."""
@@ -175,37 +181,75 @@ def rewritten(graph: Graph, rewrites: Iterable[Rewrite], passes: Mapping[str, Pa
     return result
 
 
-def model_errors(
-    graph: Graph,
-    candidates: Sequence[Candidate],
-    rivals: Sequence[Candidate],
-    passes: Mapping[str, Pass],
-    context: Context,
-    evaluator: Evaluator,
-    progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
-) -> list[float]:
-    """The output error of the model with each candidate alone.
+class Sensitivities:
+    """The output error of the model with each candidate alone, as `errors`, in a quick look.
 
-    One candidate a family is measured, in a quick look: of all `rivals`, which hold the candidates, the one whose
-    own error is nearest to `PROBE_ERROR`. The others follow from it in proportion to their own error. Exact
-    candidates have none.
+    One candidate a family is measured: of all `rivals`, which hold the candidates, the one whose own error is nearest
+    to `PROBE_ERROR`. The others follow from it in proportion to their own error, unless the family was looked at closer
+    since. Exact candidates have none.
     """
-    wanted = dict.fromkeys(c.family for c in candidates if c.error > 0)  # a set in order
-    probes: dict[Family, Candidate] = {}
-    for rival in rivals:
-        if rival.family not in wanted or not rival.error > 0:
-            continue
-        known = probes.get(rival.family)
-        if known is None or _remoteness(rival) < _remoteness(known):
-            probes[rival.family] = rival
-    factor: dict[Family, float] = {}
-    for done, family in enumerate(wanted):
-        progress("sensitivity", done, len(wanted))
-        probe = probes[family]
-        measured = evaluator.error_after(graph, [probe], passes, context, quick=True)
-        factor[family] = max(measured, evaluator.resolution, 1e-9) / probe.error
-    progress("sensitivity", len(wanted), len(wanted))
-    return [c.error * factor[c.family] if c.error > 0 else 0.0 for c in candidates]
+
+    def __init__(
+        self,
+        graph: Graph,
+        candidates: Sequence[Candidate],
+        rivals: Sequence[Candidate],
+        passes: Mapping[str, Pass],
+        context: Context,
+        evaluator: Evaluator,
+        progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+    ) -> None:
+        self.candidates, self.evaluator = candidates, evaluator
+        self._measured = lambda chosen: evaluator.error_after(graph, chosen, passes, context, quick=True)
+        wanted = dict.fromkeys(c.family for c in candidates if c.error > 0)  # a set in order
+        probes: dict[Family, Candidate] = {}
+        for rival in rivals:
+            if rival.family not in wanted or not rival.error > 0:
+                continue
+            known = probes.get(rival.family)
+            if known is None or _remoteness(rival) < _remoteness(known):
+                probes[rival.family] = rival
+        self._known: dict[Family, dict[float, float]] = {}  # a layer's own error: that of the model
+        for done, family in enumerate(wanted):
+            progress("sensitivity", done, len(wanted))
+            self._known[family] = {probes[family].error: self._measured([probes[family]])}
+        progress("sensitivity", len(wanted), len(wanted))
+        self.errors = self._errors()
+
+    def predicted(self, picked: Iterable[int]) -> float:
+        """The error of the model with some candidates, in quadrature."""
+        return math.hypot(*(self.errors[i] for i in picked))
+
+    def look_closer(self, picked: Iterable[int]) -> bool:
+        """Measures the families that make the error of some candidates far larger than predicted; whether any do.
+
+        They are found by halving, so that few forwards find few of them.
+        """
+        groups = [[i for i in picked if self.candidates[i].error > 0]]
+        found = False
+        while groups:
+            group = groups.pop()
+            measured = self._measured([self.candidates[i] for i in group]) if group else 0.0
+            if measured <= MISJUDGED * max(self.predicted(group), self.evaluator.resolution):
+                continue
+            if len(group) == 1:
+                family = self.candidates[group[0]].family
+                members = [c for c in self.candidates if c.family == family and c.error > 0]
+                self._known[family] |= {c.error: self._measured([c]) for c in members}
+                found = True
+            else:
+                groups += [group[: len(group) // 2], group[len(group) // 2 :]]
+        if found:
+            self.errors = self._errors()
+        return found
+
+    def _errors(self) -> list[float]:
+        return [self._error(candidate) if candidate.error > 0 else 0.0 for candidate in self.candidates]
+
+    def _error(self, candidate: Candidate) -> float:
+        known = self._known[candidate.family]
+        own = min(known, key=lambda own: abs(math.log(own / candidate.error)))
+        return candidate.error * max(known[own], self.evaluator.resolution, 1e-9) / own
 
 
 def _remoteness(candidate: Candidate) -> float:

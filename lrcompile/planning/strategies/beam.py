@@ -11,7 +11,7 @@ import torch
 
 from lrcompile.errors import InputError
 from lrcompile.graph.graph import Graph
-from lrcompile.planning.sensitivity import model_errors, rewritten
+from lrcompile.planning.sensitivity import Sensitivities, rewritten
 from lrcompile.planning.strategies.strategy import Cut, Layer, Layerwise, Offer, Pick, Saving, gain_s
 
 Ranks = tuple[int, ...]  # the rung of each layer and each group of layers; 0 is as it is
@@ -59,7 +59,7 @@ class Beam(Layerwise):
         p = offer.problem
         ladders = self._ladders(offer)
         cuts = [cut.candidate for ladder in ladders for cut in ladder]
-        alone = model_errors(p.graph, cuts, p.candidates, p.passes, p.context, p.evaluator, p.progress)
+        alone = Sensitivities(p.graph, cuts, p.candidates, p.passes, p.context, p.evaluator, p.progress).errors
         harm = dict(zip(map(id, cuts), alone, strict=True))
 
         def chosen(ranks: Ranks) -> list[Cut]:
