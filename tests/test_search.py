@@ -135,7 +135,7 @@ def test_exact_rewrites_alone_decompose_nothing(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_one_layer_that_is_misjudged_does_not_cost_the_others_their_gain(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The layer that is cut best costs what its own error says at the rank that is measured, and at all others far more."""
+    """The layer that is cut best costs what its own error says at the rank that is measured, and far more at others."""
     prepared = lrcompile.prepare_model(stack(), (X,), target="v100")
     spared = lrcompile.prepare_model(stack(), (X,), target="v100", skip=["6"])
     own = [c.error for c in prepared.pricing.candidates if c.sites == ("6",) and c.error > 0]

@@ -270,8 +270,8 @@ def trained_examples() -> Iterator[tuple[str, nn.Module, Batches, Batches]]:
 
 def pairs(budgets: Sequence[float]) -> Iterator[str]:
     """Every trained model at budgets on its error and on what its outputs choose, measured and on unseen data."""
-    yield "half the multiply-adds are half the time; over: how far the unseen error is over the budget, of the budget"
-    yield f"{'model':26}{'measure':>9}{'budget':>8}{'measured':>10}{'unseen':>8}{'over':>7}{'speed-up':>10}"
+    yield "| model | measure | budget | measured | unseen | over | speed-up |"
+    yield "|---|---|---|---|---|---|---|"
     over = count = 0
     classes = [("top1", 0.02), ("top1", 0.05), ("kl", 0.01)]
     for name, model, calibration, unseen_batches in trained_examples():
@@ -285,8 +285,9 @@ def pairs(budgets: Sequence[float]) -> Iterator[str]:
             gained = problem.original_s / (problem.base.latency_s - choice.gain_s)
             excess = max(0.0, error / budget - 1)
             over, count = over + (excess > 0.1), count + 1
-            yield f"{name:26}{measure:>9}{budget:8}{measured:10.4f}{error:8.4f}{excess:7.0%}{gained:10.3f}"
-    yield f"{over} of {count} are over their budget by more than 10 % of it"
+            yield f"| {name} | {measure} | {budget} | {measured:.4f} | {error:.4f} | {excess:.0%} | {gained:.3f}× |"
+    yield ""
+    yield f"{over} of {count} are over their budget by more than 10 % of it."
 
 
 # -------------------------------------------------------------------------------------------------------------- felt

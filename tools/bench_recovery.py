@@ -253,12 +253,15 @@ def progressive(seeds: int, steps: int, sizes: Sequence[float]) -> Iterator[str]
             model, (tokens[:8],), sizes=sizes, recovery=Recovery(steps=steps, **how), data=data(tokens[256:]), **options
         )
         once = lrcompile.compile(model, (tokens[:8],), budget=Budget(size=sizes[-1]), **options)
+        untrained = novels.perplexity(once.model, judged)
         once = lrcompile.recover(once, data(tokens[256:]), steps=len(sizes) * steps, **how)
         row = [novels.perplexity(result.model, judged) for result in (*(member.result for member in family), once)]
         table.append(row)
         yield f"| {seed} | " + " | ".join(f"{value:.2f}" for value in row) + " |"
     means = [statistics.mean(column) for column in zip(*table, strict=True)]
     yield "| mean | " + " | ".join(f"{value:.2f}" for value in means) + " |"
+    yield ""
+    yield f"Before its training the one that is cut in one go has a perplexity of {untrained:.2f}."
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
