@@ -342,14 +342,14 @@ def test_open_sizes_have_names_and_are_written_down(tmp_path: Path) -> None:
     assert given.shape == ["batch", 16, f"{given.name}_2", f"{given.name}_3"]
     result.save(tmp_path / "folder")
     text = (tmp_path / "folder" / "model.py").read_text()
-    assert "the batch size (axis 0), axis 2 of input_1, axis 3 of input_1 are free." in text
+    assert "the batch size (axis 0), axis 2 of input, axis 3 of input are free." in text
 
 
 @pytest.mark.parametrize("axes", [(2,), (0, 2, 3, 4)])
 def test_open_volumes_have_no_form_of_rank_4(axes: tuple[int, ...]) -> None:
     model = seeded(OPEN["volumes"][0])
     exported = torch_export(model, (X3,), dynamic_shapes=(dict.fromkeys(axes, Dim.AUTO),))
-    with pytest.raises(InputError, match=r"input_1 has open sizes other than the batch, s\d+.*export the model with"):
+    with pytest.raises(InputError, match=r"input input has open sizes other than the batch, s\d+.*export the model with"):
         lrcompile.compile(exported, (X3,), target="v100", max_rank=4)
 
 
