@@ -242,7 +242,8 @@ class LayerSearch:
         return Choice(nodes, narrow, model, relative, self.judge.measure.value(total)), root
 
     def _tick(self) -> None:
-        self.progress("quantize", self.evaluations, PROBES + CHECKS + 2 * VOTES)
+        expected = PROBES + CHECKS + 2 * VOTES  # more where the limit is widened
+        self.progress("quantize", self.evaluations, max(expected, self.evaluations + CHECKS))
         self.evaluations += 1
 
 
