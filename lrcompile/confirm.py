@@ -102,8 +102,10 @@ class Reference:
         Raises:
             VerificationError: the quantizer fails.
         """
-        floats, integers = _onnx(self.traced, exact), int8_of(self.traced, exact)
-        if paired(floats, integers, inputs=example_of(self.traced), seconds=SECONDS).ratio_high >= 1:
+        example = example_of(self.traced)
+        floats = _onnx(self.traced, exact)
+        integers = in_int8(floats, example)
+        if paired(floats, integers, inputs=example, seconds=SECONDS).ratio_high >= 1:
             return self
         return replace(self, int8=True, share=self._paired(integers, SECONDS, OPENINGS).ratio)
 
