@@ -296,7 +296,8 @@ def calibrate(
     out: Annotated[Path, typer.Option(help="The profile to write, .toml: a --target from then on.")],
     minutes: Annotated[float, typer.Option(help="How long to measure, at most.")] = 15.0,
     runtime: Annotated[
-        str, typer.Option(help="What runs the operations: onnxruntime, torch (eager) or torch-compile.")
+        str,
+        typer.Option(help="What runs the operations: onnxruntime, torch (eager), torch-compile; torch-cuda on a GPU."),
     ] = "onnxruntime",
     seed: Annotated[int, typer.Option(help="Seed of what is measured; the same one goes on where it was stopped.")] = 0,
     plot: Annotated[
@@ -304,7 +305,7 @@ def calibrate(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Measures this machine's CPU and writes a profile that predicts it."""
+    """Measures this machine's CPU or GPU and writes a profile that predicts it."""
     from lrcompile.report.progress import ProgressDisplay
     from lrcompile.report.terminal import simple_table
     from lrcompile.session import calibrate_file

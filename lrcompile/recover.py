@@ -88,8 +88,8 @@ def recover(
         parameter.grad = None
     after = evaluator.error(couple.trained)
     figures = {
-        "processes": processes.count, "steps": trained.steps, "epochs": trained.steps / samples.steps_an_epoch,
-        "seconds": trained.seconds,
+        "processes": processes.count, "device": trained.device, "seconds": trained.seconds,
+        "steps": trained.steps, "epochs": trained.steps / samples.steps_an_epoch,
         "samples": samples.count, "judged_by": sum(len(batch) for batch in samples.judging),
         "rate": trained.rate, "kept_step": trained.kept_step, "rolled_back": trained.rolled_back,
         "values_inside": len(couple.inside), "refitted": list(refitted), "settings": recovery.to_json(),

@@ -23,13 +23,14 @@ from lrcompile.devices.analytic import AnalyticCostModel
 from lrcompile.devices.calibrate import LEAST, VISITS, Calibration, Measurement, calibrate, calibrated, fitted_to
 from lrcompile.devices.cost import Cost
 from lrcompile.devices.device import Device
+from lrcompile.devices.features import WIDTHS, family, features, width_of
 from lrcompile.devices.fit import with_figures
 from lrcompile.devices.fusion import describe_all
 from lrcompile.devices.measure_torch import TorchCostModel
 from lrcompile.devices.profile import available_devices, load_device
 from lrcompile.devices.profile_text import profile_text
-from lrcompile.devices.residual import NEAREST, WIDTHS, Residuals, _surprise, family, features, fitted
-from lrcompile.devices.sampling import WEIGHTS, operations, rows
+from lrcompile.devices.residual import NEAREST, Residuals, _surprise, fitted
+from lrcompile.devices.sampling import GPU, GPU_WEIGHTS, WEIGHTS, operations, rows
 from lrcompile.errors import DeviceError
 from lrcompile.graph.op import FUNCTIONS, OpDesc, conv_op, gemm_op
 from tests.test_analytic import CONV
@@ -91,7 +92,7 @@ def test_operations_are_of_all_families_and_the_same_for_a_seed() -> None:
     drawn = list(islice(operations(3), 300))
     assert drawn == list(islice(operations(3), 300))
     assert {family(op) for op in drawn} == set(WEIGHTS) == set(WIDTHS)
-    assert all(len(features(op)) == WIDTHS[family(op) or ""] for op in drawn)
+    assert all(len(features(op, "cpu")) == WIDTHS[family(op) or ""] for op in drawn)
     assert all(AnalyticCostModel(X86).cost(op).latency_s > 0 for op in drawn)
 
 
@@ -250,7 +251,21 @@ def test_other_operations_have_no_residuals() -> None:
     assert family(conv_op(replace(CONV, channels_in=8, channels_out=8, groups=2), "fp32")) == "grouped"
     assert family(OpDesc("view", "fp32", 0, 0, 0)) is None
     assert family(gemm_op(1, 2, 3, "fp32", weight=False)) == "bmm"
-    assert family(gemm_op(1, 2, 3, "fp16")) is None  # they are measured in fp32
+    assert family(gemm_op(1, 2, 3, "fp16")) == family(gemm_op(1, 2, 3, "bf16")) == "gemm-half"
+    assert family(gemm_op(1, 2, 3, "tf32")) == "gemm-tf32"
+    assert family(gemm_op(1, 2, 3, "int8")) is None
+
+
+def test_a_gpu_has_features_of_its_own() -> None:
+    drawn = list(islice(operations(3, GPU, GPU_WEIGHTS), 600))
+    assert {op.dtype for op in drawn} == {"fp32", "tf32", "fp16", "bf16"}
+    for op in drawn:
+        name = family(op)
+        assert name is not None
+        assert len(features(op, "gpu")) == width_of(name, "gpu")
+    aligned, odd = (features(gemm_op(256, n, 512, "bf16"), "gpu") for n in (512, 511))
+    assert max(abs(a - b) for a, b in zip(aligned, odd, strict=True)) > 2  # another kernel
+    assert width_of("gemm-fp64", "gpu") is None is width_of("nothing", "gpu")
 
 
 # ----------------------------------------------------------------------------------------------------------- profiles

@@ -10,8 +10,9 @@ import pytest
 
 from lrcompile.devices.analytic import AnalyticCostModel, eager_latency_s
 from lrcompile.devices.correlation import SHARED, Priced, difference_sigma_s
+from lrcompile.devices.features import features
 from lrcompile.devices.profile import load_device
-from lrcompile.devices.residual import Residuals, features
+from lrcompile.devices.residual import Residuals
 from lrcompile.graph.op import OpDesc, conv_op, gemm_op
 from tests.test_analytic import CONV
 
@@ -60,7 +61,8 @@ def test_other_kinds_types_and_axes_are_independent() -> None:
 
 def test_a_calibrated_family_has_the_covariance_of_its_process() -> None:
     a, b = gemm_op(64, 64, 64, "fp32"), gemm_op(64, 72, 64, "fp32")
-    residuals = Residuals(np.array([features(a)]), np.array([0.1]), np.full(len(features(a)), 8.0), 0.3, 0.01)
+    point = np.array([features(a, V100.kind)])
+    residuals = Residuals(point, np.array([0.1]), np.full(point.shape[1], 8.0), 0.3, 0.01)
     device = replace(V100, residuals={"gemm": residuals})
     model = AnalyticCostModel(device)
     known, far = difference_sigma_s(device, [(a, model.cost(a))], []), gemm_op(2048, 4096, 4096, "fp32")

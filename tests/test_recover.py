@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -28,7 +29,7 @@ from lrcompile.recovery.importance import most_important
 from lrcompile.recovery.lineage import Lineage
 from lrcompile.recovery.loss import Loss
 from lrcompile.recovery.optimise import Masters, RunningMean, centralise, rate_at, sharpness_aware
-from lrcompile.recovery.pair import difference, independent
+from lrcompile.recovery.pair import Pair, _moved, difference, independent
 from lrcompile.recovery.refit import fitted, refit
 from lrcompile.recovery.samples import samples_of
 from tests.pairs import pair_of
@@ -191,6 +192,69 @@ def test_the_trained_copy_shares_no_memory_and_keeps_ties() -> None:
     ours, theirs = ({p.data_ptr() for p in graph.gm.parameters()} for graph in (prepared.graph, copied))
     assert len(ours) == len(theirs) == 1
     assert not ours & theirs
+
+
+def test_a_graph_moves_with_what_it_makes_itself() -> None:
+    """Weights stay the same objects, so that those that are trained elsewhere are those of the result."""
+
+    class Counted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x) + torch.arange(5, device="cpu")
+
+    result = lrcompile.compile(Counted().eval(), (torch.randn(8, WIDTH),), target="rpi5", budget=Budget(size=0.6))
+    couple, x = pair_of(result, (torch.randn(8, WIDTH),)), torch.randn(8, WIDTH)
+    there, expected = torch.device("meta"), couple.student(x)[0][0]
+    trained = dict(couple.trained.gm.named_parameters())
+    weights_before = {name: p.detach().clone() for name, p in trained.items()}
+    with couple.on(torch.device("cpu")) as same_pair:
+        assert same_pair is couple
+    moved = _moved(copy.deepcopy(couple.student), there)
+    assert moved(x.to(there))[0][0].device == there
+    assert all(parameter.device == there for parameter in moved.parameters())
+    kept = {id(parameter) for parameter in couple.student.parameters()}
+    assert _moved(couple.student, torch.device("cpu")) is couple.student
+    assert {id(parameter) for parameter in couple.student.parameters()} == kept
+    assert kept <= {id(parameter) for parameter in trained.values()}
+    assert torch.equal(couple.student(x)[0][0], expected)
+    assert all(torch.equal(weights_before[name], p) for name, p in trained.items())
+
+
+@pytest.mark.parametrize("settings", [{}, {"outputs": "kl", "attention": 1.0}])
+def test_a_step_elsewhere_mixes_no_devices(compiled: Result, settings: dict[str, Any]) -> None:
+    """On the meta device, where nothing is computed and other devices are refused as on a GPU."""
+    couple, there = pair_of(compiled, (torch.randn(8, WIDTH),)), torch.device("meta")
+    moved = Pair(
+        _moved(copy.deepcopy(couple.teacher), there), _moved(couple.student, there), couple.trained, couple.inside
+    )
+    samples = samples_of([(torch.randn(8, WIDTH),)] * 4, None, 8)
+    loss = Loss(moved, Recovery(steps=1, **({"precision": "fp32"} | settings)))
+    assert loss.device == there
+    parameters = [p for p in moved.trained.gm.parameters() if p.is_floating_point()]
+    masters = Masters(parameters)
+    mean = RunningMean(masters, 0.9)
+    for most in (8, 3):
+        for part in loss.parts(samples.batch(torch.arange(8)), most):
+            part.mean().backward()
+    centralise(parameters)
+    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+    masters.step(torch.optim.AdamW(masters.weights, 1e-3))
+    mean.update()
+    with mean.in_place():
+        masters.put([torch.zeros(p.shape) for p in parameters])
+    assert all(p.grad is not None and p.grad.device == there for p in parameters)
+
+
+def test_a_gpu_that_is_not_there_is_refused() -> None:
+    if not torch.cuda.is_available():
+        with pytest.raises(InputError, match="torch sees no CUDA GPU here; leave it out to use the CPU"):
+            Recovery(steps=1, device="cuda")
+        assert Recovery(steps=1).where == torch.device("cpu")
+    with pytest.raises(InputError, match="device is 'tpu'; expected one of cpu, cuda"):
+        Recovery(steps=1, device="tpu")  # type: ignore[arg-type]
 
 
 def test_differences() -> None:

@@ -10,8 +10,10 @@ from pathlib import Path
 import onnx
 import onnxruntime as ort
 import pytest
+import torch
 
 from lrcompile.devices.bench import session_options
+from lrcompile.devices.features import family
 from lrcompile.devices.fusion import describe_all
 from lrcompile.devices.measure import open_region
 from lrcompile.devices.onnx_region import lower_region
@@ -20,13 +22,13 @@ from lrcompile.devices.repeated import (
     MOST_BYTES,
     MOST_COPIES,
     call_of,
+    chain,
     copies_for,
     encoder,
     in_a_row,
     least_copies,
     repeated,
 )
-from lrcompile.devices.residual import family
 from lrcompile.devices.sampling import WEIGHTS, operations, rows
 from lrcompile.graph.op import (
     FUNCTIONS,
@@ -97,7 +99,7 @@ def test_shapes_are_those_described() -> None:
     for op in islice(operations(4), 120):
         if op.flops > 1e7:
             continue
-        graph = repeated(op, 1, wake=False)
+        graph = repeated(op, 1, alone=True)
         assert graph is not None
         (result,) = call_of(graph)()
         if op.conv is not None:
@@ -107,6 +109,46 @@ def test_shapes_are_those_described() -> None:
         if op.attention is not None:
             width = op.attention.heads * op.attention.head_dim
             assert result.shape == (op.attention.batch, op.attention.queries, width)
+
+
+def test_alone_there_is_nothing_but_the_operation() -> None:
+    for op in (OPS["conv"], OPS["volume"], gemm_op(8, 16, 32, "bf16"), gemm_op(8, 16, 32, "fp16", layout="NT")):
+        graph = repeated(op, 3, alone=True)
+        assert graph is not None
+        ops = [found for found in describe_all(graph, frozenset(), frozenset()).values() if found.kind != "view"]
+        assert [found.kind for found in ops] == [op.kind] * 3
+        if op.gemm is not None:
+            assert all(found.gemm == op.gemm and found.dtype == op.dtype for found in ops)
+            assert call_of(graph)()[0].dtype == {"bf16": torch.bfloat16, "fp16": torch.float16}[op.dtype]
+        if op.conv is not None:
+            assert all(found.conv == op.conv for found in ops)
+
+
+def test_a_transpose_alone_is_a_copy() -> None:
+    graph = repeated(OpDesc("movement", "fp32", 0, 0, 2 * 4 * 24 * 16, function="transpose", row=16), 1, alone=True)
+    assert graph is not None
+    (result,) = call_of(graph)()
+    assert result.is_contiguous()
+    assert result.shape == (3, 8, 16)
+
+
+def test_channels_last() -> None:
+    for name in ("conv", "volume"):
+        graph = repeated(OPS[name], 1, alone=True)
+        assert graph is not None
+        (result,) = call_of(graph, channels_last=True)()
+        assert not result.is_contiguous()
+        assert result.stride(1) == 1
+
+
+def test_a_chain_feeds_each_operation_with_the_one_before() -> None:
+    wide = [gemm_op(8, 4, 32, "fp16"), gemm_op(8, 16, 4, "fp16")]
+    assert [op.gemm for op in describe_all(chain(wide), frozenset(), frozenset()).values() if op.gemm] == [
+        op.gemm for op in wide
+    ]
+    assert call_of(chain(wide))()[0].shape == (8, 16)
+    convs = [OPS["conv"], conv_op(replace(CONV, channels_in=32, size_in=(5, 5), size_out=(3, 3)), "fp32")]
+    assert call_of(chain(convs))()[0].shape == (2, 32, 3, 3)
 
 
 def test_what_has_no_such_form() -> None:

@@ -4,6 +4,7 @@ python -m tools.bench_recovery freeze       time and loss of a step with frozen 
 python -m tools.bench_recovery subset       a quarter of the steps on the samples that matter
 python -m tools.bench_recovery stable-rank  a penalty on spectra before the split
 python -m tools.bench_recovery progressive  a family of three against one split, at equal steps
+python -m tools.bench_recovery device       time of a step on each device here, in each precision
 """
 
 from __future__ import annotations
@@ -264,11 +265,31 @@ def progressive(seeds: int, steps: int, sizes: Sequence[float]) -> Iterator[str]
     yield f"Before its training the one that is cut in one go has a perplexity of {untrained:.2f}."
 
 
+def device(steps: int) -> Iterator[str]:
+    """A transformer's encoder of BERT's width with random weights, of 4 layers, on sequences of 128 tokens."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(768, 12, 3072, 0.0, "gelu", batch_first=True)
+    model = nn.TransformerEncoder(layer, 4, enable_nested_tensor=False).eval()
+    x = torch.randn(128, 128, 768)
+    split_one = lrcompile.compile(model, (x[:2],), target=TARGET, budget=Budget(size=0.5))
+    yield "| device | precision | seconds a step |"
+    yield "|---|---|---|"
+    on_gpu = [("cuda", "fp32"), ("cuda", "bf16")] if torch.cuda.is_available() else []
+    data = calibration_from({"src": x}, ["src"], 32)
+    for where, precision in (("cpu", "fp32"), *on_gpu):
+        how: dict[str, Any] = {"device": where, "precision": precision, "rate": 1e-3, "batch": 32, "refit": False}
+        seconds = []
+        for count in (1, 1 + steps):
+            report = lrcompile.recover(split_one, data, steps=count, **how).report
+            seconds.append(report.recovery["seconds"] if report.recovery else 0.0)
+        yield f"| {where} | {precision} | {(seconds[1] - seconds[0]) / steps:.3f} |"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", choices=("freeze", "subset", "stable-rank", "progressive"))
+    parser.add_argument("table", choices=("freeze", "subset", "stable-rank", "progressive", "device"))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=60, help="of each training, for progressive")
+    parser.add_argument("--steps", type=int, default=60, help="of each training, for progressive and device")
     parser.add_argument("--sizes", type=float, nargs="+", default=[0.4, 0.2, 0.1], help="of the family")
     parser.add_argument("--out", type=Path, help="put the table into this page, between its marks")
     options = parser.parse_args(arguments)
@@ -279,6 +300,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "stable-rank": lambda: stable_rank(options.seeds),
         "progressive": lambda: progressive(options.seeds, options.steps, options.sizes),
     }
+    tables["device"] = lambda: device(options.steps)
     lines = []
     try:
         for line in tables[options.table]():

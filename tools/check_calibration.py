@@ -27,10 +27,10 @@ from lrcompile.devices.analytic import AnalyticCostModel
 from lrcompile.devices.calibrate import VISITS, Measurement
 from lrcompile.devices.cost import Cost, total
 from lrcompile.devices.device import Device
+from lrcompile.devices.features import family
 from lrcompile.devices.fusion import describe_all
 from lrcompile.devices.measure import LocalCostModel
 from lrcompile.devices.profile import load_device
-from lrcompile.devices.residual import family
 from lrcompile.devices.sampling import operations
 from lrcompile.frontend.trace import trace
 from lrcompile.graph.op import ConvShape, OpDesc, conv_op

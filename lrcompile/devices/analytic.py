@@ -22,8 +22,8 @@ from torch import fx
 from lrcompile.devices.correlation import difference_sigma_s
 from lrcompile.devices.cost import Cost, total
 from lrcompile.devices.device import Device, Kernels, Winograd
+from lrcompile.devices.features import family, features
 from lrcompile.devices.fusion import describe_all
-from lrcompile.devices.residual import family, features
 from lrcompile.graph.op import DTYPE_BYTES, AttentionShape, ConvShape, GemmShape, OpDesc, RecurrentShape
 
 Direction = Literal["forward", "data", "weight"]
@@ -96,7 +96,7 @@ class AnalyticCostModel:
         sigma = self.device.sigma_relative[_op_class(op)]
         residuals = None if self.training else self.device.residuals.get(family(op) or "")
         if residuals is not None:
-            correction, sigma = residuals.at(features(op))
+            correction, sigma = residuals.at(features(op, self.device.kind))
             latency_s *= math.exp(correction)
         sigma_s = sigma * latency_s
         if not self.training:
@@ -138,7 +138,9 @@ def conv_latency_s(device: Device, shape: ConvShape, dtype: str, direction: Dire
     element = DTYPE_BYTES[dtype]
     step = (device.alignment if len(shape.kernel) == 3 else device.alignment_conv)[kind]
     has_few_channels = shape.channels_in // shape.groups < _FEW_CHANNELS
-    shape = _plain(_aligned(shape, 1 if "grouped_conv" in device.lacks else shape.groups, step))
+    wanted = replace(shape, groups=1) if "grouped_conv" in device.lacks else shape
+    shape = _aligned(wanted, wanted.groups, step)
+    is_aligned, shape = shape == wanted, _plain(shape)
     direction = _MIRRORED[direction] if shape.transposed else direction
     traffic = element * sum(_elements(shape))
     product = _implied_gemm(shape, direction)
@@ -148,6 +150,7 @@ def conv_latency_s(device: Device, shape: ConvShape, dtype: str, direction: Dire
         vector_flops = device.peak_flops[device.compute_dtype("fp32")] * engine.depthwise_efficiency
         return launch_s + _norm(device, flops / vector_flops, traffic / device.bandwidth_bytes_s)
     kernels = {"forward": engine.conv, "data": engine.conv_data, "weight": engine.conv_weight}[direction]
+    kernels = kernels if is_aligned else kernels.slower
     latency_s = _product_s(device, kernels, product, dtype, traffic)
     if has_few_channels:
         latency_s /= kernels.few_channels
@@ -197,6 +200,8 @@ def _gemm_s(device: Device, shape: GemmShape, dtype: str, traffic_bytes: float) 
     kernels = device.engine_for(dtype).gemm
     step = device.alignment[device.compute_dtype(dtype)]
     aligned = replace(shape, n=_round_up(shape.n, step), k=_round_up(shape.k, step))
+    if aligned != shape:
+        kernels = kernels.slower
     skinny_s = 0.0
     if shape.layout == "TN" and 0 not in (shape.m, shape.n):
         skinny_s = traffic_bytes / kernels.skinny_bandwidth_bytes_s / (1 + (min(shape.m, shape.n) / _SKINNY) ** 4)
@@ -222,7 +227,8 @@ def _product_s(
     operand_bytes = (DTYPE_BYTES[dtype] * batch * k) * (columns * m + rows * n)
     l2_s = (operand_bytes + menu.partial_bytes * (batch * m * n)) / (device.l2_bandwidth_bytes_s * engine.l2_share)
     p = device.norm_exponent
-    return (float((compute_s**p + l2_s**p).min()) + dram_s**p + other_s**p) ** (1 / p)
+    on_chip_s = (compute_s**p + l2_s**p) ** (1 / p) + kernels.split_setup_s * (menu.split > 1)
+    return _norm(device, float(on_chip_s.min()), dram_s, other_s)
 
 
 def _norm(device: Device, *parts_s: float) -> float:

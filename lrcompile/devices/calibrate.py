@@ -18,52 +18,87 @@ from torch import fx
 
 from lrcompile.devices.analytic import AnalyticCostModel
 from lrcompile.devices.cost import Cost
-from lrcompile.devices.device import Device
-from lrcompile.devices.fit import fit
+from lrcompile.devices.device import KERNEL_FIGURES, Device
+from lrcompile.devices.features import family, features
+from lrcompile.devices.fit import figure, fit, with_figures
 from lrcompile.devices.fusion import describe_all
 from lrcompile.devices.profile_text import profile_text
 from lrcompile.devices.repeated import encoder, in_a_row
-from lrcompile.devices.residual import Residuals, family, features, fitted
+from lrcompile.devices.residual import Residuals, fitted
+from lrcompile.devices.runtimes import VISITS, runtime_here
 from lrcompile.devices.sampling import encoders, operations, rows
-from lrcompile.errors import DeviceError, InputError
+from lrcompile.errors import DeviceError
 from lrcompile.graph.op import FUNCTIONS, OpDesc
 
 Progress = Callable[[str, int, int], None]
-RUNTIMES = ("onnxruntime", "torch", "torch-compile")
 _RUN_S = 1e-5  # of about which size that of a run is: for the solver
 NETWORKS = 20  # of convolutions, and as many transformers
-VISITS, CHUNK = 3, 60  # an operation is measured so often, each time after as many others
+CHUNK = 60  # operations between two visits of one
 NOISY = 0.1  # relative error above which a measurement does not count
 MOST_NOISY = 1 / 3  # share of such measurements above which the machine is called too busy
 LEAST, MOST = 40, 16000  # measurements without which nothing is fitted, and that are enough
 EXPLORED = 0.6  # share of the time for operations at random; the rest goes where they are known least, in rounds
 ROUNDS, POOL = 3, 6000
 AGREE = 0.03  # difference of two visits up to which there is no third
-FIT_TO = 300  # operations of a family that the formula's figures are fitted to
-FITTED = (  # in turn: families of operations, and the figures that are fitted to them with their places in a profile
-    (("copy",), {"launch_s.other": "launch.other", "bandwidth_bytes_s": "hardware.bandwidth_sustained"}),
-    (
-        ("gemm", "bmm"),
-        {
-            "launch_s.gemm": "launch.gemm",
-            "peak_flops.fp32": "dtype.fp32.peak",
-            "engines.avx2.gemm.tile_exponent": "engine.avx2.gemm.tile_exponent",
-            "l2_bandwidth_bytes_s": "hardware.l2_bandwidth",
-        },
+FIT_TO = 600  # operations of a family that the formula's figures are fitted to
+Fits = tuple[tuple[tuple[str, ...], dict[str, str]], ...]
+
+
+def _kernels(engine: str, name: str, *figures: str) -> dict[str, str]:
+    """Figures of an engine's kernels, with their places in a profile."""
+    return {f"engines.{engine}.{name}.{KERNEL_FIGURES[key][0]}": f"engine.{engine}.{name}.{key}" for key in figures}
+
+
+_MENU = ("efficiency", "tile_exponent", "prologue", "overlap")
+FITTED: dict[str, Fits] = {  # in turn: families of operations, and the figures that are fitted to them
+    "cpu": (
+        (("copy",), {"launch_s.other": "launch.other", "bandwidth_bytes_s": "hardware.bandwidth_sustained"}),
+        (
+            ("gemm", "bmm"),
+            {
+                "launch_s.gemm": "launch.gemm",
+                "peak_flops.fp32": "dtype.fp32.peak",
+                **_kernels("avx2", "gemm", "tile_exponent"),
+                "l2_bandwidth_bytes_s": "hardware.l2_bandwidth",
+            },
+        ),
+        (
+            ("pointwise", "conv"),
+            {"launch_s.conv": "launch.conv", **_kernels("avx2", "conv", "efficiency", "tile_exponent")},
+        ),
+        (("depthwise",), {"engines.avx2.depthwise_efficiency": "engine.avx2.depthwise_efficiency"}),
     ),
-    (
-        ("pointwise", "conv"),
-        {
-            "launch_s.conv": "launch.conv",
-            "engines.avx2.conv.efficiency": "engine.avx2.conv.efficiency",
-            "engines.avx2.conv.tile_exponent": "engine.avx2.conv.tile_exponent",
-        },
+    "gpu": (
+        (
+            ("copy-half", "binary-half", "gelu-half", "copy", "binary", "gelu"),
+            {"launch_s.other": "launch.other", "bandwidth_bytes_s": "hardware.bandwidth_sustained"},
+        ),
+        (
+            ("gemm-half",),
+            {
+                "launch_s.gemm": "launch.gemm",
+                "norm_exponent": "hardware.norm_exponent",
+                "l2_bandwidth_bytes_s": "hardware.l2_bandwidth",
+                **_kernels("tensor_core", "gemm", *_MENU, "misaligned", "split_setup"),
+            },
+        ),
+        (
+            ("pointwise-half", "conv-half"),
+            {"launch_s.conv": "launch.conv", **_kernels("tensor_core", "conv", *_MENU, "few_channels", "misaligned")},
+        ),
+        (
+            ("depthwise-half",),
+            {"engines.tensor_core.depthwise_efficiency": "engine.tensor_core.depthwise_efficiency"},
+        ),
+        (("gemm-tf32",), {"peak_flops.tf32": "dtype.tf32.peak"}),
+        (("gemm",), _kernels("cuda_core", "gemm", *_MENU, "setup")),
+        (("pointwise", "conv"), _kernels("cuda_core", "conv", *_MENU, "setup")),
+        (("depthwise",), {"engines.cuda_core.depthwise_efficiency": "engine.cuda_core.depthwise_efficiency"}),
     ),
-    (("depthwise",), {"engines.avx2.depthwise_efficiency": "engine.avx2.depthwise_efficiency"}),
-)
+}
 ROBUST = 1.4826  # of the median of absolute errors, for a normal distribution to have its standard deviation
 FEWEST = 5  # measurements of some families without which their figures stay as they are
-SIGMAS: dict[str, tuple[str, ...]] = {
+SIGMAS: dict[str, tuple[str, ...]] = {  # families in every type
     "gemm": ("gemm", "bmm", "attention"),
     "conv": ("pointwise", "conv", "depthwise", "grouped", "volume"),
     "recurrent": ("recurrent",),
@@ -144,42 +179,20 @@ class Calibration:
 def calibrate_here(
     name: str, seconds: float, seed: int, progress: Progress, runtime: str = "onnxruntime"
 ) -> tuple[Calibration, str]:
-    """(the calibration of this machine's CPU with a runtime, the text of its profile).
+    """(the calibration of a runtime on this machine, the text of its profile).
 
     Raises:
-        InputError: there is no such runtime.
+        InputError: there is no such runtime here.
         DeviceError: see `calibrate`.
     """
-    import onnxruntime
-    import torch
-
-    from lrcompile.devices.measure import LocalCostModel, cpu_name, default_cache_dir, local_device
-    from lrcompile.devices.measure_torch import TorchCostModel
-
-    if runtime not in RUNTIMES:
-        raise InputError(f"unknown runtime {runtime!r}: expected {' or '.join(RUNTIMES)}, on this machine's CPU")
-    device, folders = local_device(), [default_cache_dir() / f"visit{i}" for i in range(VISITS)]
-    compiled = runtime == "torch-compile"
-    network, version = None, f"PyTorch {torch.__version__}, {'compiled' if compiled else 'eager'}"
-    measured: list[Callable[[OpDesc], Cost]] = [TorchCostModel(folder, compiled).cost for folder in folders]
-    if runtime == "onnxruntime":
-        visits = [LocalCostModel(folder) for folder in folders]
-        measured, network = [visit.cost for visit in visits], visits[0].network
-        version = f"ONNX Runtime {onnxruntime.__version__}"
-    else:
-        device = replace(device, fuses=frozenset())  # what is measured are kernels of their own
+    here = runtime_here(runtime)
     found = calibrate(
-        device,
-        lambda op, visit: measured[visit](op),
-        seconds,
-        network=network,
-        seed=seed,
+        with_starts(here.device), here.measure, seconds, drawn=here.drawn(seed), network=here.network, seed=seed,
         progress=progress,
-    )
-    described = f"{cpu_name()}, {version}, {found.device.units} threads"
-    source = f"measured here ({date.today().isoformat()}, {described}, {len(found.measurements)} operations)"
+    )  # fmt: skip
+    source = f"measured here ({date.today().isoformat()}, {here.described}, {len(found.measurements)} operations)"
     made = f"Made by lrcompile calibrate --runtime {runtime} --minutes {seconds / 60:g} --seed {seed}."
-    return found, profile_text(calibrated(found, name, described, source), made)
+    return found, profile_text(calibrated(found, name, here.described, source), made)
 
 
 def calibrate(
@@ -187,6 +200,7 @@ def calibrate(
     measure: Callable[[OpDesc, int], Cost],
     seconds: float,
     *,
+    drawn: Iterator[OpDesc] | None = None,
     network: Callable[[fx.GraphModule], Cost] | None = None,
     seed: int = 0,
     progress: Progress = lambda stage, done, total: None,
@@ -196,8 +210,8 @@ def calibrate(
 
     `measure` takes an operation and the number of the visit: each is measured two or three times with others between,
     so that what disturbs the machine for a while does not decide. The last part of the time goes where predictions of
-    operations left out are worst; `network` measures whole graphs. What is remembered costs no time, so that a
-    calibration goes on where it was stopped.
+    operations left out are worst; they come from `drawn`. `network` measures whole graphs. What is remembered costs no
+    time, so that a calibration goes on where it was stopped.
 
     Raises:
         DeviceError: there was time for too few measurements, or too many of them were noisy.
@@ -213,7 +227,7 @@ def calibrate(
                     progress("measure", min(round(clock() - start), round(seconds)), round(seconds))
         found.extend(Measurement.of(op, known) for op, known in zip(ops, costs, strict=True) if len(known) > 1)
 
-    drawn = operations(seed)
+    drawn = drawn or operations(seed)
     while clock() - start < seconds * EXPLORED and len(found) < MOST * EXPLORED:
         add(list(islice(drawn, CHUNK)), seconds * EXPLORED)
     pool = list(islice(drawn, POOL)) if len(found) >= LEAST else []
@@ -250,7 +264,7 @@ def calibrated(found: Calibration, name: str, description: str, source: str) -> 
     sigma = {
         key: math.sqrt(float(np.mean(np.concatenate(errors) ** 2)))
         for key, families in SIGMAS.items()
-        if (errors := [found.held_out[family] for family in families if family in found.held_out])
+        if (errors := [errors for name, errors in found.held_out.items() if name.partition("-")[0] in families])
     }
     sources = dict.fromkeys(found.places, source)
     if device.bandwidth_bytes_s > device.bandwidth_peak_bytes_s:
@@ -290,7 +304,7 @@ def _worst(device: Device, found: Sequence[Measurement], pool: Sequence[OpDesc])
         if name not in now.residuals:
             return math.inf
         residuals = now.residuals[name]
-        return now.sigma(name) * residuals.at(features(op))[1] / residuals.spread
+        return now.sigma(name) * residuals.at(features(op, device.kind))[1] / residuals.spread
 
     return sorted(pool, key=doubt, reverse=True)
 
@@ -298,14 +312,28 @@ def _worst(device: Device, found: Sequence[Measurement], pool: Sequence[OpDesc])
 def fitted_to(device: Device, good: Sequence[Measurement], noisy: int) -> Calibration:
     """The figures that fit, the residuals they leave, and the errors of each where it is left out of these."""
     places: list[str] = []
-    for families, figures in FITTED:
+    for families, figures in FITTED[device.kind]:
         mine = _some([m for m in good if family(m.op) in families], FIT_TO * len(families))
+        found = {name: place for name, place in figures.items() if figure(device, name) > 0}
         if len(mine) >= FEWEST:
-            device = fit(device, tuple(figures), lambda candidate, mine=mine: -_log_errors(candidate, mine))  # type: ignore[misc]
-            places += figures.values()
+            device = fit(device, tuple(found), lambda candidate, mine=mine: -_log_errors(candidate, mine))  # type: ignore[misc]
+            places += found.values()
     residuals = _residuals(device, good)
     held_out = {name: found.left_out() for name, found in residuals.items()}
     return Calibration(device, tuple(places), residuals, tuple(good), noisy, held_out)
+
+
+def with_starts(device: Device) -> Device:
+    """A GPU's profile with figures that the fit can start from where it has none: of what is not aligned, and split."""
+    given = {
+        f"engines.{name}.{kind}.{figure}": value
+        for name, engine in device.engines.items()
+        if device.kind == "gpu"
+        for kind, kernels in (("gemm", engine.gemm), ("conv", engine.conv))
+        for figure, default, value in (("misaligned", 1.0, 0.5), ("split_setup_s", 0.0, 2e-6))
+        if getattr(kernels, figure) == default and (name == "tensor_core" or figure == "split_setup_s")
+    }
+    return with_figures(device, given)
 
 
 def _agree(costs: Sequence[Cost]) -> bool:
@@ -352,5 +380,5 @@ def _residuals(device: Device, good: Sequence[Measurement]) -> dict[str, Residua
             found[name].append(m)
     result = {}
     for name, mine in found.items():
-        result[name] = fitted(np.array([features(m.op) for m in mine]), _log_errors(device, mine))
+        result[name] = fitted(np.array([features(m.op, device.kind) for m in mine]), _log_errors(device, mine))
     return result

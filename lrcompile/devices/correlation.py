@@ -11,7 +11,7 @@ import numpy as np
 
 from lrcompile.devices.cost import Cost
 from lrcompile.devices.device import Device
-from lrcompile.devices.residual import family, features, sizes
+from lrcompile.devices.features import family, features, sizes
 from lrcompile.graph.op import OpDesc
 
 SHARED, REACH = 0.6, 4.0
@@ -48,7 +48,9 @@ def _variance(device: Device, name: str, group: Sequence[tuple[OpDesc, float, fl
     residuals = device.residuals.get(name)
     if residuals is not None:
         latencies = np.array([signed[op][0] for op in ops])
-        covariance = residuals.joint([features(op) for op in ops])[1] + residuals.noise**2 * np.eye(len(ops))
+        covariance = residuals.joint([features(op, device.kind) for op in ops])[1] + residuals.noise**2 * np.eye(
+            len(ops)
+        )
         return float(latencies @ covariance @ latencies)
     sigmas = np.array([signed[op][1] for op in ops])
     points = np.array([sizes(op) for op in ops])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from lrcompile.devices.residual import Residuals
@@ -41,6 +41,8 @@ KERNEL_FIGURES: Mapping[str, tuple[str, str, str, Mapping[str, Any]]] = {
     "bandwidth": ("bandwidth", "number", "factor", {}),
     "skinny_bandwidth": ("skinny_bandwidth_bytes_s", "bandwidth", "GB/s", {}),
     "few_channels": ("few_channels", "number", "factor", {}),
+    "misaligned": ("misaligned", "number", "factor", {}),
+    "split_setup": ("split_setup_s", "time", "us", {"zero": True}),
 }
 """Of kernels in a profile: the field that holds a figure, its dimension, the unit it is written in, and its bounds."""
 WINOGRAD_RATES = ("transformed", "five", "fused", "filter_bandwidth")
@@ -56,7 +58,8 @@ class Kernels:
     nothing: 0 for whole waves, 1 for none at all. `setup_s` comes on top of the launch, and `bandwidth` is the share
     of the sustained bandwidth that is reached. `skinny_bandwidth_bytes_s` limits products with a short side whose
     operands are both stored along K; `few_channels` is the rate of convolutions of less than 8 channels over that of
-    others.
+    others, `misaligned` that of operations with an extent that is no multiple of the alignment. Partial sums of a
+    product cut along K take `split_setup_s` to start adding.
     """
 
     efficiency: float
@@ -68,6 +71,13 @@ class Kernels:
     bandwidth: float = 1.0
     skinny_bandwidth_bytes_s: float = math.inf
     few_channels: float = 1.0
+    misaligned: float = 1.0
+    split_setup_s: float = 0.0
+
+    @property
+    def slower(self) -> Kernels:
+        """Those for operations that are not aligned."""
+        return self if self.misaligned == 1.0 else replace(self, efficiency=self.efficiency * self.misaligned)
 
 
 @dataclass(frozen=True)

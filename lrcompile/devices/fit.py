@@ -12,7 +12,7 @@ from scipy.optimize import least_squares
 from lrcompile.devices.device import Device
 
 PRIOR = 0.1  # how strongly a figure is held to that of the profile, in a logarithm's standard deviations
-SHARES = ("efficiency", "overlap", "depthwise_efficiency")  # figures that are at most 1
+SHARES = ("efficiency", "overlap", "depthwise_efficiency", "misaligned", "few_channels")  # figures that are at most 1
 
 
 def fit(

@@ -38,7 +38,7 @@ class TorchCostModel:
         Raises:
             DeviceError: this operation is not measured in PyTorch, or torch.compile cannot make it here.
         """
-        graph = repeated(op, 1, wake=False) if op.dtype == "fp32" else None
+        graph = repeated(op, 1, alone=True) if op.dtype == "fp32" else None
         if graph is None:
             raise DeviceError(f"operation {op.kind} in {op.dtype} is not measured in PyTorch; give one in fp32")
         traffic = op.weight_bytes, op.activation_bytes

@@ -28,7 +28,8 @@ from lrcompile.devices.device import (
     Kernels,
     Winograd,
 )
-from lrcompile.devices.residual import WIDTHS, Residuals
+from lrcompile.devices.features import WIDTHS, width_of
+from lrcompile.devices.residual import Residuals
 from lrcompile.errors import DeviceError
 
 _KINDS = ("gpu", "npu", "cpu")
@@ -177,7 +178,8 @@ class _Reader:
         if base is not None and name not in engine:
             return base
         table, place = self.table(engine, where, name), f"{where}.{name}"
-        needed, others = ("efficiency", "tile_exponent", "split_k"), ("prologue", "overlap", "setup", "bandwidth")
+        needed = ("efficiency", "tile_exponent", "split_k")
+        others = ("prologue", "overlap", "setup", "bandwidth", "misaligned", "split_setup")
         special = {"gemm": "skinny_bandwidth", "conv": "few_channels"}.get(name)
         self.keys(place, table, () if base else needed, optional=(*needed, *others, *((special,) if special else ())))
         given: dict[str, Any] = {"split_k": self.split_k(table, place, "split_k")} if "split_k" in table else {}
@@ -195,11 +197,11 @@ class _Reader:
 
     def residuals(self, name: str) -> Residuals:
         place = f"residuals.{name}"
-        if name not in WIDTHS:
+        width = width_of(name, self.document["kind"])
+        if width is None:
             raise self.error(place, f"one of {', '.join(WIDTHS)}", "an unknown family of operations")
         table = self.table(self.table(self.document, "", "residuals"), "residuals", name)
         self.keys(place, table, ("source", "reach", "spread", "noise", "points"))
-        width = WIDTHS[name]
         for key in ("spread", "noise"):
             if not isinstance(table[key], int | float) or not 0 < table[key] < math.inf:
                 raise self.error(f"{place}.{key}", "a finite number above 0", repr(table[key]))

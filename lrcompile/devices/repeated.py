@@ -22,11 +22,15 @@ COPIES_S = 6e-4  # how long all copies should take
 MOST_COPIES = 40
 MOST_BYTES = 3e7  # of all copies together, so that they fit into the caches if one of them does
 WAKING = 128  # extents of a product that several threads share
-_DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16}
+_DTYPES = {
+    "fp64": torch.float64, "fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+}  # fmt: skip
 _CONVOLUTIONS: dict[tuple[int, bool], Any] = {
     (1, False): nn.Conv1d, (2, False): nn.Conv2d, (3, False): nn.Conv3d,
     (1, True): nn.ConvTranspose1d, (2, True): nn.ConvTranspose2d, (3, True): nn.ConvTranspose3d,
 }  # fmt: skip
+_CHANNELLED = (nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _OF_TWO = ("binary", "skip_layer_norm")
 _RECURRENT: dict[int, Callable[..., Any]] = {4: aten.lstm.input, 3: aten.gru.input}
 _CHAINED: dict[str, Callable[..., Any]] = {
@@ -46,31 +50,34 @@ def least_copies(op: OpDesc) -> int:
     return int(op.conv is not None and len(op.conv.kernel) == 2)
 
 
-def repeated(op: OpDesc, copies: int, *, wake: bool = True) -> fx.GraphModule | None:
-    """A graph of `copies` of an operation in fp64, fp32 or fp16, on meta tensors; None where it has no such form.
+def repeated(op: OpDesc, copies: int, *, alone: bool = False) -> fx.GraphModule | None:
+    """A graph of `copies` of an operation in a floating-point type, on meta tensors; None where it has no such form.
 
-    With `wake` it starts with a product that several threads share. Copies have weights of their own, and where they
-    have none, inputs of their own or the result of the one before, so that none is computed once for all.
+    It starts with a product that several threads share. Copies have weights of their own, and where they have none,
+    inputs of their own or the result of the one before, so that none is computed once for all. With `alone` there is
+    nothing but the operation, its operands are stored as it says, and only the last result is kept.
     """
     dtype = _DTYPES.get(op.dtype)
     if dtype is None:
         return None
     make = _Maker(dtype)
-    if wake:
+    if not alone:
         _wake(make)
     if op.gemm is not None:
-        _gemms(make, op.gemm, copies, weight=op.weight_bytes > 0)
+        _gemms(make, op.gemm, copies, weight=op.weight_bytes > 0, stored=alone)
     elif op.conv is not None:
-        if not _convolutions(make, op.conv, copies):
+        if not _convolutions(make, op.conv, copies, alone=alone):
             return None
     elif op.attention is not None:
         _attentions(make, op.attention, copies)
     elif op.recurrent is not None and op.recurrent.gates in _RECURRENT:
         _recurrents(make, op.recurrent, copies)
     elif op.kind in ("normalization", "reduction", "elementwise", "gather", "movement"):
-        _functions(make, op, copies)
+        _functions(make, op, copies, alone=alone)
     else:
         return None
+    if alone:
+        make.outputs = make.outputs[-1:]
     return make.done()
 
 
@@ -81,6 +88,23 @@ def in_a_row(shapes: Sequence[ConvShape]) -> fx.GraphModule:
     for shape in shapes:
         x = make.call(aten.relu.default, make.layer(_convolution(shape), x))
     make.output(x)
+    return make.done()
+
+
+def chain(ops: Sequence[OpDesc]) -> fx.GraphModule:
+    """Linear layers and convolutions of one type, without biases, each fed by the one before."""
+    make = _Maker(_DTYPES[ops[0].dtype])
+    first = ops[0]
+    x = make.input(first.conv.batch, first.conv.channels_in, *first.conv.size_in) if first.conv else None
+    if first.gemm is not None:
+        x = make.input(first.gemm.m, first.gemm.k)
+    for op in ops:
+        if op.gemm is not None:
+            x = make.call(aten.linear.default, x, make.weight(op.gemm.n, op.gemm.k))
+        elif op.conv is not None and x is not None:
+            x = make.layer(_convolution(op.conv, bias=False), x)
+    if x is not None:
+        make.output(x)
     return make.done()
 
 
@@ -159,15 +183,23 @@ class _Maker:
         return fx.GraphModule(self.root, self.graph)
 
 
-def _gemms(make: _Maker, shape: GemmShape, copies: int, *, weight: bool) -> None:
+def _gemms(make: _Maker, shape: GemmShape, copies: int, *, weight: bool, stored: bool) -> None:
+    """With `stored`, operands lie in memory as the shape's layout says; else along their rows."""
     batch = (shape.batch,) if shape.batch > 1 else ()
-    x = make.input(*batch, shape.m, shape.k) if copies else None
+    first_turned, second_turned = (shape.layout == "NT", shape.layout == "TN") if stored else (False, False)
+
+    def operand(made: Callable[..., fx.Node], rows: int, columns: int, turned: bool) -> fx.Node:
+        if not turned:
+            return made(*batch, rows, columns)
+        return make.call(aten.transpose.int, made(*batch, columns, rows), -2, -1)
+
+    x = operand(make.input, shape.m, shape.k, first_turned) if copies else None
     for _ in range(copies):
-        second = (make.weight if weight else make.input)(*batch, shape.k, shape.n)
+        second = operand(make.weight if weight else make.input, shape.k, shape.n, second_turned)
         make.output(make.call(aten.matmul.default, x, second))
 
 
-def _convolutions(make: _Maker, shape: ConvShape, copies: int) -> bool:
+def _convolutions(make: _Maker, shape: ConvShape, copies: int, *, alone: bool) -> bool:
     """Of images, each adds what the one before gave: values stay in blocks of channels. With bias and ReLU."""
     if _conv_options(shape) is None:
         return False
@@ -175,7 +207,10 @@ def _convolutions(make: _Maker, shape: ConvShape, copies: int) -> bool:
         return True
     x, last, images = make.input(shape.batch, shape.channels_in, *shape.size_in), None, len(shape.kernel) == 2
     for _ in range(copies):
-        y = make.layer(_convolution(shape), x)
+        y = make.layer(_convolution(shape, bias=not alone), x)
+        if alone:
+            make.output(y)
+            continue
         if images and last is not None:
             y = make.call(aten.add.Tensor, y, last)
         last = make.call(aten.relu.default, y)
@@ -186,12 +221,12 @@ def _convolutions(make: _Maker, shape: ConvShape, copies: int) -> bool:
     return True
 
 
-def _convolution(shape: ConvShape) -> nn.Module:
+def _convolution(shape: ConvShape, *, bias: bool = True) -> nn.Module:
     kind = _CONVOLUTIONS[len(shape.kernel), shape.transposed]
     with torch.device("meta"):
         module: nn.Module = kind(
             shape.channels_in, shape.channels_out, shape.kernel, shape.stride, dilation=shape.dilation,
-            groups=shape.groups, **(_conv_options(shape) or {}),
+            groups=shape.groups, bias=bias, **(_conv_options(shape) or {}),
         )  # fmt: skip
     return module
 
@@ -251,8 +286,11 @@ def _recurrents(make: _Maker, shape: RecurrentShape, copies: int) -> None:
         make.output(make.call(operator.getitem, y, 0))
 
 
-def _functions(make: _Maker, op: OpDesc, copies: int) -> None:
-    """Whatever only moves data or maps elements, over as many bytes; one takes the result of the one before."""
+def _functions(make: _Maker, op: OpDesc, copies: int, *, alone: bool) -> None:
+    """Whatever only moves data or maps elements, over as many bytes; one takes the result of the one before.
+
+    A transpose is an operator of its own in ONNX; with `alone` a copy of the view that it is in PyTorch.
+    """
     size = make.dtype.itemsize
     elements = max(1, round((op.weight_bytes + op.activation_bytes) / size / (3 if op.function in _OF_TWO else 2)))
     row = min(max(1, op.row), elements)
@@ -263,7 +301,11 @@ def _functions(make: _Maker, op: OpDesc, copies: int) -> None:
         few = math.gcd(rows, 8) if rows % 8 else 8
         for _ in range(copies):
             x = make.input(few, max(1, rows // few), row)
-            make.output(make.call(aten.clone.default, x) if rows == 1 else make.call(aten.transpose.int, x, 0, 1))
+            if rows > 1:
+                x = make.call(aten.transpose.int, x, 0, 1)
+            if rows == 1 or alone:
+                x = make.call(aten.clone.default, x, memory_format=torch.contiguous_format)
+            make.output(x)
     elif op.function == "reduce":
         for _ in range(copies):
             make.output(make.call(aten.mean.dim, make.input(max(1, rows), row), [-1]))
@@ -294,16 +336,24 @@ def _function(make: _Maker, name: str, x: fx.Node, other: fx.Node | None, row: i
     return make.call(_CHAINED[name], x)
 
 
-def call_of(gm: fx.GraphModule, *, compiled: bool = False) -> Callable[[], Any]:
+def call_of(
+    gm: fx.GraphModule, *, compiled: bool = False, device: str = "cpu", channels_last: bool = False
+) -> Callable[[], Any]:
     """A call that runs the graph once in PyTorch, on random values; it was run once when this returns.
 
-    With `compiled` it is what torch.compile makes of it for these shapes alone.
+    With `compiled` it is what torch.compile makes of it for these shapes alone. With `channels_last`, maps of images
+    and volumes and the weights over them are laid out so.
     """
-    gm = gm.to_empty(device="cpu")
+    gm = gm.to_empty(device=device)
     for parameter in gm.parameters():
         nn.init.normal_(parameter, std=0.02)
     values = [node.meta["val"] for node in gm.graph.nodes if node.op == "placeholder"]
-    inputs = [_random(value) for value in values]
+    inputs = [_random(value, device) for value in values]
+    if channels_last:
+        for module in gm.modules():
+            if isinstance(module, _CHANNELLED):
+                module.weight.data = _channels_last(module.weight.data)
+        inputs = [_channels_last(value) for value in inputs]
     run = torch.inference_mode()(lambda: gm(*inputs))
     if compiled:
         torch.compiler.reset()  # it compiles only so many shapes of what it takes for one function
@@ -313,5 +363,12 @@ def call_of(gm: fx.GraphModule, *, compiled: bool = False) -> Callable[[], Any]:
     return run
 
 
-def _random(value: Tensor) -> Tensor:
-    return torch.ones(value.shape, dtype=torch.bool) if value.dtype == torch.bool else torch.randn(value.shape)
+def _channels_last(x: Tensor) -> Tensor:
+    layout = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+    return x if layout is None else x.to(memory_format=layout)
+
+
+def _random(value: Tensor, device: str) -> Tensor:
+    if value.dtype == torch.bool:
+        return torch.ones(value.shape, dtype=torch.bool, device=device)
+    return torch.randn(value.shape, device=device).to(value.dtype)

@@ -12,21 +12,12 @@ from scipy.linalg import cho_factor, cho_solve
 from scipy.optimize import minimize
 from scipy.spatial.distance import cdist
 
-from lrcompile.graph.op import FUNCTIONS, AttentionShape, ConvShape, GemmShape, OpDesc, RecurrentShape
-
 ENOUGH = 600  # values to find reach, spread and noise by: the work grows with the cube of their number
 NEAREST = 160  # values that say something about a shape
-BLOCK = 16  # channels in a block of ONNX Runtime's convolutions on AVX-512, and a width of its products
-WIDTHS: dict[str, int] = {
-    "gemm": 9, "bmm": 9, "pointwise": 16, "conv": 16, "depthwise": 16, "grouped": 17, "volume": 9, "attention": 10,
-    "recurrent": 8,
-    **dict.fromkeys(FUNCTIONS, 2),
-}  # fmt: skip
-"""How many features the families of operations have."""
-_WITH_ROWS = ("bias", "layer_norm", "skip_layer_norm", "group_norm", "transpose", "reduce")
-_REACH, _SPREAD, _NOISE = 16.0, 0.4, 0.03  # where the search starts
+_REACH, _SPREAD, _NOISE = 16.0, 0.4, 0.03
+_STARTS = ((_REACH, _NOISE), (4 * _REACH, 4 * _NOISE))  # reach and noise where the searches start: some end badly
 _BOUNDS = ((0.05, 1e3), (0.01, 3.0), (0.01, 0.3))  # of each
-_HELD = 0.04  # how strongly reaches are held to where the search starts, in a logarithm's variance
+_HELD = 0.04  # how strongly reaches are held to `_REACH`, in a logarithm's variance
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,12 +84,16 @@ def fitted(points: np.ndarray, values: np.ndarray) -> Residuals:
     """Reach, spread and noise that explain the values best; found by some of the values where there are many."""
     some = np.random.default_rng(0).permutation(len(points))[:ENOUGH]
     width = points.shape[1]
-    start = np.log([_REACH] * width + [_SPREAD, _NOISE])
+    held = np.log([_REACH] * width + [_SPREAD, _NOISE])
     bounds = np.log([_BOUNDS[0]] * width + list(_BOUNDS[1:]))
-    found = minimize(
-        lambda x: _surprise(x, start, points[some], values[some]), start, jac=True, method="L-BFGS-B", bounds=bounds,
-        options={"maxiter": 40},
-    ).x  # fmt: skip
+    tried = [
+        minimize(
+            lambda x: _surprise(x, held, points[some], values[some]), np.log([reach] * width + [_SPREAD, noise]),
+            jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": 40},
+        )
+        for reach, noise in _STARTS
+    ]  # fmt: skip
+    found = min(tried, key=lambda one: float(one.fun)).x
     reach, (spread, noise) = np.exp(found[:width]), np.exp(found[width:])
     return Residuals(points, values, reach, float(spread), float(noise))
 
@@ -120,131 +115,3 @@ def _surprise(x: np.ndarray, start: np.ndarray, points: np.ndarray, values: np.n
     away = np.append(x[:width] - start[:width], [0.0, 0.0])
     surprise = float(values @ weights / 2 + np.log(np.diag(factor[0])).sum() + _HELD * (away @ away) / 2)
     return surprise, gradient + _HELD * away
-
-
-def family(op: OpDesc) -> str | None:
-    """What an operation's residual is kept with, or None where it has none: what is measured is in fp32."""
-    if op.dtype != "fp32":
-        return None
-    if op.conv is not None:
-        shape = op.conv
-        if shape.transposed or len(shape.kernel) == 1:
-            return None
-        if len(shape.kernel) == 3:
-            return "volume"
-        if shape.groups > 1:
-            return "depthwise" if min(shape.channels_in, shape.channels_out) == shape.groups else "grouped"
-        return "pointwise" if set(shape.kernel) == {1} else "conv"
-    if op.gemm is not None:
-        return "gemm" if op.weight_bytes else "bmm"
-    if op.attention is not None:
-        return "attention"
-    if op.recurrent is not None:
-        return "recurrent"
-    if op.kind in ("elementwise", "normalization", "movement", "reduction", "gather"):
-        return op.function
-    return None
-
-
-def features(op: OpDesc) -> list[float]:
-    """What an operation's residual depends on: logarithms of sizes to the base of two, and conditions that jump."""
-    if op.conv is not None:
-        if len(op.conv.kernel) == 3:
-            return _of_volume(op.conv)
-        return [*_of_conv(op.conv), _log2(op.conv.groups)] if family(op) == "grouped" else _of_conv(op.conv)
-    if op.gemm is not None:
-        return _of_gemm(op.gemm)
-    if op.attention is not None:
-        return _of_attention(op.attention)
-    if op.recurrent is not None:
-        return _of_recurrent(op.recurrent)
-    return [_log2(op.weight_bytes + op.activation_bytes), _log2(op.row) if op.function in _WITH_ROWS else 0.0]
-
-
-def sizes(op: OpDesc) -> list[float]:
-    """The sizes alone, by which operations of a kind are near to each other; logarithms to the base of two."""
-    if op.conv is not None:
-        shape = op.conv
-        pixels = shape.batch * math.prod(shape.size_out)
-        found = (pixels, shape.channels_in, shape.channels_out, math.prod(shape.kernel), math.prod(shape.stride))
-        return [_log2(size) for size in found]
-    if op.gemm is not None:
-        return [_log2(size) for size in (op.gemm.m, op.gemm.n, op.gemm.k, op.gemm.batch)]
-    return [_log2(op.weight_bytes + op.activation_bytes)]
-
-
-def _of_gemm(shape: GemmShape) -> list[float]:
-    """Extents, work, and what is empty in the last of 16 and 32 columns and 12 rows; vectors are another kernel."""
-    work = shape.m * shape.n * shape.k * shape.batch
-    extents = [_log2(size) for size in (shape.m, shape.n, shape.k, shape.batch, work)]
-    return [*extents, _empty(shape.n, BLOCK), _empty(shape.n, 2 * BLOCK), _empty(shape.m, 12), float(shape.m == 1)]
-
-
-def _of_volume(shape: ConvShape) -> list[float]:
-    """Sizes alone: ONNX Runtime unfolds windows and multiplies."""
-    voxels, taps, per_group = math.prod(shape.size_out), math.prod(shape.kernel), shape.channels_in // shape.groups
-    work = voxels * shape.batch * shape.channels_out * per_group * taps
-    sizes = (voxels, shape.batch, per_group, shape.channels_out, taps, math.prod(shape.stride), shape.groups, work)
-    return [*map(_log2, sizes), float(taps == 1)]
-
-
-def _of_attention(shape: AttentionShape) -> list[float]:
-    """Sizes, work, and what mask there is."""
-    heads = shape.batch * shape.heads
-    work = heads * shape.queries * shape.keys * shape.head_dim
-    sizes = (shape.batch, shape.heads, shape.heads / shape.heads_kv, shape.queries, shape.keys, shape.head_dim, work)
-    return [*map(_log2, sizes), float(shape.mask != "none"), float(shape.mask == "boolean"), float(shape.causal)]
-
-
-def _of_recurrent(shape: RecurrentShape) -> list[float]:
-    """Sizes and work."""
-    calls = shape.layers * shape.directions
-    work = calls * shape.batch * shape.steps * shape.hidden_size * (shape.input_size + shape.hidden_size) * shape.gates
-    sizes = (shape.batch, shape.steps, shape.input_size, shape.hidden_size, shape.layers, shape.directions)
-    return [*map(_log2, (*sizes, shape.gates, work))]
-
-
-def _of_conv(shape: ConvShape) -> list[float]:
-    """Sizes, whether channels are laid out in blocks, and what is empty in the last block of channels or pixels.
-
-    Kernels for blocks take up to four of them at a time, and 6 or 14 pixels of a row; without blocks a convolution is a
-    product with pixels as its columns.
-    """
-    into, out = shape.channels_in, shape.channels_out
-    blocked = float(in_blocks(shape))
-    pixels, taps = math.prod(shape.size_out), math.prod(shape.kernel)
-    return [
-        _log2(pixels),
-        _log2(shape.batch),
-        _log2(into),
-        _log2(out),
-        _log2(taps),
-        math.log2(math.prod(shape.stride)),
-        blocked,
-        float(into < BLOCK),
-        blocked * _empty(into, BLOCK),
-        blocked * _empty(out, BLOCK),
-        blocked * _log2(_padded(out, 4 * BLOCK) / max(_padded(out, BLOCK), 1)),
-        blocked * _empty(shape.size_out[-1], 14),
-        (1 - blocked) * _empty(pixels, BLOCK),
-        (1 - blocked) * _empty(out, 12),
-        _empty(shape.size_out[-1], 6),
-        _log2(pixels * shape.batch * into * out // shape.groups * taps),
-    ]
-
-
-def in_blocks(shape: ConvShape) -> bool:
-    """Whether ONNX Runtime lays the channels out in blocks: those that come in fours, and few (found by measuring)."""
-    return shape.channels_in % 4 == 0 or shape.channels_in < BLOCK
-
-
-def _empty(size: int, block: int) -> float:
-    return _log2(_padded(size, block) / size) if size else 0.0
-
-
-def _padded(size: int, block: int) -> int:
-    return -(-size // block) * block
-
-
-def _log2(size: float) -> float:
-    return math.log2(max(size, 1e-9))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from lrcompile.graph.op import (
+    DTYPE_BYTES,
     FUNCTIONS,
     AttentionShape,
     ConvShape,
@@ -26,7 +28,7 @@ WEIGHTS: dict[str, int] = {
     **dict.fromkeys(FUNCTIONS, 1),
 }  # fmt: skip
 """How often each family is drawn."""
-MOST_FLOPS, MOST_BYTES = 2e9, 1e8
+_NOT_ON_GPU = ("recurrent", "skip_layer_norm")  # the one is many kernels, the other two
 COMMON = 0.7  # share of sizes that are common ones
 BESIDE, ODD = 0.88, 0.94  # of channels: above the first one more or less than a multiple of 8, above the second any
 _SIDES = (4, 7, 8, 10, 13, 14, 16, 20, 26, 28, 32, 40, 52, 56, 64, 80, 96, 112, 128)  # of images
@@ -34,14 +36,44 @@ _TOKENS = (1, 16, 32, 49, 50, 64, 77, 128, 196, 197, 256, 384, 512, 577, 1024)
 _HEADS = (16, 24, 32, 40, 48, 64, 80, 96, 128)  # widths of an attention head
 
 
-def operations(seed: int) -> Iterator[OpDesc]:
-    """Operations in fp32 without end, all families in turn; the same ones for a seed."""
+@dataclass(frozen=True)
+class Sizes:
+    """What a device of some power is asked to run: how large operations are, and how often in which type.
+
+    `batches` are those of images and sequences, `products` the smallest and largest extent of a product's weight,
+    `channels` those of a convolution, `values` the most that are moved. What takes more operations than `most_flops`
+    of its type, or moves more than `most_bytes`, is left out.
+    """
+
+    batches: tuple[int, ...]
+    products: tuple[int, int]
+    channels: tuple[int, int]
+    values: int
+    most_flops: Mapping[str, float]
+    most_bytes: float
+    dtypes: tuple[str, ...]
+
+
+GPU_WEIGHTS: dict[str, int] = {name: weight for name, weight in WEIGHTS.items() if name not in _NOT_ON_GPU} | {
+    "gemm": 14, "conv": 14, "pointwise": 10, "attention": 4, "volume": 3, "depthwise": 4,
+}  # fmt: skip
+CPU = Sizes((1, 1, 1, 2, 4, 8), (4, 4096), (8, 1024), 1 << 23, {"fp32": 2e9}, 1e8, ("fp32",))
+GPU = Sizes(
+    (1, 8, 16, 32, 64, 128), (32, 16384), (16, 2048), 1 << 27,
+    {"fp32": 1e11, "tf32": 4e11, "fp16": 1e12, "bf16": 1e12}, 1e9,
+    ("bf16", "bf16", "bf16", "fp16", "fp16", "fp32", "fp32", "tf32"),
+)  # fmt: skip
+
+
+def operations(seed: int, sizes: Sizes = CPU, weights: Mapping[str, int] = WEIGHTS) -> Iterator[OpDesc]:
+    """Operations without end, all families in turn, as often as `weights` says; the same ones for a seed."""
     rng = np.random.default_rng(seed)
-    names = [name for name, weight in WEIGHTS.items() for _ in range(weight)]
+    names = [name for name, weight in weights.items() for _ in range(weight)]
     while True:
         for name in rng.permutation(names):
-            op = _PLAIN[name](rng) if name in _PLAIN else _moving(rng, name) if name in FUNCTIONS else _conv(rng, name)
-            if op.flops <= MOST_FLOPS and op.weight_bytes + op.activation_bytes <= MOST_BYTES:
+            dtype = str(rng.choice(sizes.dtypes)) if len(sizes.dtypes) > 1 else sizes.dtypes[0]
+            op = _drawn(_Dice(rng, sizes, dtype), name)
+            if op.flops <= sizes.most_flops[dtype] and op.weight_bytes + op.activation_bytes <= sizes.most_bytes:
                 yield op
 
 
@@ -104,54 +136,80 @@ def _common(rng: np.random.Generator, sizes: tuple[int, ...], least: int, most: 
     return int(rng.choice(sizes)) if rng.random() < COMMON else _any(rng, least, most)
 
 
-def _gemm(rng: np.random.Generator) -> OpDesc:
-    rows = int(rng.choice([1, 1, 2, 4, 8])) * _common(rng, _TOKENS, 1, 2048)
-    return gemm_op(rows, _width(rng, 4, 4096), _width(rng, 8, 4096), "fp32")
+@dataclass(frozen=True)
+class _Dice:
+    """What an operation is drawn with."""
+
+    rng: np.random.Generator
+    sizes: Sizes
+    dtype: str
+
+    @property
+    def batch(self) -> int:
+        return int(self.rng.choice(self.sizes.batches))
 
 
-def _bmm(rng: np.random.Generator) -> OpDesc:
+def _drawn(dice: _Dice, name: str) -> OpDesc:
+    if name in _PLAIN:
+        return _PLAIN[name](dice)
+    return _moving(dice, name) if name in FUNCTIONS else _conv(dice, name)
+
+
+def _gemm(dice: _Dice) -> OpDesc:
+    rng, (least, most) = dice.rng, dice.sizes.products
+    rows = int(rng.choice(sorted({1, *dice.sizes.batches}))) * _common(rng, _TOKENS, 1, 2048)
+    return gemm_op(rows, _width(rng, least, most), _width(rng, max(8, least), most), dice.dtype)
+
+
+def _bmm(dice: _Dice) -> OpDesc:
     """The two products of attention: a batch of heads, all tokens by all others."""
-    heads, tokens = _any(rng, 2, 64), _common(rng, _TOKENS[1:], 8, 1024)
+    rng = dice.rng
+    heads, tokens = _any(rng, 2, 8 * max(dice.sizes.batches)), _common(rng, _TOKENS[1:], 8, 1024)
     width = int(rng.choice(_HEADS))
-    n, k = (tokens, width) if rng.random() < 0.5 else (width, tokens)
-    return gemm_op(tokens, n, k, "fp32", batch=heads, weight=False)
+    scores = rng.random() < 0.5
+    n, k = (tokens, width) if scores else (width, tokens)
+    return gemm_op(tokens, n, k, dice.dtype, batch=heads, weight=False, layout="TN" if scores else "NN")
 
 
-def _attention(rng: np.random.Generator) -> OpDesc:
-    batch, heads, tokens = int(rng.choice([1, 1, 1, 2, 4, 8, 16])), _any(rng, 1, 24), _common(rng, _TOKENS[1:], 4, 1024)
+def _attention(dice: _Dice) -> OpDesc:
+    rng, batch = dice.rng, dice.batch
+    heads, tokens = _any(rng, 1, 24), _common(rng, _TOKENS[1:], 4, 1024)
     shared = [count for count in (1, 2, 4, heads) if heads % count == 0]
     kept = heads if rng.random() < 0.75 else int(rng.choice(shared))
     mask = str(rng.choice(["none", "none", "number", "boolean", "boolean"]))
     causal = mask == "none" and rng.random() < 0.2
     width = int(rng.choice((8, *_HEADS)))
-    return attention_op(AttentionShape(batch, heads, kept, tokens, tokens, width, causal, mask), "fp32")  # type: ignore[arg-type]
+    return attention_op(AttentionShape(batch, heads, kept, tokens, tokens, width, causal, mask), dice.dtype)  # type: ignore[arg-type]
 
 
-def _moving(rng: np.random.Generator, function: Any) -> OpDesc:
+def _moving(dice: _Dice, function: Any) -> OpDesc:
     """What moves data or maps elements, in rows of up to 4096."""
-    count = _any(rng, 1 << 7, 1 << 23)
+    rng, dtype = dice.rng, "fp32" if dice.dtype == "tf32" else dice.dtype
+    count = _any(rng, 1 << 7, dice.sizes.values)
     row = min(count, _any(rng, 4, 4096))
     rows = max(1, count // row)
     values = {"binary": 3, "skip_layer_norm": 3, "reduce": 1}.get(function, 2) * row * rows
-    return OpDesc("elementwise", "fp32", row * rows, 0, 4.0 * values, function=function, row=row)
+    return OpDesc("elementwise", dtype, row * rows, 0, DTYPE_BYTES[dtype] * values, function=function, row=row)
 
 
-def _recurrent(rng: np.random.Generator) -> OpDesc:
+def _recurrent(dice: _Dice) -> OpDesc:
+    rng = dice.rng
     batch, steps = int(rng.choice([1, 1, 2, 4, 8, 16])), _any(rng, 4, 200)
     into, hidden, layers = _any(rng, 4, 512), 4 * _any(rng, 2, 128), int(rng.choice([1, 1, 2]))
     shape = RecurrentShape(batch, steps, into, hidden, layers, int(rng.choice([1, 2])), int(rng.choice([3, 4])))
-    return recurrent_op(shape, "fp32")
+    return recurrent_op(shape, dice.dtype)
 
 
 _PLAIN = {"recurrent": _recurrent, "gemm": _gemm, "bmm": _bmm, "attention": _attention}
 
 
-def _conv(rng: np.random.Generator, name: str) -> OpDesc:
+def _conv(dice: _Dice, name: str) -> OpDesc:
     if name == "volume":
-        return _volume(rng)
+        return _volume(dice)
+    rng, channels = dice.rng, dice.sizes.channels
     common = {"pointwise": (1,), "conv": (3, 3, 3, 5, 7), "depthwise": (3, 3, 5), "grouped": (3,)}
     taps = int(rng.choice(common[name]))
-    into, out = _width(rng, 8, 1024), _width(rng, 8, 1024)
+    into, out = _width(rng, *channels), _width(rng, *channels)
     if name == "conv" and rng.random() < 0.1:
         into = int(rng.choice([1, 3]))
     if name == "depthwise":
@@ -161,12 +219,13 @@ def _conv(rng: np.random.Generator, name: str) -> OpDesc:
         groups = int(rng.choice([2, 4, 8, 16, 32]))
         into, out = (groups * max(2, round(width / groups)) for width in (into, out))
     stride = int(rng.choice([1, 1, 1, 2]))
-    size, batch = _common(rng, _SIDES, 4, 128), int(rng.choice([1, 1, 1, 2, 4, 8]))
-    return conv_op(_square(batch, into, out, size, taps, stride, groups), "fp32")
+    size = _common(rng, _SIDES, 4, 128)
+    return conv_op(_square(dice.batch, into, out, size, taps, stride, groups), dice.dtype)
 
 
-def _volume(rng: np.random.Generator) -> OpDesc:
+def _volume(dice: _Dice) -> OpDesc:
     """A convolution of a cube, or of a few frames."""
+    rng = dice.rng
     into, out, side = _any(rng, 1, 256), _any(rng, 4, 256), _any(rng, 2, 48)
     size = (side if rng.random() < 0.5 else _any(rng, 1, 16), side, side)
     kernel = ((1, 1, 1), (3, 3, 3), (3, 3, 3), (1, 3, 3), (3, 1, 1), (5, 5, 5), (7, 7, 7))[int(rng.integers(7))]
@@ -176,10 +235,10 @@ def _volume(rng: np.random.Generator) -> OpDesc:
     after = tuple((s + 2 * p - k) // stride + 1 for s, p, k in zip(size, pads, kernel, strict=True))
     return conv_op(
         ConvShape(
-            int(rng.choice([1, 1, 2, 4])), into, out, size, after, kernel, (stride,) * 3, tuple((p, p) for p in pads),
-            (1, 1, 1), groups,
+            int(rng.choice(sorted({1, 2, 4, min(32, max(dice.sizes.batches))}))), into, out, size, after, kernel,
+            (stride,) * 3, tuple((p, p) for p in pads), (1, 1, 1), groups,
         ),
-        "fp32",
+        dice.dtype,
     )  # fmt: skip
 
 

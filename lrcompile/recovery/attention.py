@@ -40,7 +40,9 @@ def log_weights(query: Tensor, key: Tensor, mask: Tensor | None, causal: bool, s
         key = key.repeat_interleave(heads // groups, -3)
     scores = (query.float() @ key.float().transpose(-1, -2)) * (query.shape[-1] ** -0.5 if scale is None else scale)
     if causal:
-        scores = scores.masked_fill(torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1), -torch.inf)
+        scores = scores.masked_fill(
+            torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1), -torch.inf
+        )
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
     blind = scores.amax(-1, keepdim=True) == -torch.inf

@@ -34,7 +34,7 @@ class Checkpoint:
         if not self.path.is_file():
             return None
         try:
-            state: dict[str, Any] = torch.load(self.path, weights_only=True)
+            state: dict[str, Any] = torch.load(self.path, map_location="cpu", weights_only=True)
         except Exception:  # torch raises what its readers raise: whatever it is, training starts afresh
             return None
         return state

@@ -36,12 +36,12 @@ class Importance:
         whole = self.samples.training[0]
         with torch.no_grad():
             for numbers in torch.arange(len(whole)).split(self.samples.size):
-                batch = whole.take(numbers)
+                batch = whole.take(numbers).to(loss.device)
                 value = loss(batch)
                 if batch.labels is not None and loss.scores is not None:
                     value = probabilities_off(loss.scores, batch.labels)
                     hits.append(right(loss.scores, batch.labels).flatten())
-                scores.append(value)
+                scores.append(value.cpu())
         accuracy = float(torch.cat(hits).float().mean()) if hits else None
         hard = accuracy is None or accuracy < LEARNED
         labels = whole.labels if whole.labels is not None and whole.labels.dim() == 1 else None

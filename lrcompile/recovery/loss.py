@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +15,15 @@ from lrcompile.recovery.settings import Recovery
 
 
 class Loss:
-    """The loss of each sample of a batch. `scores` are the first outputs of the batch that was last seen."""
+    """The loss of each sample of a batch, on the device that the pair is on.
+
+    `scores` are the first outputs of the batch that was last seen.
+    """
 
     def __init__(self, pair: Pair, recovery: Recovery) -> None:
         self.pair = pair
         self.recovery = recovery
+        self.device = pair.device
         self.scores: Tensor | None = None
 
     def __call__(self, batch: Batch, inside: bool = True, scales: Scales | None = None) -> Tensor:
@@ -31,11 +36,12 @@ class Loss:
             InputError: a label is no class of the model.
         """
         low = self.recovery.in_bfloat16 and torch.is_grad_enabled()
-        with torch.autocast("cpu", torch.bfloat16, enabled=low):
-            return self._of(batch, inside, scales)
+        with torch.autocast(self.device.type, torch.bfloat16) if low else nullcontext():
+            return self._of(batch.to(self.device), inside, scales)
 
     def parts(self, batch: Batch, most: int, inside: bool = True) -> Iterator[Tensor]:
         """The losses of a batch, at most so many samples at a time: the same, up to rounding, as of all at once."""
+        batch = batch.to(self.device)
         if len(batch) <= most:
             yield self(batch, inside)
             return

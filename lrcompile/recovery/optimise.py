@@ -106,7 +106,8 @@ class RunningMean:
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Goes on from another's state."""
-        self.sums, self.weight = state["sums"], state["weight"]
+        self.sums = [mean.to(weight.device) for mean, weight in zip(state["sums"], self.masters.weights, strict=False)]
+        self.weight = state["weight"]
 
     @contextmanager
     def in_place(self) -> Iterator[None]:

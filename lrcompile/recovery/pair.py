@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import copy
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +48,38 @@ class Pair:
     student: fx.GraphModule
     trained: Graph
     inside: tuple[str, ...]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights that are trained are."""
+        return next((p.device for p in self.student.parameters()), torch.device("cpu"))
+
+    @contextmanager
+    def on(self, device: torch.device) -> Iterator[Pair]:
+        """Inside, the pair on a device: a copy of the original, and the very weights that are trained."""
+        if device.type == "cpu":
+            yield self
+            return
+        there = Pair(
+            _moved(copy.deepcopy(self.teacher), device), _moved(self.student, device), self.trained, self.inside
+        )
+        try:
+            yield there
+        finally:
+            _moved(self.student, torch.device("cpu"))
+
+    @contextmanager
+    def at_home(self) -> Iterator[None]:
+        """Inside, the weights that are trained are on the CPU."""
+        if self.device.type == "cpu":
+            yield
+            return
+        device = self.device
+        _moved(self.student, torch.device("cpu"))
+        try:
+            yield
+        finally:
+            _moved(self.student, device)
 
     def expected(self, batch: Sequence[Any]) -> Values:
         """What the original makes of flat inputs."""
@@ -147,6 +181,15 @@ def difference(expected: Tensor, got: Tensor, samples: int, form: Outputs, scale
     if not each.dim() or each.shape[0] % samples:
         return (each.mean() / scale).expand(samples)
     return each.reshape(samples, -1).mean(1) / scale
+
+
+def _moved(gm: fx.GraphModule, device: torch.device) -> fx.GraphModule:
+    """The graph with its weights, and with what it makes itself, on a device; its parameters stay the same objects."""
+    for node in gm.graph.nodes:
+        swap = lambda value: device if isinstance(value, torch.device) else value  # noqa: E731
+        node.args, node.kwargs = fx.node.map_aggregate(node.args, swap), fx.node.map_aggregate(node.kwargs, swap)
+    gm.recompile()
+    return gm.to(device)
 
 
 def _mean_square(y: Tensor) -> Tensor:

@@ -26,6 +26,11 @@ class Batch:
     def __len__(self) -> int:
         return next(len(value) for value in self.inputs if isinstance(value, Tensor) and value.dim())
 
+    def to(self, device: torch.device) -> Batch:
+        """The same values on a device."""
+        inputs = tuple(v.to(device) if isinstance(v, Tensor) else v for v in self.inputs)
+        return Batch(inputs, None if self.labels is None else self.labels.to(device))
+
     def take(self, index: Tensor) -> Batch:
         """Some of the samples, in the order of their numbers."""
         inputs = tuple(v[index] if isinstance(v, Tensor) and v.dim() else v for v in self.inputs)

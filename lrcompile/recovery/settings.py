@@ -13,6 +13,7 @@ from lrcompile.errors import InputError
 Outputs = Literal["mse", "kl"]
 Freeze = Literal["none", "regular", "sequential"]
 Precision = Literal["auto", "fp32", "bf16"]
+Where = Literal["cpu", "cuda"]
 
 RATES = (1e-4, 3e-4, 1e-3, 3e-3)
 DEFAULT_BATCH = 32
@@ -35,8 +36,9 @@ class Recovery:
     "sequential" inner and outer factors in turn, an epoch each (arXiv 2309.03824). `sam` is the radius of
     sharpness-aware minimisation, `centralize` takes the mean out of gradients of matrices, `ema` is the decay of a
     running mean of the weights, 0 each for none. `subset` is the share of samples that is trained on, those of
-    highest loss (SwiftLearn). `precision` is that of products while training: "auto" is bfloat16 where the processor
-    has units for it (AMX), which is three to four times faster; weights stay as they are. `seed` orders the samples.
+    highest loss (SwiftLearn). `device` is what trains: "cuda" is the first GPU. `precision` is that of products while
+    training: "auto" is bfloat16 where the device has units for it (most GPUs, and processors with AMX, on which it is
+    three to four times faster); weights stay as they are. `seed` orders the samples.
     """
 
     steps: int | None = None
@@ -55,6 +57,7 @@ class Recovery:
     sam: float = 0.0
     centralize: bool = False
     ema: float = 0.0
+    device: Where = "cpu"
     precision: Precision = "auto"
     seed: int = 0
 
@@ -70,15 +73,27 @@ class Recovery:
             if value is not None and not (isinstance(value, int | float) and low <= value <= high):
                 limits = f"from {low:g} to {high:g}" if math.isfinite(high) else f"of at least {low:g}"
                 raise InputError(f"recovery: {name} is {value!r}; expected a number {limits}")
-        for name, kind in (("outputs", Outputs), ("freeze", Freeze), ("precision", Precision)):
+        choices = (("outputs", Outputs), ("freeze", Freeze), ("device", Where), ("precision", Precision))
+        for name, kind in choices:
             known = get_args(kind)
             if getattr(self, name) not in known:
                 raise InputError(f"recovery: {name} is {getattr(self, name)!r}; expected one of {', '.join(known)}")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise InputError('recovery: device is "cuda", but torch sees no CUDA GPU here; leave it out to use the CPU')
+
+    @property
+    def where(self) -> torch.device:
+        """What trains."""
+        return torch.device(self.device)
 
     @property
     def in_bfloat16(self) -> bool:
         """Whether products are computed in bfloat16 while training."""
-        return self.precision == "bf16" or (self.precision == "auto" and torch.cpu._is_amx_tile_supported())
+        if self.precision != "auto":
+            return self.precision == "bf16"
+        if self.where.type == "cuda":
+            return torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.cpu._is_amx_tile_supported()
 
     def to_json(self) -> dict[str, Any]:
         """The settings as plain values."""

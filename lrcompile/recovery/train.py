@@ -55,6 +55,7 @@ class Trained:
     loss_after: float
     kept_step: int
     rolled_back: int
+    device: str
     notes: tuple[str, ...] = ()
 
 
@@ -92,15 +93,17 @@ def train(
     processes: Processes | None = None,
     enough: Callable[[], bool] = lambda: False,
 ) -> Trained:
-    """Trains the rewritten model of a pair in place, and leaves the best weights that were judged.
+    """Trains the rewritten model of a pair in place on `recovery.where`, and leaves the best weights that were judged.
 
     `processes` train together, each with a pair of its own. The training ends early where `enough` says so of weights
-    that are the best so far; they are in place when it is asked.
+    that are the best so far; they are in place, on the CPU, when it is asked. Several processes train on CPUs.
 
     Raises:
         InputError: labels are out of range, the loss is not finite to begin with, or memory runs out on one sample.
     """
-    return _Training(pair, samples, recovery, checkpoint, progress, processes or Processes(), enough).run()
+    processes = processes or Processes()
+    with pair.on(recovery.where if processes.count == 1 else torch.device("cpu")) as there:
+        return _Training(there, samples, recovery, checkpoint, progress, processes, enough).run()
 
 
 class _Training:
@@ -153,7 +156,7 @@ class _Training:
             self.checkpoint.drop()
         return Trained(
             state.step, self._seconds(), state.rate, state.loss_before, state.best_loss, state.best_step,
-            state.rolled_back, tuple(state.notes),
+            state.rolled_back, self.loss.device.type, tuple(state.notes),
         )  # fmt: skip
 
     # ------------------------------------------------------------------------------------------ begin and go on
@@ -239,7 +242,7 @@ class _Training:
         batch = self.samples.batch(ours)
 
         def gradients() -> Tensor:
-            total = torch.zeros(())
+            total = torch.zeros((), device=self.loss.device)
             for part in self.loss.parts(batch, self.most):
                 loss = part.mean() * (len(part) / len(batch))
                 loss.backward()  # type: ignore[no-untyped-call]
@@ -331,7 +334,8 @@ class _Training:
             state.good = self._weights()
 
     def _is_enough(self) -> bool:
-        return self.processes.mean([float(self.enough())])[0] == 1
+        with self.loss.pair.at_home():
+            return self.processes.mean([float(self.enough())])[0] == 1
 
     def _judged(self) -> float:
         with torch.no_grad():

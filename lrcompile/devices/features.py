@@ -1,0 +1,206 @@
+"""What kind of operation the residual of a measurement is kept with, and what of its shape it depends on."""
+
+from __future__ import annotations
+
+import math
+
+from lrcompile.graph.op import FUNCTIONS, AttentionShape, ConvShape, GemmShape, OpDesc, RecurrentShape
+
+BLOCK = 16  # channels in a block of ONNX Runtime's convolutions on AVX-512, and a width of its products
+WIDTHS: dict[str, int] = {
+    "gemm": 9, "bmm": 9, "pointwise": 16, "conv": 16, "depthwise": 16, "grouped": 17, "volume": 9, "attention": 10,
+    "recurrent": 8,
+    **dict.fromkeys(FUNCTIONS, 2),
+}  # fmt: skip
+"""How many features the families of operations have on a CPU."""
+GPU_WIDTHS: dict[str, int] = {
+    **dict.fromkeys(FUNCTIONS, 3),
+    **dict.fromkeys(("pointwise", "conv", "depthwise", "grouped", "volume"), 18),
+    "gemm": 14, "bmm": 14, "attention": 14, "recurrent": 8,
+}  # fmt: skip
+"""The same on a GPU."""
+PRECISIONS = {"fp32": "", "tf32": "-tf32", "fp16": "-half", "bf16": "-half"}
+"""What the names of families end in: the two halves run in the same kernels."""
+_WITH_ROWS = ("bias", "layer_norm", "skip_layer_norm", "group_norm", "transpose", "reduce")
+_TILE, _HALF_TILE = 128, 64  # extents of a GPU's kernels
+_APART = 3.0  # of another kernel for what is not aligned
+_ROW_VECTOR = 4  # elements of a row that PyTorch's normalisations read at once
+
+
+def width_of(name: str, kind: str) -> int | None:
+    """How many features a family has on a CPU or GPU; None where there is no such family."""
+    base, dash, precision = name.partition("-")
+    if dash + precision not in PRECISIONS.values():
+        return None
+    return (GPU_WIDTHS if kind == "gpu" else WIDTHS).get(base)
+
+
+def family(op: OpDesc) -> str | None:
+    """What an operation's residual is kept with, such as "gemm" in fp32 and "gemm-half"; None where it has none."""
+    base = _base(op)
+    return None if base is None or op.dtype not in PRECISIONS else base + PRECISIONS[op.dtype]
+
+
+def _base(op: OpDesc) -> str | None:
+    if op.conv is not None:
+        shape = op.conv
+        if shape.transposed or len(shape.kernel) == 1:
+            return None
+        if len(shape.kernel) == 3:
+            return "volume"
+        if shape.groups > 1:
+            return "depthwise" if min(shape.channels_in, shape.channels_out) == shape.groups else "grouped"
+        return "pointwise" if set(shape.kernel) == {1} else "conv"
+    if op.gemm is not None:
+        return "gemm" if op.weight_bytes else "bmm"
+    if op.attention is not None:
+        return "attention"
+    if op.recurrent is not None:
+        return "recurrent"
+    if op.kind in ("elementwise", "normalization", "movement", "reduction", "gather"):
+        return op.function
+    return None
+
+
+def features(op: OpDesc, kind: str) -> list[float]:
+    """What an operation's residual depends on, on a CPU or GPU: logarithms of sizes, and conditions that jump."""
+    if kind == "gpu" and op.gemm is not None:
+        return _of_gemm_on_gpu(op.gemm, _vector(op))
+    if kind == "gpu" and op.conv is not None:
+        return [*_of_conv_on_gpu(op.conv, _vector(op)), float(op.dtype == "fp16")]
+    if op.conv is not None:
+        if len(op.conv.kernel) == 3:
+            return _of_volume(op.conv)
+        return [*_of_conv(op.conv), _log2(op.conv.groups)] if _base(op) == "grouped" else _of_conv(op.conv)
+    if op.gemm is not None:
+        return _of_gemm(op.gemm)
+    if op.attention is not None:
+        values = _of_attention(op.attention)
+        return [*values, *_kernel_of_attention(op.attention, _vector(op))] if kind == "gpu" else values
+    if op.recurrent is not None:
+        return _of_recurrent(op.recurrent)
+    row = op.row if op.function in _WITH_ROWS else 1
+    values = [_log2(op.weight_bytes + op.activation_bytes), _log2(row)]
+    return [*values, _APART * (row % _ROW_VECTOR > 0)] if kind == "gpu" else values
+
+
+def sizes(op: OpDesc) -> list[float]:
+    """The sizes alone, by which operations of a kind are near to each other; logarithms to the base of two."""
+    if op.conv is not None:
+        shape = op.conv
+        pixels = shape.batch * math.prod(shape.size_out)
+        found = (pixels, shape.channels_in, shape.channels_out, math.prod(shape.kernel), math.prod(shape.stride))
+        return [_log2(size) for size in found]
+    if op.gemm is not None:
+        return [_log2(size) for size in (op.gemm.m, op.gemm.n, op.gemm.k, op.gemm.batch)]
+    return [_log2(op.weight_bytes + op.activation_bytes)]
+
+
+def _of_gemm(shape: GemmShape) -> list[float]:
+    """Extents, work, and what is empty in the last of 16 and 32 columns and 12 rows; vectors are another kernel."""
+    work = shape.m * shape.n * shape.k * shape.batch
+    extents = [_log2(size) for size in (shape.m, shape.n, shape.k, shape.batch, work)]
+    return [*extents, _empty(shape.n, BLOCK), _empty(shape.n, 2 * BLOCK), _empty(shape.m, 12), float(shape.m == 1)]
+
+
+def _of_volume(shape: ConvShape) -> list[float]:
+    """Sizes alone: ONNX Runtime unfolds windows and multiplies."""
+    voxels, taps, per_group = math.prod(shape.size_out), math.prod(shape.kernel), shape.channels_in // shape.groups
+    work = voxels * shape.batch * shape.channels_out * per_group * taps
+    sizes = (voxels, shape.batch, per_group, shape.channels_out, taps, math.prod(shape.stride), shape.groups, work)
+    return [*map(_log2, sizes), float(taps == 1)]
+
+
+def _of_attention(shape: AttentionShape) -> list[float]:
+    """Sizes, work, and what mask there is."""
+    heads = shape.batch * shape.heads
+    work = heads * shape.queries * shape.keys * shape.head_dim
+    sizes = (shape.batch, shape.heads, shape.heads / shape.heads_kv, shape.queries, shape.keys, shape.head_dim, work)
+    return [*map(_log2, sizes), float(shape.mask != "none"), float(shape.mask == "boolean"), float(shape.causal)]
+
+
+def _of_recurrent(shape: RecurrentShape) -> list[float]:
+    """Sizes and work."""
+    calls = shape.layers * shape.directions
+    work = calls * shape.batch * shape.steps * shape.hidden_size * (shape.input_size + shape.hidden_size) * shape.gates
+    sizes = (shape.batch, shape.steps, shape.input_size, shape.hidden_size, shape.layers, shape.directions)
+    return [*map(_log2, (*sizes, shape.gates, work))]
+
+
+def _of_conv(shape: ConvShape) -> list[float]:
+    """Sizes, whether channels are laid out in blocks, and what is empty in the last block of channels or pixels.
+
+    Kernels for blocks take up to four of them at a time, and 6 or 14 pixels of a row; without blocks a convolution is a
+    product with pixels as its columns.
+    """
+    into, out = shape.channels_in, shape.channels_out
+    blocked = float(in_blocks(shape))
+    pixels, taps = math.prod(shape.size_out), math.prod(shape.kernel)
+    return [
+        _log2(pixels),
+        _log2(shape.batch),
+        _log2(into),
+        _log2(out),
+        _log2(taps),
+        math.log2(math.prod(shape.stride)),
+        blocked,
+        float(into < BLOCK),
+        blocked * _empty(into, BLOCK),
+        blocked * _empty(out, BLOCK),
+        blocked * _log2(_padded(out, 4 * BLOCK) / max(_padded(out, BLOCK), 1)),
+        blocked * _empty(shape.size_out[-1], 14),
+        (1 - blocked) * _empty(pixels, BLOCK),
+        (1 - blocked) * _empty(out, 12),
+        _empty(shape.size_out[-1], 6),
+        _log2(pixels * shape.batch * into * out // shape.groups * taps),
+    ]
+
+
+def _vector(op: OpDesc) -> int:
+    """Elements in 16 bytes, which a GPU's kernels read at once where they can."""
+    return 8 if PRECISIONS.get(op.dtype) == "-half" else 4
+
+
+def _of_gemm_on_gpu(shape: GemmShape, vector: int) -> list[float]:
+    """Extents, work, what is empty in the last tiles and wave of them, and whether operands come in whole vectors."""
+    work = shape.m * shape.n * shape.k * shape.batch
+    tiles = shape.batch * _padded(shape.m, _TILE) * _padded(shape.n, _TILE) / _TILE**2
+    aligned = min(math.gcd(shape.k, vector), math.gcd(shape.n, vector))
+    extents = [_log2(size) for size in (shape.m, shape.n, shape.k, shape.batch, work)]
+    empty = [_empty(size, block) for size in (shape.m, shape.n) for block in (_HALF_TILE, _TILE)]
+    jumps = [_APART * (aligned < vector), _APART * (aligned == 1), float(shape.layout != "TN")]
+    return [*extents, *empty, *jumps, _empty(shape.k, _HALF_TILE), _log2(tiles)]
+
+
+def _kernel_of_attention(shape: AttentionShape, vector: int) -> list[float]:
+    """What decides which of PyTorch's kernels runs: a mask, heads that share keys, both, a width in whole vectors."""
+    masked, shared = shape.mask != "none", shape.heads != shape.heads_kv
+    return [_APART * masked, _APART * shared, _APART * (masked and shared), _APART * (shape.head_dim % vector > 0)]
+
+
+def _of_conv_on_gpu(shape: ConvShape, vector: int) -> list[float]:
+    """Those of the product that it implies."""
+    into, out, taps = shape.channels_in, shape.channels_out, math.prod(shape.kernel)
+    pixels, per_group = shape.batch * math.prod(shape.size_out), into // shape.groups
+    sizes = (pixels, shape.batch, per_group, out, taps, math.prod(shape.stride), pixels * per_group * out * taps)
+    jumps = [_APART * (into % vector > 0), _APART * (out % vector > 0), float(into < vector)]
+    tiles = _padded(pixels, _TILE) * _padded(out, _TILE) / _TILE**2
+    empty = [_empty(out, _HALF_TILE), _empty(out, _TILE), _empty(into, _HALF_TILE), _empty(into, _HALF_TILE // 2)]
+    return [*map(_log2, sizes), *empty, *jumps, _log2(tiles), _log2(shape.groups), _log2(math.gcd(into, _HALF_TILE))]
+
+
+def in_blocks(shape: ConvShape) -> bool:
+    """Whether ONNX Runtime lays the channels out in blocks: those that come in fours, and few (found by measuring)."""
+    return shape.channels_in % 4 == 0 or shape.channels_in < BLOCK
+
+
+def _empty(size: int, block: int) -> float:
+    return _log2(_padded(size, block) / size) if size else 0.0
+
+
+def _padded(size: int, block: int) -> int:
+    return -(-size // block) * block
+
+
+def _log2(size: float) -> float:
+    return math.log2(max(size, 1e-9))

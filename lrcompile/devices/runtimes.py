@@ -1,0 +1,95 @@
+"""What can be calibrated here: a runtime on this machine's CPU or GPU, and what is measured of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+
+import onnxruntime as ort
+import torch
+from torch import fx
+
+from lrcompile.devices.cost import Cost
+from lrcompile.devices.device import Device
+from lrcompile.devices.measure import LocalCostModel, cpu_name, local_device
+from lrcompile.devices.measure_cuda import CudaCostModel
+from lrcompile.devices.measure_torch import TorchCostModel
+from lrcompile.devices.profile import load_device
+from lrcompile.devices.sampling import GPU, GPU_WEIGHTS, operations
+from lrcompile.devices.timings import default_cache_dir
+from lrcompile.errors import InputError
+from lrcompile.graph.op import OpDesc
+
+RUNTIMES = ("onnxruntime", "torch", "torch-compile", "torch-cuda")
+VISITS = 3
+_PROFILES = ("h200", "h100", "a100", "v100", "t4")
+_BY_CAPABILITY = {(9, 0): "h100", (8, 0): "a100", (7, 5): "t4", (7, 0): "v100"}
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """A runtime: the profile that a fit starts from, and how an operation is measured at a visit, counted from 0.
+
+    `drawn` gives operations without end for a seed; `network` measures a whole graph, where that is done.
+    """
+
+    device: Device
+    described: str
+    measure: Callable[[OpDesc, int], Cost]
+    drawn: Callable[[int], Iterator[OpDesc]] = operations
+    network: Callable[[fx.GraphModule], Cost] | None = None
+
+
+def runtime_here(name: str) -> Runtime:
+    """The runtime of a name.
+
+    Raises:
+        InputError: there is no such runtime, or torch sees no GPU for it.
+    """
+    if name not in RUNTIMES:
+        raise InputError(f"unknown runtime {name!r}: expected {' or '.join(RUNTIMES)}")
+    folders = [default_cache_dir() / f"visit{i}" for i in range(VISITS)]
+    if name == "torch-cuda":
+        return _of_cuda([CudaCostModel(folder) for folder in folders])
+    device = local_device()
+    described = f"{cpu_name()}, {{}}, {device.units} threads"
+    if name == "onnxruntime":
+        visits = [LocalCostModel(folder) for folder in folders]
+        return Runtime(
+            device, described.format(f"ONNX Runtime {ort.__version__}"), lambda op, visit: visits[visit].cost(op),
+            network=visits[0].network,
+        )  # fmt: skip
+    compiled = name == "torch-compile"
+    calls = [TorchCostModel(folder, compiled) for folder in folders]
+    version = f"PyTorch {torch.__version__}, {'compiled' if compiled else 'eager'}"
+    alone = replace(device, fuses=frozenset())  # what is measured are kernels of their own
+    return Runtime(alone, described.format(version), lambda op, visit: calls[visit].cost(op))
+
+
+def _of_cuda(visits: list[CudaCostModel]) -> Runtime:
+    if not torch.cuda.is_available():
+        raise InputError(
+            "runtime torch-cuda: torch sees no CUDA GPU here; install a CUDA build of torch on a machine with one, or "
+            "calibrate another --runtime"
+        )
+    version = f"PyTorch {torch.__version__}, cuDNN {torch.backends.cudnn.version()}, CUDA graphs"
+    return Runtime(
+        cuda_device(), f"{torch.cuda.get_device_name()}, {version}", lambda op, visit: visits[visit].cost(op),
+        partial(operations, sizes=GPU, weights=GPU_WEIGHTS),
+    )  # fmt: skip
+
+
+def cuda_device() -> Device:
+    """The shipped profile that is nearest to the first CUDA GPU, with the units that the driver tells of."""
+    name, facts = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0)
+    known = next((profile for profile in _PROFILES if profile in name.lower().replace("-", " ").split()), None)
+    device = load_device(known or _BY_CAPABILITY.get((facts.major, facts.minor), "a100"))
+    units = facts.multi_processor_count
+    if units == device.units:
+        return replace(device, residuals={}, network={})
+    source = f"assumed ({device.name}, scaled to {units} units)"
+    scaled = {dtype: rate * units / device.units for dtype, rate in device.peak_flops.items()}
+    places = {"hardware.units", *(f"dtype.{dtype}.peak" for dtype in scaled)}
+    provenance = {**device.provenance, **dict.fromkeys(places, source)}
+    return replace(device, units=units, peak_flops=scaled, residuals={}, network={}, provenance=provenance)
