@@ -31,6 +31,7 @@ _MIRRORED: dict[Direction, Direction] = {"forward": "data", "data": "forward", "
 _ACCUMULATOR_BYTES = 4  # partial sums of a split-K product are exchanged in fp32 or int32
 _SKINNY = 64  # the short side up to which kernels that stream both operands along K are slow
 _FEW_CHANNELS = 8
+_QUERIES, _KEYS, _HEAD = 128, 64, 64  # of a block of fused attention: our reading of what fits best on an H200
 _POINTS = {3: 36, 5: 64}  # products of Winograd's F(4×4, k×k)
 _FUSED_POINTS, _FUSED_TILE, _TILE = 16, 2, 4
 
@@ -161,6 +162,9 @@ def conv_latency_s(device: Device, shape: ConvShape, dtype: str, direction: Dire
 
 def attention_latency_s(device: Device, shape: AttentionShape, dtype: str) -> float:
     """Latency in s of softmax(QKᵀ)V: one fused kernel, or two products and a softmax where the device has none."""
+    kernels = device.engine_for(dtype).attention
+    if kernels is not None and "flash_attention" not in device.lacks:
+        return device.launch_s["gemm"] + kernels.setup_s + _fused_attention_s(device, kernels, shape, dtype)
     element = DTYPE_BYTES[dtype]
     batch = shape.batch * shape.heads
     keys = math.ceil(shape.keys / 2) if shape.causal else shape.keys
@@ -175,6 +179,20 @@ def attention_latency_s(device: Device, shape: AttentionShape, dtype: str) -> fl
     return sum(gemm_latency_s(device, product, dtype) for product in (scores, values)) + memory_latency_s(
         device, 2 * score_bytes
     )
+
+
+def _fused_attention_s(device: Device, kernels: Kernels, shape: AttentionShape, dtype: str) -> float:
+    """One kernel without its launch: blocks of queries run in waves, each over all keys, with the head's width padded."""
+    rows = _QUERIES if shape.queries > _QUERIES // 2 else _QUERIES // 2
+    keys = _round_up(math.ceil(shape.keys / 2) if shape.causal else shape.keys, _KEYS)
+    waves = shape.batch * shape.heads * math.ceil(shape.queries / rows) / device.units
+    waves = (1 - kernels.overlap) * math.ceil(waves) + kernels.overlap * max(waves, 1.0)
+    flops = 4.0 * rows * keys * _round_up(shape.head_dim, _HEAD) * device.units
+    compute_s = waves * flops / (device.peak_flops[device.compute_dtype(dtype)] * kernels.efficiency)
+    operands = 2 * shape.head_dim * (shape.queries * shape.heads + shape.keys * shape.heads_kv)
+    masks = shape.queries * shape.keys if shape.mask != "none" else 0
+    traffic = DTYPE_BYTES[dtype] * shape.batch * (operands + masks)
+    return _norm(device, compute_s, traffic / (device.bandwidth_bytes_s * kernels.bandwidth))
 
 
 def recurrent_latency_s(device: Device, shape: RecurrentShape, dtype: str) -> float:

@@ -50,6 +50,7 @@ def _kernels(engine: str, name: str, *figures: str) -> dict[str, str]:
 
 
 _MENU = ("efficiency", "tile_exponent", "prologue", "overlap")
+_FUSED = ("efficiency", "overlap", "setup", "bandwidth")
 FITTED: dict[str, Fits] = {  # in turn: families of operations, and the figures that are fitted to them
     "cpu": (
         (("copy",), {"launch_s.other": "launch.other", "bandwidth_bytes_s": "hardware.bandwidth_sustained"}),
@@ -90,9 +91,11 @@ FITTED: dict[str, Fits] = {  # in turn: families of operations, and the figures 
             ("depthwise-half",),
             {"engines.tensor_core.depthwise_efficiency": "engine.tensor_core.depthwise_efficiency"},
         ),
+        (("attention-half",), _kernels("tensor_core", "attention", *_FUSED)),
         (("gemm-tf32",), {"peak_flops.tf32": "dtype.tf32.peak"}),
         (("gemm",), _kernels("cuda_core", "gemm", *_MENU, "setup")),
         (("pointwise", "conv"), _kernels("cuda_core", "conv", *_MENU, "setup")),
+        (("attention",), _kernels("cuda_core", "attention", *_FUSED)),
         (("depthwise",), {"engines.cuda_core.depthwise_efficiency": "engine.cuda_core.depthwise_efficiency"}),
     ),
 }
@@ -333,7 +336,15 @@ def with_starts(device: Device) -> Device:
         for figure, default, value in (("misaligned", 1.0, 0.5), ("split_setup_s", 0.0, 2e-6))
         if getattr(kernels, figure) == default and (name == "tensor_core" or figure == "split_setup_s")
     }
-    return with_figures(device, given)
+    device = with_figures(device, given)
+    if device.kind != "gpu":
+        return device
+    fused = {"efficiency": 0.3, "overlap": 0.7, "setup_s": 6e-6, "bandwidth": 0.3}
+    engines = {
+        name: engine if engine.attention else replace(engine, attention=replace(engine.gemm, **fused))
+        for name, engine in device.engines.items()
+    }
+    return replace(device, engines=engines)
 
 
 def _agree(costs: Sequence[Cost]) -> bool:

@@ -102,7 +102,8 @@ class Engine:
 
     A kernel computes m×n outputs at a time, for (m, n) of `tiles`. `conv_data` and `conv_weight` are the gradients of
     a convolution's input and weight. `depthwise_efficiency` is the part of the device's fp32 peak that a depthwise
-    kernel reaches, `l2_share` the part of the L2 cache's bandwidth that its kernels do.
+    kernel reaches, `l2_share` the part of the L2 cache's bandwidth that its kernels do. `attention` is that of fused
+    attention, which else costs what its products do.
     """
 
     tiles: tuple[tuple[int, int], ...]
@@ -113,6 +114,7 @@ class Engine:
     depthwise_efficiency: float
     l2_share: float = 1.0
     winograd: Winograd | None = None
+    attention: Kernels | None = None
 
 
 @dataclass(frozen=True)

@@ -160,7 +160,7 @@ class _Reader:
         where = f"engine.{name}"
         table = self.table(self.document["engine"], "engine", name)
         required = ("tiles", "depthwise_efficiency", "gemm", "conv")
-        self.keys(where, table, required, optional=("conv_data", "conv_weight", "winograd", "l2_share"))
+        self.keys(where, table, required, optional=("conv_data", "conv_weight", "attention", "winograd", "l2_share"))
         gemm, conv = (self.kernels(table, where, name, None) for name in ("gemm", "conv"))
         return Engine(
             tiles=self.tiles(table, where),
@@ -171,6 +171,7 @@ class _Reader:
             depthwise_efficiency=self.figure(table, where, "depthwise_efficiency", "fraction", most=1),
             l2_share=self.figure(table, where, "l2_share", "number", most=1) if "l2_share" in table else 1.0,
             winograd=self.winograd(table, where) if "winograd" in table else None,
+            attention=self.kernels(table, where, "attention", gemm) if "attention" in table else None,
         )
 
     def kernels(self, engine: Mapping[str, Any], where: str, name: str, base: Kernels | None) -> Kernels:

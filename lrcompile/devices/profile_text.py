@@ -82,8 +82,10 @@ def _engine(place: str, engine: Engine, source: Mapping[str, str], figure: Any) 
     yield figure(place, "depthwise_efficiency", engine.depthwise_efficiency, "of peak")
     if f"{place}.l2_share" in source:
         yield figure(place, "l2_share", engine.l2_share, "factor")
-    for name in ("gemm", "conv", "conv_data", "conv_weight"):
-        kernels: Kernels = getattr(engine, name)
+    for name in ("gemm", "conv", "conv_data", "conv_weight", "attention"):
+        kernels: Kernels | None = getattr(engine, name)
+        if kernels is None:
+            continue
         table = f"{place}.{name}"
         keys = [key for key in (*KERNEL_FIGURES, "split_k") if f"{table}.{key}" in source]
         if keys:
