@@ -93,11 +93,16 @@ FITTED: dict[str, Fits] = {  # in turn: families of operations, and the figures 
         ),
         (("attention-half",), _kernels("tensor_core", "attention", *_FUSED)),
         (("gemm-tf32",), {"peak_flops.tf32": "dtype.tf32.peak"}),
-        (("gemm",), _kernels("cuda_core", "gemm", *_MENU, "setup")),
+        (("gemm",), _kernels("cuda_core", "gemm", *_MENU, "setup", "split_setup")),
         (("pointwise", "conv"), _kernels("cuda_core", "conv", *_MENU, "setup")),
         (("attention",), _kernels("cuda_core", "attention", *_FUSED)),
         (("depthwise",), {"engines.cuda_core.depthwise_efficiency": "engine.cuda_core.depthwise_efficiency"}),
     ),
+}
+STARTS = {  # of kernels on a GPU, where a profile has none
+    "gemm": {"misaligned": 0.5, "split_setup": 2e-6},
+    "conv": {"misaligned": 0.5, "split_setup": 2e-6},
+    "attention": {"efficiency": 0.3, "overlap": 0.7, "setup": 6e-6, "bandwidth": 0.3},
 }
 ROBUST = 1.4826  # of the median of absolute errors, for a normal distribution to have its standard deviation
 FEWEST = 5  # measurements of some families without which their figures stay as they are
@@ -327,24 +332,22 @@ def fitted_to(device: Device, good: Sequence[Measurement], noisy: int) -> Calibr
 
 
 def with_starts(device: Device) -> Device:
-    """A GPU's profile with figures that the fit can start from where it has none: of what is not aligned, and split."""
-    given = {
-        f"engines.{name}.{kind}.{figure}": value
-        for name, engine in device.engines.items()
-        if device.kind == "gpu"
-        for kind, kernels in (("gemm", engine.gemm), ("conv", engine.conv))
-        for figure, default, value in (("misaligned", 1.0, 0.5), ("split_setup_s", 0.0, 2e-6))
-        if getattr(kernels, figure) == default and (name == "tensor_core" or figure == "split_setup_s")
-    }
-    device = with_figures(device, given)
+    """A GPU's profile with figures where it has none that a fit can start from: others stay as they are."""
     if device.kind != "gpu":
         return device
-    fused = {"efficiency": 0.3, "overlap": 0.7, "setup_s": 6e-6, "bandwidth": 0.3}
+    given, sources = {}, {}
     engines = {
-        name: engine if engine.attention else replace(engine, attention=replace(engine.gemm, **fused))
+        name: engine if engine.attention else replace(engine, attention=replace(engine.gemm, setup_s=0.0))
         for name, engine in device.engines.items()
     }
-    return replace(device, engines=engines)
+    for name in engines:
+        for kind, figures in STARTS.items():
+            for key, value in figures.items():
+                place, path = f"engine.{name}.{kind}.{key}", f"engines.{name}.{kind}.{KERNEL_FIGURES[key][0]}"
+                if place not in device.provenance and not (key == "misaligned" and name != "tensor_core"):
+                    given[path], sources[place] = value, "assumed (where a fit starts)"
+    started = replace(device, engines=engines, provenance={**device.provenance, **sources})
+    return with_figures(started, given)
 
 
 def _agree(costs: Sequence[Cost]) -> bool:
