@@ -182,7 +182,7 @@ def attention_latency_s(device: Device, shape: AttentionShape, dtype: str) -> fl
 
 
 def _fused_attention_s(device: Device, kernels: Kernels, shape: AttentionShape, dtype: str) -> float:
-    """One kernel without its launch: blocks of queries run in waves, each over all keys, with the head's width padded."""
+    """One kernel without its launch: blocks of queries run in waves, each over all keys; the head's width is padded."""
     rows = _QUERIES if shape.queries > _QUERIES // 2 else _QUERIES // 2
     keys = _round_up(math.ceil(shape.keys / 2) if shape.causal else shape.keys, _KEYS)
     waves = shape.batch * shape.heads * math.ceil(shape.queries / rows) / device.units
