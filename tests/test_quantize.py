@@ -10,6 +10,7 @@ from collections import Counter
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,9 +25,11 @@ import lrcompile
 from lrcompile import Budget, CalibrationData, Quantization, Result, calibration_from, confirm
 from lrcompile.cli import run
 from lrcompile.devices.bench import BenchResult
-from lrcompile.emit.int8 import Quantizer, quantizable
+from lrcompile.emit.int8 import STATIC, Quantizable, Quantizer, quantizable
 from lrcompile.errors import BudgetError, InputError, VerificationError
+from lrcompile.planning.measures import MEASURES
 from lrcompile.quantization import quantize as decisions
+from lrcompile.quantization.layers import LayerSearch
 
 
 class ConvNet(nn.Module):
@@ -394,6 +397,31 @@ def test_what_costs_most_stays_in_float(tmp_path: Path) -> None:
     assert figures["left_float"] == ["middle"]
     assert figures["error_whole"] <= 0.05
     assert operations(tmp_path / "out.onnx")["MatMulInteger"] == 2
+
+
+@pytest.mark.parametrize(("error_of_7_bits", "narrow"), [(0.1, {STATIC}), (0.9, set())])
+def test_how_many_bits_is_not_decided_by_counting_classes(error_of_7_bits: float, narrow: set[str]) -> None:
+    """Of the few inputs of a batch none may change its class with either, so that 8 bits would seem as good."""
+    nodes = tuple(Quantizable(f"n{i}", STATIC, f"l{i}") for i in range(8))
+    int8 = SimpleNamespace(nodes=nodes, quantized=lambda part, kinds: b"7" if STATIC in kinds else b"8")
+    judge = SimpleNamespace(probe=lambda model: 0.0, relative=lambda model: error_of_7_bits if model == b"7" else 0.5)
+    search = LayerSearch(int8, judge, lambda stage, done, total: None)  # type: ignore[arg-type]
+    assert search._narrow == narrow
+
+
+@pytest.mark.parametrize("counts", [False, True])
+def test_all_layers_have_the_bits_that_cost_least_together(counts: bool) -> None:
+    """Most parts may gain by 8 bits, and the one that does not lose more than they gain."""
+    nodes = tuple(Quantizable(f"n{i}", STATIC, f"l{i}") for i in range(8))
+    int8 = SimpleNamespace(nodes=nodes, quantized=lambda part, kinds: b"7" if STATIC in kinds else b"8")
+    errors, classes = {b"7": 0.2, b"8": 0.4}, {b"7": 0.1, b"8": 0.05 if counts else 0.1}
+    judge = SimpleNamespace(
+        limit=1.0, room=1.0, measure=MEASURES["top1" if counts else "error"],
+        check=lambda model: (errors[model], classes[model] if counts else errors[model], 0.0),
+    )  # fmt: skip
+    choice = LayerSearch(int8, judge, lambda stage, done, total: None).choose()  # type: ignore[arg-type]
+    assert choice.nodes == nodes
+    assert choice.narrow == {STATIC}
 
 
 def test_the_whole_error_counts_and_the_rewrites_leave_room(tmp_path: Path) -> None:

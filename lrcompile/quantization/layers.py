@@ -6,6 +6,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,11 @@ class Judge:
         """The root of the measure against the compiled graph, on one of the batches that ranges are calibrated with."""
         outputs = runner(open_onnx(model), self.names)(self.probed)
         return self.measure.root(self.measure.total([(self.of_probe, outputs)]))
+
+    def relative(self, model: bytes) -> float:
+        """The relative output error against the compiled graph, on the same batch."""
+        outputs = runner(open_onnx(model), self.names)(self.probed)
+        return OF_FLOATS.root(OF_FLOATS.total([(self.of_probe, outputs)]))
 
     def check(self, model: bytes) -> tuple[float, float, float]:
         """(relative error against the compiled graph, root of the measure that is limited, that against the original).
@@ -187,15 +193,23 @@ class LayerSearch:
 
     @cached_property
     def _everything(self) -> tuple[Choice, float]:
-        """All layers, and the root that is limited."""
-        return self._checked(self.int8.nodes)
+        """All layers, with weights of as many bits as cost least, and the root that is limited."""
+        kinds = {node.kind for node in self.int8.nodes} & {STATIC, DYNAMIC}
+        tried = [
+            self._checked(self.int8.nodes, frozenset(narrow))
+            for count in range(len(kinds) + 1)
+            for narrow in combinations(sorted(kinds), count)
+        ]
+        counted = self.judge.measure.counts  # too few inputs to tell by their classes
+        return min(tried, key=lambda found: found[0].error or 0.0 if counted else found[1])
 
     @cached_property
     def _narrow(self) -> frozenset[str]:
-        """The kinds whose weights had better have 7 bits here.
+        """The kinds whose weights had better have 7 bits here, where not all layers are quantised.
 
         A processor without VNNI adds two products in 16 bits, in which those of 8-bit numbers do not always fit. Parts
-        of the layers vote, because one layer that costs much would hide the others.
+        of the layers vote, because one layer that costs much would hide the others: by the error of floats, since the
+        classes of one batch are too few to count.
         """
         narrow = set()
         for kind in (STATIC, DYNAMIC):
@@ -208,7 +222,7 @@ class LayerSearch:
 
     def _times_of_narrow(self, part: Sequence[Quantizable], kind: str) -> float:
         """The error with weights of 7 bits over that with 8; 1 where both are nothing or beyond measure."""
-        narrow, full = (self._probe(part, frozenset(kinds)) for kinds in ((kind,), ()))
+        narrow, full = (self._relative(part, frozenset(kinds)) for kinds in ((kind,), ()))
         return min(1e3, max(1e-3, narrow / full)) if 0 < narrow < math.inf and 0 < full < math.inf else 1.0
 
     @cached_property
@@ -232,6 +246,10 @@ class LayerSearch:
     def _probe(self, nodes: Sequence[Quantizable], narrow: frozenset[str]) -> float:
         self._tick()
         return self.judge.probe(self.int8.quantized(nodes, narrow))
+
+    def _relative(self, nodes: Sequence[Quantizable], narrow: frozenset[str]) -> float:
+        self._tick()
+        return self.judge.relative(self.int8.quantized(nodes, narrow))
 
     def _checked(self, nodes: tuple[Quantizable, ...], narrow: frozenset[str] | None = None) -> tuple[Choice, float]:
         """A choice, and the root that is limited."""
