@@ -27,7 +27,7 @@ from lrcompile.cli import run
 from lrcompile.devices.bench import BenchResult
 from lrcompile.emit.int8 import STATIC, Quantizable, Quantizer, quantizable
 from lrcompile.errors import BudgetError, InputError, VerificationError
-from lrcompile.planning.measures import MEASURES
+from lrcompile.planning.measures import MEASURES, OF_FLOATS
 from lrcompile.quantization import quantize as decisions
 from lrcompile.quantization.layers import LayerSearch
 
@@ -404,7 +404,8 @@ def test_how_many_bits_is_not_decided_by_counting_classes(error_of_7_bits: float
     """Of the few inputs of a batch none may change its class with either, so that 8 bits would seem as good."""
     nodes = tuple(Quantizable(f"n{i}", STATIC, f"l{i}") for i in range(8))
     int8 = SimpleNamespace(nodes=nodes, quantized=lambda part, kinds: b"7" if STATIC in kinds else b"8")
-    judge = SimpleNamespace(probe=lambda model: 0.0, relative=lambda model: error_of_7_bits if model == b"7" else 0.5)
+    errors = {b"7": error_of_7_bits, b"8": 0.5}
+    judge = SimpleNamespace(probe=lambda model, measure: errors[model] if measure is OF_FLOATS else 0.0)
     search = LayerSearch(int8, judge, lambda stage, done, total: None)  # type: ignore[arg-type]
     assert search._narrow == narrow
 

@@ -14,7 +14,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice, pairwise
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +39,11 @@ from lrcompile.planning.price import price
 from lrcompile.plugins import discover
 from tools import models
 from tools.never_slower import TRAINED
-from tools.validate_profiles import put
+from tools.validate_profiles import SURE, by_chance, put
 
 SEED = 777  # not that of a calibration
 REPEATS = 0.05  # measurements of one operation that differ by more say nothing about a prediction
 NEAR = 0.1
-SURE = 0.9
-BINS = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99, 1.0)
 LIMITS = {"operations": 0.9, "models": 0.08, "pairs": 60, "sure": 0.9}
 
 
@@ -228,15 +226,7 @@ def check_pairs(device: Device, count: int, plot: Path | None) -> Checked:
         chances.append(chance)
         faster.append(statistics.median(ratios) < 1)
     p, won = np.array(chances), np.array(faster)
-    lines = ["| chance of being faster | rewrites | mean chance | faster |", "|---|---|---|---|"]
-    bars = []
-    for low, high in pairwise(BINS):
-        inside = (p >= low) & ((p < high) | (high == 1.0))
-        if inside.any():
-            bars.append((float(p[inside].mean()), float(won[inside].mean()), int(inside.sum())))
-            lines.append(
-                f"| {low:g} to {high:g} | {inside.sum()} | {p[inside].mean():.2f} | {won[inside].mean():.0%} |"
-            )
+    text, bars = by_chance(p, won, "rewrites")
     accepted = p >= SURE
     share = float(won[accepted].mean()) if accepted.any() else 0.0
     line = f"{accepted.sum()} of {len(p)} rewrites have a chance of {SURE:g} or more; {share:.1%} of them are faster"
@@ -246,7 +236,7 @@ def check_pairs(device: Device, count: int, plot: Path | None) -> Checked:
         from lrcompile.report.plots import plot_reliability
 
         plot_reliability(bars, plot)
-    return Checked("\n".join(lines), line, accepted.sum() >= LIMITS["pairs"] and share >= LIMITS["sure"])
+    return Checked(text, line, accepted.sum() >= LIMITS["pairs"] and share >= LIMITS["sure"])
 
 
 # ---------------------------------------------------------------------------------------------------------------- all

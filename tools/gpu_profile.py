@@ -12,7 +12,6 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import astuple, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +26,13 @@ from lrcompile.devices.profile import load_device
 from lrcompile.devices.profile_text import profile_text
 from lrcompile.devices.repeated import chain
 from lrcompile.graph.op import AttentionShape, ConvShape, GemmShape, OpDesc, attention_op, conv_op, gemm_op
-from tools.validate_profiles import put
+from tools.validate_profiles import SURE, by_chance, put
 
 SHAPES: dict[str, Any] = {"gemm": GemmShape, "conv": ConvShape, "attention": AttentionShape}
 FOLDER = Path(__file__).parents[1] / "hardware_profiles"
 REPEATS = 0.05  # measurements of one operation that differ by more say nothing
 FEW = 10
-SURE, ENOUGH = 0.9, 60
-BINS = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99, 1.0)
+ENOUGH = 60  # splits that it is sure of
 LIMITS = {"gemm-half": 0.08, "of images, half": 0.15}
 
 
@@ -117,39 +115,26 @@ def pairs(device: Device, path: Path) -> tuple[str, int, float]:
         chances.append((old - new).p_positive)
         faster.append(row["timings_s"][1][0] < row["timings_s"][0][0])
     p, won = np.array(chances), np.array(faster)
-    lines = ["| chance of being faster | splits | mean chance | faster |", "|---|---|---|---|"]
-    for low, high in pairwise(BINS):
-        inside = (p >= low) & ((p < high) | (high == 1.0))
-        if inside.any():
-            lines.append(
-                f"| {low:g} to {high:g} | {inside.sum()} | {p[inside].mean():.2f} | {won[inside].mean():.0%} |"
-            )
     sure = p >= SURE
-    return "\n".join(lines), int(sure.sum()), float(won[sure].mean())
+    return by_chance(p, won, "splits")[0], int(sure.sum()), float(won[sure].mean())
 
 
 def networks(device: Device, path: Path) -> str:
     """Whole models: the sum of their operations, nothing fused, beside the graph replayed and the eager calls."""
-    from tools.validate_models import at_batch  # which loads architectures
+    from tools.validate_models import at_batch, in_half  # which loads architectures
 
     model, graphs = AnalyticCostModel(device), dict[str, Any]()
     lines = ["| model | type | batch | CUDA graph | eager calls | predicted |", "|---|---|---|---|---|---|"]
     for row in _rows(path):
         ops = [op for op in at_batch(row["model"], row["batch"], graphs, frozenset()) if op.kind != "view"]
         if row["dtype"] != "fp32":
-            ops = [_in(op, row["dtype"]) for op in ops]
+            ops = [in_half(op, row["dtype"]) for op in ops]
         predicted, (measured, _) = sum(model.cost(op).latency_s for op in ops), row["graph_s"]
         times = " | ".join(f"{seconds * 1e3:.2f} ms" for seconds in (measured, row["eager_s"], predicted))
         lines.append(
             f"| {row['model']} | {row['dtype']} | {row['batch']} | {times} ({predicted / measured - 1:+.0%}) |"
         )
     return "\n".join(lines)
-
-
-def _in(op: OpDesc, dtype: str) -> OpDesc:
-    if op.dtype != "fp32":
-        return op
-    return replace(op, dtype=dtype, weight_bytes=op.weight_bytes / 2, activation_bytes=op.activation_bytes / 2)
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:

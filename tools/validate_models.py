@@ -69,11 +69,11 @@ def prepared(name: str) -> tuple[Graph, Tensor]:
     return trace(make().eval(), (example,)).graph, example
 
 
-def in_half(op: OpDesc) -> OpDesc:
-    """The operation as it is in half precision."""
+def in_half(op: OpDesc, dtype: str = "fp16") -> OpDesc:
+    """The operation as it is in half precision: "fp16" or "bf16"."""
     if op.dtype != "fp32":
         return op
-    return replace(op, dtype="fp16", weight_bytes=op.weight_bytes / 2, activation_bytes=op.activation_bytes / 2)
+    return replace(op, dtype=dtype, weight_bytes=op.weight_bytes / 2, activation_bytes=op.activation_bytes / 2)
 
 
 def points(

@@ -36,6 +36,8 @@ START, END = "<!-- validation: start -->", "<!-- validation: end -->"
 ALIKE_START, ALIKE_END = "<!-- alike: start -->", "<!-- alike: end -->"
 DISTANCES = (0, 1, 2, 3, 4.5, 7)  # between sizes, in factors of two
 FEWEST_PAIRS = 20
+SURE = 0.9  # the chance of being faster from which a rewrite is taken for sure
+BINS = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99, 1.0)  # of chances
 
 Row = dict[str, str]
 
@@ -251,6 +253,18 @@ def alike(sets: Sequence[Set], folder: Path) -> str:
     expected = [SHARED * math.exp(-(low + high) / 2 / REACH) for low, high in bounds]
     lines.append(f"| assumed, in the middle | {' | '.join(f'{value:.2f}' for value in expected)} |")
     return "\n".join(lines)
+
+
+def by_chance(p: np.ndarray, won: np.ndarray, what: str) -> tuple[str, list[tuple[float, float, int]]]:
+    """(a table, its rows) of what was faster by its predicted chance: the mean chance, the share that was, how many."""
+    lines = [f"| chance of being faster | {what} | mean chance | faster |", "|---|---|---|---|"]
+    bars = []
+    for low, high in pairwise(BINS):
+        inside = (p >= low) & ((p < high) | (high == 1.0))
+        if inside.any():
+            bars.append((float(p[inside].mean()), float(won[inside].mean()), int(inside.sum())))
+            lines.append(f"| {low:g} to {high:g} | {bars[-1][2]} | {bars[-1][0]:.2f} | {bars[-1][1]:.0%} |")
+    return "\n".join(lines), bars
 
 
 def put(page: Path, start: str, text: str, end: str) -> None:

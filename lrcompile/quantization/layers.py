@@ -87,15 +87,10 @@ class Judge:
         """Flat inputs by the names of the file."""
         return dict(zip(self.names, arrays(flat), strict=True))
 
-    def probe(self, model: bytes) -> float:
-        """The root of the measure against the compiled graph, on one of the batches that ranges are calibrated with."""
+    def probe(self, model: bytes, measure: Measure) -> float:
+        """The root of a measure against the compiled graph, on one of the batches that ranges are calibrated with."""
         outputs = runner(open_onnx(model), self.names)(self.probed)
-        return self.measure.root(self.measure.total([(self.of_probe, outputs)]))
-
-    def relative(self, model: bytes) -> float:
-        """The relative output error against the compiled graph, on the same batch."""
-        outputs = runner(open_onnx(model), self.names)(self.probed)
-        return OF_FLOATS.root(OF_FLOATS.total([(self.of_probe, outputs)]))
+        return measure.root(measure.total([(self.of_probe, outputs)]))
 
     def check(self, model: bytes) -> tuple[float, float, float]:
         """(relative error against the compiled graph, root of the measure that is limited, that against the original).
@@ -222,7 +217,7 @@ class LayerSearch:
 
     def _times_of_narrow(self, part: Sequence[Quantizable], kind: str) -> float:
         """The error with weights of 7 bits over that with 8; 1 where both are nothing or beyond measure."""
-        narrow, full = (self._relative(part, frozenset(kinds)) for kinds in ((kind,), ()))
+        narrow, full = (self._probe(part, frozenset(kinds), OF_FLOATS) for kinds in ((kind,), ()))
         return min(1e3, max(1e-3, narrow / full)) if 0 < narrow < math.inf and 0 < full < math.inf else 1.0
 
     @cached_property
@@ -238,18 +233,14 @@ class LayerSearch:
             groups.remove(worst)
             middle = len(worst[0]) // 2
             for half in (worst[0][:middle], worst[0][middle:]):
-                groups.append((half, self._probe(half, self._narrow)))
+                groups.append((half, self._probe(half, self._narrow, self.judge.measure)))
                 left -= 1
         groups.sort(key=lambda group: group[1] / math.sqrt(len(group[0])))
         return groups if len(self.int8.nodes) > 1 else []
 
-    def _probe(self, nodes: Sequence[Quantizable], narrow: frozenset[str]) -> float:
+    def _probe(self, nodes: Sequence[Quantizable], narrow: frozenset[str], measure: Measure) -> float:
         self._tick()
-        return self.judge.probe(self.int8.quantized(nodes, narrow))
-
-    def _relative(self, nodes: Sequence[Quantizable], narrow: frozenset[str]) -> float:
-        self._tick()
-        return self.judge.relative(self.int8.quantized(nodes, narrow))
+        return self.judge.probe(self.int8.quantized(nodes, narrow), measure)
 
     def _checked(self, nodes: tuple[Quantizable, ...], narrow: frozenset[str] | None = None) -> tuple[Choice, float]:
         """A choice, and the root that is limited."""
