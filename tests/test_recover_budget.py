@@ -15,7 +15,7 @@ import lrcompile
 from lrcompile import Budget, Result
 from lrcompile.cli import run
 from lrcompile.planning.sensitivity import Evaluator
-from tests.test_recover import WIDTH, data, net
+from tests.recovered import WIDTH, data, net
 
 
 def inputs(samples: int, seed: int) -> Tensor:
