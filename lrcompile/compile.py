@@ -38,11 +38,11 @@ from lrcompile.planning.budget import Budget
 from lrcompile.planning.calibration import Split, collect
 from lrcompile.planning.canonicalize import canonicalize, check_exact, check_finite, rounding
 from lrcompile.planning.distribution import Spread, entering, unlike_training
-from lrcompile.planning.measures import RELATIVE
+from lrcompile.planning.measures import OF_FLOATS, RELATIVE
 from lrcompile.planning.metric import DropLimit, Evaluation, Metric, check_metric
 from lrcompile.planning.plan import Plan
 from lrcompile.planning.price import Pricing, price
-from lrcompile.planning.search import Choice, Problem
+from lrcompile.planning.search import Choice, Problem, or_as_it_was
 from lrcompile.planning.sensitivity import Evaluator, rewritten
 from lrcompile.planning.store import Store
 from lrcompile.planning.strategies import search
@@ -86,7 +86,9 @@ class Result:
         start = time.perf_counter()
         refine = None
         if quantize is not None:
-            split = Split.of(model_batches(self.traced, quantize.data))
+            trained = self.plan.recovery or {}
+            kept_out = trained["kept_out"] if trained.get("data") == quantize.data.digest else None
+            split = Split.of(model_batches(self.traced, quantize.data), kept_out)
             refine = quantizer(
                 quantize, self.model, self.traced, self.plan, split, progress,
                 metric=self.metric, replayed=self.replayed,
@@ -222,7 +224,8 @@ def prepare_model(
         graph, canonical, refusals = canonicalize(traced.graph, transforms, context, keep)
         evaluator = Evaluator(traced.graph, data.judged, traced.dynamic_batch)
         by_name = {transform.name: transform for transform in transforms}
-        check_exact(traced.graph, canonical, by_name, context, evaluator, evaluator.error(graph, first=1))
+        floats = evaluator.measured_in(OF_FLOATS)  # rounding may change classes whose scores are next to equal
+        check_exact(traced.graph, canonical, by_name, context, floats, floats.error(graph, first=1))
     seen: Mapping[str, Spread] = {}
     if calibration:
         with clock("calibrate"):
@@ -276,7 +279,10 @@ def solve(prepared: Prepared, budget: Budget) -> Result:
         check_finite(p.graph, choice.rewrites, p.passes, p.context, problem.evaluator, choice.error)
         exact = [rewrite for rewrite in choice.rewrites if rewrite.exact]
         if exact and len(exact) == len(choice.rewrites):
-            check_exact(p.graph, exact, p.passes, p.context, p.evaluator, _relative_error(p, budget, choice))
+            error, floats = _relative_error(p, budget, choice), p.evaluator.measured_in(OF_FLOATS)
+            error = error if math.isfinite(error) else floats.error(choice.graph)
+            check_exact(p.graph, exact, p.passes, p.context, floats, error)
+        choice = or_as_it_was(choice, p.traced.graph, budget, p.context.dtype)
     measured: Measured | None = None
     wanted = choice.candidates
     if reference and not choice.untouched:

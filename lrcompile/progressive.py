@@ -6,7 +6,7 @@ stays. All of them learn from the original: its outputs, and the values inside t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +17,8 @@ from lrcompile.errors import InputError
 from lrcompile.frontend.calibration_data import CalibrationData
 from lrcompile.graph.graph import Graph, weight_bytes
 from lrcompile.planning.budget import Budget
-from lrcompile.recover import recover
+from lrcompile.recover import check_reached, recover, until_error
+from lrcompile.recovery.checkpoint import Checkpoint
 from lrcompile.recovery.lineage import Lineage
 from lrcompile.recovery.settings import Recovery
 from lrcompile.report.clock import Progress, silent
@@ -25,18 +26,24 @@ from lrcompile.report.clock import Progress, silent
 
 @dataclass(frozen=True, eq=False)
 class Member:
-    """One of a family: the share of the original's bytes that was asked for, the parent's share (1: the original)."""
+    """One of a family: the share of the original's bytes that was asked for, the parent's share (1: the original).
+
+    `speedup` is that over the original: the product of those over the members before.
+    """
 
     size: float
     parent: float
     result: Result
+    speedup: float
 
     def to_json(self) -> dict[str, Any]:
-        """Its lineage and figures."""
+        """Its lineage and figures; the latency before is that of the original."""
         report = self.result.report
+        after = report.latency_ms["after"]
+        latency = {**report.latency_ms, "before": after * self.speedup, "speedup": self.speedup}
         return {
             "size": self.size, "parent": self.parent, "weight_bytes": report.model["weight_bytes_after"],
-            "operations": report.model["ops_after"], "latency_ms": dict(report.latency_ms),
+            "operations": report.model["ops_after"], "latency_ms": latency,
             "error": dict(report.error), "recovery": report.recovery and dict(report.recovery),
             "rewrites": [rewrite.to_json() for rewrite in report.rewrites],
         }  # fmt: skip
@@ -57,27 +64,61 @@ def progressive(
 ) -> list[Member]:
     """Models of the given sizes, shares of the original's bytes of weights, each made of the one before and recovered.
 
-    Every one is as accurate as its size allows, within the other limits of `budget`; it is trained as `recovery` says,
-    on `data` and `labels`. `options` are those of `compile`, without a plan. Errors are those against the original.
+    Every one is as accurate as its size allows, within the other limits of `budget`, which are against the original; an
+    error is what its training has to reach. It is trained as `recovery` says, on `data` and `labels`. `options` are
+    those of `compile`, without a plan.
 
     Raises:
-        InputError: the sizes do not fall, or are no shares.
-        BudgetError: a size cannot be reached.
+        InputError: the sizes do not fall, or are no shares; the user's metric is limited.
+        BudgetError: a size, or another limit at a size, cannot be reached.
     """
+    return list(
+        members(
+            model, args, kwargs, sizes=sizes, recovery=recovery, data=data, labels=labels, budget=budget,
+            progress=progress, **options,
+        )
+    )  # fmt: skip
+
+
+def members(
+    model: nn.Module,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    sizes: Sequence[float],
+    recovery: Recovery,
+    data: CalibrationData,
+    labels: Tensor | None = None,
+    budget: Budget | None = None,
+    finished: list[Checkpoint] | None = None,
+    progress: Progress = silent,
+    **options: Any,
+) -> Iterator[Member]:
+    """Those of `progressive`, each when it is made; `finished` is that of `recover`."""
     if not sizes or any(not 0 < size < 1 for size in sizes) or list(sizes) != sorted(set(sizes), reverse=True):
         raise InputError(f"sizes {', '.join(map(str, sizes)) or 'none'}: expected falling shares, such as 0.8,0.6,0.4")
-    family: list[Member] = []
-    parent, share = model, 1.0
+    budget = budget or Budget()
+    if budget.max_drop is not None:
+        raise InputError("a family has no limit on the user's metric: leave out max_drop, and judge each member")
+    parent, share, speedup = model, 1.0, 1.0
     lineage: Lineage | None = None
     rewritten: Graph | None = None
     for size in sizes:
         limit = size if lineage is None else max(2.0, size * weight_bytes(lineage.original.gm))
-        wanted = replace(budget or Budget(), size=limit)
+        wanted, training = until_error(replace(_left(budget, speedup), size=limit), recovery)
         result = compile(parent, args, kwargs, budget=wanted, progress=progress, **options)
         traced = result.traced.graph
         lineage = lineage.traced_anew(rewritten, traced) if lineage and rewritten else Lineage.of(traced)
         rewritten = Graph(result.model, traced.fake_mode)
-        result = recover(result, data, recovery, labels=labels, original=lineage, progress=progress)
-        family.append(Member(size, share, result))
+        result = recover(
+            result, data, training, labels=labels, original=lineage, finished=finished, progress=progress
+        )  # fmt: skip
+        check_reached(result, training)
+        speedup *= result.report.latency_ms["speedup"]
+        yield Member(size, share, result, speedup)
         parent, share = result.model, size
-    return family
+
+
+def _left(budget: Budget, speedup: float) -> Budget:
+    """The limits of the next member, where the one that it is made of is faster than the original by so much."""
+    return budget if budget.speedup is None else replace(budget, speedup=max(1.0, budget.speedup / speedup))

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from lrcompile.compile import Result
-from lrcompile.errors import InputError
+from lrcompile.errors import BudgetError, InputError
 from lrcompile.frontend.calibration_data import CalibrationData
 from lrcompile.graph.graph import Graph, fingerprint
 from lrcompile.lower.batches import model_batches
+from lrcompile.planning.budget import Budget
 from lrcompile.planning.distribution import entering, unlike_calibration, unlike_training
 from lrcompile.planning.sensitivity import Evaluator
 from lrcompile.recovery.checkpoint import Checkpoint
@@ -39,6 +40,7 @@ def recover(
     labels: Tensor | None = None,
     original: Graph | Lineage | None = None,
     checkpoints: Path | None = None,
+    finished: list[Checkpoint] | None = None,
     progress: Progress = lambda stage, done, total: None,
     **settings: Any,
 ) -> Result:
@@ -47,10 +49,12 @@ def recover(
     `settings` are the fields of `Recovery`: `recover(result, data, minutes=15)`. `labels` [samples, …] are classes of
     the first output, whose last axis they count on. A tenth of the batches is kept out to judge by; what is judged
     worse than what was there is not kept, and neither is what the user's metric falls by. A training that was stopped
-    goes on where it was when it is started again; `checkpoints` is the folder that it is kept in until then. `original`
-    is what it learns from, where that is not what was compiled, and then it is trained whatever was rewritten: a traced
-    graph, of which outputs alone are compared, or a lineage, which says what values inside are the same. Where memory
-    runs out, steps are made of smaller parts, which gives the same up to rounding.
+    goes on where it was when it is started again; `checkpoints` is the folder that it is kept in until then. Where
+    `finished` is given, a training that has ended is kept too and put there, for the caller to drop when all is
+    written: until then, starting again costs nothing. `original` is what it learns from, where that is not what was
+    compiled, and then it is trained whatever was rewritten: a traced graph, of which outputs alone are compared, or a
+    lineage, which says what values inside are the same. Where memory runs out, steps are made of smaller parts, which
+    gives the same up to rounding.
 
     Raises:
         InputError: the settings, the data or the labels cannot be used.
@@ -77,10 +81,13 @@ def recover(
         teacher, fitted, batches[0], lineage.substitutes(student), attention=lineage.direct and recovery.attention > 0
     )
     facts = (fingerprint(teacher.gm), fingerprint(fitted.gm), data.digest, _digest(labels), recovery.to_json())
+    checkpoint = Checkpoint.of(*facts, folder=checkpoints, outlives=finished is not None)
+    if finished is not None:
+        finished.append(checkpoint)
     processes = Processes.here()
     until = None if recovery.until is None else measure.root(recovery.until)
     trained = train(
-        couple, samples, recovery, Checkpoint.of(*facts, folder=checkpoints), progress, processes,
+        couple, samples, recovery, checkpoint, progress, processes,
         lambda: until is not None and evaluator.error(couple.trained) <= until,
     )  # fmt: skip
     for parameter in couple.trained.gm.parameters():
@@ -90,7 +97,8 @@ def recover(
     figures = {
         "processes": processes.count, "device": trained.device, "seconds": trained.seconds,
         "steps": trained.steps, "epochs": trained.steps / samples.steps_an_epoch,
-        "samples": samples.count, "judged_by": sum(len(batch) for batch in samples.judging),
+        "data": data.digest, "kept_out": samples.kept_out, "samples": samples.count,
+        "judged_by": sum(len(batch) for batch in samples.judging),
         "rate": trained.rate, "kept_step": trained.kept_step, "rolled_back": trained.rolled_back,
         "values_inside": len(couple.inside), "refitted": list(refitted), "settings": recovery.to_json(),
         "loss": [trained.loss_before, trained.loss_after], "error": [measure.value(before), measure.value(after)],
@@ -106,6 +114,31 @@ def recover(
     planned = {name: value for name, value in figures.items() if name != "seconds"}  # equal runs make equal plans
     plan = replace(result.plan, recovery=planned)
     return _held_to_metric(result, replace(result, model=couple.trained.gm, report=report, plan=plan))
+
+
+def until_error(budget: Budget, recovery: Recovery | None, *, replayed: bool = False) -> tuple[Budget, Recovery | None]:
+    """A limit on the error beside one on size or latency is what a recovery has to reach, not what it begins with."""
+    others = (budget.size, budget.speedup, budget.max_latency_s)
+    if recovery is None or budget.max_error is None or not (replayed or any(others)):
+        return budget, recovery
+    assert budget.error_limit is not None
+    until = budget.measure_in_use.value(budget.error_limit)  # what a quantisation is left is not for the training
+    return replace(budget, max_error=None), replace(recovery, until=until)
+
+
+def check_reached(result: Result, recovery: Recovery | None) -> None:
+    """Holds a recovery to the error that was asked for.
+
+    Raises:
+        BudgetError: it did not reach that.
+    """
+    error = result.report.error["measured"]
+    if recovery is None or recovery.until is None or error <= recovery.until:
+        return
+    raise BudgetError(
+        f"after recovery the error is {error:.3g}, above the {recovery.until:g} allowed; allow that, ask for less "
+        "speed-up or a larger size, train longer, or leave out --max-error to take what comes"
+    )
 
 
 def _held_to_metric(before: Result, after: Result) -> Result:

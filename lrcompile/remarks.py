@@ -26,7 +26,8 @@ def remarks(p: Prepared, budget: Budget, choice: Choice, measured: Measured | No
     if p.metric and p.metric.noise:
         found.append(f"two evaluations of the original differ by {p.metric.noise:.2g}, and so much more may be lost")
     if choice.untouched:
-        found.append("exact rewrites alone make the metric fall further than allowed: the model is as it was")
+        what = "make the metric fall further than" if budget.max_drop is not None else "round to an error above what is"
+        found.append(f"exact rewrites alone {what} allowed: the model is as it was")
         return found
     if measured and budget.int8:
         found.append(

@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from lrcompile.compile import Result
 from lrcompile.compile import compile as compile_model
 from lrcompile.emit.write import check_onnx, check_plans_folder, check_writable, placed_whole, write_text
-from lrcompile.errors import BudgetError, InputError
+from lrcompile.errors import InputError
 from lrcompile.front import front_figures, tradeoff
 from lrcompile.frontend.calibration_data import CalibrationData, load_calibration, load_labels
 from lrcompile.frontend.export import batch_size
-from lrcompile.frontend.inputs import call_inputs, example_inputs, input_names, parse_inputs
+from lrcompile.frontend.inputs import call_inputs, example_inputs, input_names, parameters, parse_inputs
 from lrcompile.frontend.load import Source, load
 from lrcompile.frontend.trace import Traced
 from lrcompile.planning.budget import Budget, parse_latency, parse_size
@@ -26,9 +25,10 @@ from lrcompile.planning.measures import RELATIVE
 from lrcompile.planning.metric import Evaluation, check_metric
 from lrcompile.planning.plan import Plan
 from lrcompile.plugins import configure, discover, parsed_option, select
-from lrcompile.progressive import progressive
+from lrcompile.progressive import Member, members
 from lrcompile.quantization.quantize import RESERVE, Quantization, check_float32
-from lrcompile.recover import recover
+from lrcompile.recover import check_reached, recover, until_error
+from lrcompile.recovery.checkpoint import Checkpoint
 from lrcompile.recovery.processes import Processes
 from lrcompile.recovery.settings import Recovery
 from lrcompile.report.plots import check_plottable, plot_calibration, plot_front
@@ -100,7 +100,8 @@ def compile_files(request: Request, progress: Callable[[str, int, int], None]) -
         if path is not None:
             check_writable(path, text=True)
     plan = Plan.load(request.plan) if request.plan else None
-    budget, recovery = _until_error(_budget(request), _recovery(request))
+    _check_replay(request)
+    budget, recovery = until_error(_budget(request), _recovery(request), replayed=plan is not None)
     metric = check_metric(None if request.eval is None else Evaluation.load(request.eval), budget, plan)
     _check_quantize(request)
     asked = _asked(request)
@@ -111,10 +112,13 @@ def compile_files(request: Request, progress: Callable[[str, int, int], None]) -
             "plan.json, then launch them with --plan plan.json and --recover"
         )
     learned = _learned(request, asked) if recovery is not None else None
+    finished: list[Checkpoint] = []
     result = compile_model(*asked.inputs, budget=budget, plan=plan, metric=metric, progress=progress, **asked.options)
     if learned is not None:
-        result = recover(result, learned[0], recovery, labels=learned[1], progress=progress)
-        _check_reached(result, recovery)
+        result = recover(
+            result, learned[0], recovery, labels=learned[1], finished=finished, progress=progress
+        )  # fmt: skip
+        check_reached(result, recovery)
     report = replace(result.report, notes=[*asked.problems, *result.report.notes])
     if not processes.first:
         return None
@@ -123,9 +127,11 @@ def compile_files(request: Request, progress: Callable[[str, int, int], None]) -
         quantize = _quantization(request, asked)
         report = replace(result, report=report).save(request.out, quantize=quantize, progress=progress)
     if request.plan_out is not None:
-        write_text(request.plan_out, result.plan.with_int8(report.quantization).dumps())
+        write_text(request.plan_out, replace(result.plan.with_int8(report.quantization), metric=report.metric).dumps())
     if request.report_json is not None:
         write_text(request.report_json, json.dumps(report.to_json(), indent=1, allow_nan=False) + "\n")
+    for checkpoint in finished:
+        checkpoint.drop()
     return report
 
 
@@ -193,27 +199,34 @@ def family_files(request: Request, progress: Callable[[str, int, int], None]) ->
             option = "--" + name.replace("_", "-")
             raise InputError(f"--progressive sets the sizes, and makes several plans and reports; leave out {option}")
     out = Path(request.out)
-    manifest = out.with_name(f"{out.stem}.family.json")
-    names = [out.with_name(f"{out.stem}-{size:g}{out.suffix}") for size in sizes]
-    for path in names:
-        check_writable(str(path))
+    folders = request.out.endswith("/") or not out.suffix
+    stem, ends = (out.name, "/") if folders else (out.stem, out.suffix)
+    manifest = out.with_name(f"{stem}.family.json")
+    paths = [f"{out.with_name(f'{stem}-{size:g}')}{ends}" for size in sizes]
+    for path in paths:
+        check_writable(path)
     check_writable(manifest, text=True)
     _check_quantize(request)
     asked = _asked(request)
     data, labels = _learned(request, asked)
-    family = progressive(
+    finished: list[Checkpoint] = []
+    family: list[Member] = []
+    written: list[dict[str, Any]] = []
+    made = members(
         *asked.inputs, sizes=sizes, recovery=recovery, data=data, labels=labels, budget=_budget(request),
-        progress=progress, **asked.options,
+        finished=finished, progress=progress, **asked.options,
     )  # fmt: skip
-    members: list[dict[str, Any]] = []
-    for member, path in zip(family, names, strict=True):
-        progress("emit", len(members), len(names))
+    for member, path in zip(made, paths, strict=True):
+        family.append(member)
+        progress("emit", len(written), len(paths))
         quantize = _quantization(request, asked, family[0].result.traced)
         report = member.result.save(path, quantize=quantize, progress=progress)
-        written = {"verification": dict(report.verification), "quantization": report.quantization}
-        members.append({**member.to_json(), "file": path.name, **written})
-    figures = {"model": request.model, "target": request.target, "notes": list(asked.problems), "members": members}
+        more = {"verification": dict(report.verification), "quantization": report.quantization}
+        written.append({**member.to_json(), "file": Path(path).name, **more})
+    figures = {"model": request.model, "target": request.target, "notes": list(asked.problems), "members": written}
     write_text(manifest, json.dumps(finite(figures), indent=1, allow_nan=False) + "\n")
+    for checkpoint in finished:
+        checkpoint.drop()
     return {**figures, "manifest": str(manifest)}
 
 
@@ -239,7 +252,8 @@ def _asked(request: Request) -> _Asked:
     options |= {name: getattr(request, name) for name in names}
     if request.quantize is not None:
         state = source.program.state_dict  # an exported program's is no method
-        check_float32((state() if callable(state) else state).values(), request.dtype)
+        values = (state() if callable(state) else state).values()
+        check_float32([value for value in values if isinstance(value, Tensor)], request.dtype)
     return _Asked(source, (source.program, args, kwargs), options, found.problems)
 
 
@@ -276,25 +290,19 @@ def _recovery(request: Request) -> Recovery | None:
     return Recovery(**settings)
 
 
-def _until_error(budget: Budget, recovery: Recovery | None) -> tuple[Budget, Recovery | None]:
-    """A limit on the error beside one on size or latency is what a recovery has to reach, not what it begins with."""
-    others = (budget.size, budget.speedup, budget.max_latency_s)
-    if recovery is None or budget.max_error is None or all(limit is None for limit in others):
-        return budget, recovery
-    assert budget.error_limit is not None
-    until = budget.measure_in_use.value(budget.error_limit)  # what a quantisation is left is not for the training
-    return replace(budget, max_error=None), replace(recovery, until=until)
-
-
-def _check_reached(result: Result, recovery: Recovery | None) -> None:
-    """Raises a BudgetError where a recovery did not reach the error that was asked for."""
-    error = result.report.error["measured"]
-    if recovery is None or recovery.until is None or error <= recovery.until:
+def _check_replay(request: Request) -> None:
+    """Refuses what a replay would do without a word: its plan has decided."""
+    if request.plan is None:
         return
-    raise BudgetError(
-        f"after recovery the error is {error:.3g}, above the {recovery.until:g} allowed; allow that, ask for less "
-        "speed-up or a larger size, train longer, or leave out --max-error to take what comes"
-    )
+    later = request.quantize is not None or request.recover is not None or request.recover_minutes is not None
+    names = ["size", "speedup", "max_latency", "strategy", "confidence", "skip", *["max_error"] * (not later)]
+    given = next((name for name in names if getattr(request, name)), None)
+    if given is not None:
+        option = "--" + given.replace("_", "-")
+        raise InputError(
+            f"{option} has no meaning with --plan, whose rewrites are applied as they are; leave it out, or compile "
+            "without --plan"
+        )
 
 
 def _check_quantize(request: Request) -> None:
@@ -327,7 +335,8 @@ def _calibration(request: Request, source: Source, path: str | None) -> Calibrat
     if path is None:
         return None
     example = batch_size(pytree.tree_leaves((source.args, source.kwargs)))
-    return load_calibration(path, input_names(source.program), request.batch or example or 8)
+    required, optional = parameters(source.program)
+    return load_calibration(path, required, request.batch or example or 8, optional=optional)
 
 
 def _inputs(

@@ -186,11 +186,20 @@ def test_many_files_move_together_or_not_at_all(tmp_path: Path, monkeypatch: pyt
         calls = 0
         with pytest.raises(KeyboardInterrupt):
             write._install([(staging / name, tmp_path / name) for name in names], staging)
-        (staging / "old").rmdir()
+        for kept in staging.iterdir():
+            if kept.is_dir():
+                kept.rmdir()  # empty
         assert listing(tmp_path) == before
     stop = 0
     write._install([(staging / name, tmp_path / name) for name in names], staging)
     assert [(tmp_path / name).read_text() for name in names] == ["new a", "new b", "new c"]
+
+
+def test_a_folder_of_the_name_that_what_was_there_is_kept_by(tmp_path: Path, traced: Traced) -> None:
+    for _ in range(2):
+        emit(tmp_path / "old", traced.graph.gm, traced)
+        assert (tmp_path / "old" / "model.py").read_text().startswith(MARK)
+    assert [path.name for path in tmp_path.iterdir()] == ["old"]
 
 
 def test_text_is_written_whole(tmp_path: Path) -> None:

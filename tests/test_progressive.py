@@ -15,10 +15,12 @@ from torch.fx import Interpreter
 import lrcompile
 from lrcompile import Budget, CalibrationData, Graph, Recovery, calibration_from
 from lrcompile.cli import run
-from lrcompile.errors import InputError
+from lrcompile.errors import BudgetError, InputError
 from lrcompile.planning.decompose import spectrum
 from lrcompile.recovery.lineage import Lineage
+from lrcompile.recovery.train import _Training
 from tests.panel import randomise
+from tools.bench_planner import macs_target
 
 WIDTH = 64
 
@@ -120,6 +122,80 @@ def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
         assert run([*common, *words]) == 2
         assert says in " ".join(capsys.readouterr().err.split())
     assert not list(tmp_path.glob("x*"))
+
+
+def test_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.export.save(torch.export.export(net(), (torch.randn(8, WIDTH),)), "net.pt2")
+    np.savez("calib.npz", x=torch.cat([batch["x"] for batch in data().batches]).numpy())
+    words = "net.pt2 --target rpi5 --calib calib.npz --progressive 0.7,0.5 --recover 2"
+    for out, stem in (("small", "small"), ("a.b/", "a.b")):
+        assert run([*words.split(), "--out", out]) == 0, capsys.readouterr()
+        manifest = json.loads(Path(f"{stem}.family.json").read_text())
+        assert [member["file"] for member in manifest["members"]] == [f"{stem}-0.7", f"{stem}-0.5"]
+        assert all((tmp_path / member["file"] / "model.py").is_file() for member in manifest["members"])
+
+
+def test_what_was_trained_is_not_trained_again_after_a_stop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Stopped while the second member is written; started again, no step is made, and nothing is left in the cache."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    torch.export.save(torch.export.export(net(), (torch.randn(8, WIDTH),)), "net.pt2")
+    np.savez("calib.npz", x=torch.cat([batch["x"] for batch in data().batches]).numpy())
+    words = [
+        "net.pt2",
+        "--target",
+        "rpi5",
+        "--calib",
+        "calib.npz",
+        "--progressive",
+        "0.7,0.5",
+        "--recover",
+        "20",
+        "--out",
+    ]
+    assert run([*words, "whole.onnx"]) == 0, capsys.readouterr()
+    assert not list(tmp_path.glob("cache/lrcompile/recover/*"))
+    save, saved = lrcompile.Result.save, list[str]()
+
+    def stopped(result: lrcompile.Result, path: Any, **options: Any) -> Any:
+        if saved:
+            raise KeyboardInterrupt
+        saved.append(str(path))
+        return save(result, path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lrcompile.Result, "save", stopped)
+        assert run([*words, "again.onnx"]) == 130
+    assert [path.name for path in tmp_path.glob("again*")] == ["again-0.7.onnx"]  # written when it was there
+    monkeypatch.setattr(_Training, "_step", lambda *given: pytest.fail("it trains again"))
+    assert run([*words, "again.onnx"]) == 0, capsys.readouterr()
+    for size in ("0.7", "0.5"):
+        assert Path(f"whole-{size}.onnx").read_bytes() == Path(f"again-{size}.onnx").read_bytes()
+    assert not list(tmp_path.glob("cache/lrcompile/recover/*"))
+
+
+def test_limits_are_against_the_original() -> None:
+    """Each member loses less against the one before than against the original, and is faster by less."""
+    common: dict[str, Any] = {"data": data(), "target": macs_target(), "recovery": Recovery(steps=60, rate=1e-3)}
+    plain = lrcompile.progressive(net(), (torch.randn(8, WIDTH),), sizes=(0.7, 0.5), **common)
+    errors = [member.result.report.error["measured"] for member in plain]
+    assert errors[0] < errors[1]
+    first, second = (member.speedup for member in plain)
+    assert 1 < first < second
+    assert second == pytest.approx(first * plain[1].result.report.latency_ms["speedup"])
+    latency = plain[1].to_json()["latency_ms"]
+    assert latency["before"] / latency["after"] == pytest.approx(second) == pytest.approx(latency["speedup"])
+    within = Budget(max_error=(errors[0] + errors[1]) / 2)
+    with pytest.raises(BudgetError, match="after recovery the error is"):
+        lrcompile.progressive(net(), (torch.randn(8, WIDTH),), sizes=(0.7, 0.5), budget=within, **common)
+    faster = Budget(speedup=second * 0.97)
+    members = lrcompile.progressive(net(), (torch.randn(8, WIDTH),), sizes=(0.5, 0.48), budget=faster, **common)
+    assert all(member.speedup >= second * 0.96 for member in members)
+    with pytest.raises(InputError, match="no limit on the user's metric"):
+        lrcompile.progressive(net(), (torch.randn(8, WIDTH),), sizes=(0.5,), budget=Budget(max_drop=0.1), **common)
 
 
 def test_labels_are_learned() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,13 @@ from lrcompile import Budget, Recovery, Result
 from lrcompile.errors import InputError
 from lrcompile.graph.graph import Graph
 from lrcompile.recovery import train as training
+from lrcompile.recovery.checkpoint import Checkpoint
 from lrcompile.recovery.freeze import factors_of
 from lrcompile.recovery.importance import most_important
 from lrcompile.recovery.lineage import Lineage
 from lrcompile.recovery.optimise import Masters, RunningMean, centralise, rate_at, sharpness_aware
 from lrcompile.recovery.pair import difference
+from lrcompile.recovery.processes import Processes
 from lrcompile.recovery.refit import fitted, refit
 from lrcompile.recovery.samples import samples_of
 from tests.pairs import pair_of
@@ -168,6 +170,57 @@ def test_steps_too_small_for_half_precision_add_up() -> None:
         w.grad = -torch.ones_like(w)
         masters.step(optimizer)
     assert w.tolist() == pytest.approx([1.02] * 3, abs=0.004)
+
+
+def begun(compiled: Result, checkpoint: Checkpoint | None, processes: Processes, **settings: Any) -> training._Training:
+    """A training before its first step."""
+    batches = [(batch["x"],) for batch in data().batches]
+    dtype = next(compiled.model.parameters()).dtype
+    batches = [(x.to(dtype),) for (x,) in batches]
+    couple, samples = pair_of(compiled, batches[0]), samples_of(batches, None, 16)
+    recovery = Recovery(**{"steps": 4, "rate": 1e-3} | settings)
+    return training._Training(couple, samples, recovery, checkpoint, lambda *given: None, processes, lambda: False)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_step_forgets_the_gradients_of_the_one_before(dtype: str) -> None:
+    compiled = lrcompile.compile(
+        net(), (torch.randn(8, WIDTH),), target="rpi5", dtype=dtype, budget=Budget(size=0.6)
+    )  # fmt: skip
+    training_ = begun(compiled, None, Processes())
+    training_._begin()
+    order = training_._order()
+    gradients = []
+    for _ in range(2):
+        assert training_._step(order[0], 0.0)
+        gradients.append([p.grad.clone() for p in training_.parameters if p.grad is not None])
+    assert gradients[0]
+    assert all(map(torch.equal, *gradients))
+
+
+def test_all_processes_ask_each_other_whatever_they_have(compiled: Result, tmp_path: Path) -> None:
+    """On another machine there may be no checkpoint: a process that has one must not wait for ever."""
+    asked: dict[str, int] = {}
+    path = Checkpoint.of("facts", folder=tmp_path)
+
+    class Asked(Processes):
+        def mean(self, values: Sequence[float]) -> list[float]:
+            asked[where] = asked.get(where, 0) + 1
+            return [0.5 * value for value in values]  # the other one has none
+
+    for where, checkpoint in (("without", None), ("none", path), ("with", path)):
+        if where == "with":
+            path.save({"weights": [p.detach() for p in begun(compiled, None, Processes()).parameters]})
+        assert not begun(compiled, checkpoint, Asked())._resumed()
+    assert asked == {"without": 1, "none": 1, "with": 1}
+
+
+@pytest.mark.parametrize("samples", [1, 2, 3, 5, 8])
+def test_each_sample_counts_as_much_over_processes(samples: int) -> None:
+    values = torch.randn(samples)
+    shares = [Processes(4, index).share(torch.arange(samples)) for index in range(4)]
+    means = [weight * float(values[part].mean()) for part, weight in shares]
+    assert sum(means) / 4 == pytest.approx(float(values.mean()), rel=1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])

@@ -58,16 +58,28 @@ def test_its_gradient_is_that_of_the_spectrum() -> None:
             [lambda w: w.flatten(1), lambda w: w.transpose(0, 1).flatten(1)],
         ),
         ({"form": "tucker", "rank_out": 3, "rank_in": 2}, (6, 5, 3), [lambda w: w.flatten(1), None]),
+        ({"form": "2plus1", "rank": 8}, (6, 5, 3, 2, 2), [lambda w: w.permute(0, 2, 1, 3, 4).reshape(18, 20)]),
+        ({"form": "1plus2", "rank": 7}, (6, 5, 3, 2, 2), [lambda w: w.permute(0, 3, 4, 1, 2).reshape(24, 15)]),
     ],
 )
 def test_kernels_are_seen_as_they_are_split(params: dict[str, object], weight: tuple[int, ...], expected: list) -> None:  # type: ignore[type-arg]
-    kind = {3: nn.Conv1d, 4: nn.Conv2d}[len(weight)]
+    kind = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}[len(weight)]
     layer = kind(weight[1], weight[0], weight[2:])  # type: ignore[arg-type]
     rewrite = Rewrite("low-rank-conv", ("0",), params, error=0.1)  # type: ignore[arg-type]
     penalty = StableRank.of(nn.Sequential(layer), [rewrite], strength=1.0)
     unfold = [view or (lambda w: w.transpose(0, 1).flatten(1)) for view in expected]
     ranks = [value for value in params.values() if isinstance(value, int)]
     shares = [share_of_tail(view(layer.weight.detach()), rank) for view, rank in zip(unfold, ranks, strict=True)]
+    assert penalty().item() == pytest.approx(sum(share / (1 - share) for share in shares), rel=1e-4)
+
+
+def test_transposed_kernels_have_their_inputs_first() -> None:
+    layer = nn.ConvTranspose2d(5, 12, 3)
+    rewrite = Rewrite("low-rank-conv", ("0",), {"form": "tucker", "rank_out": 9, "rank_in": 2}, error=0.1)
+    penalty = StableRank.of(nn.Sequential(layer), [rewrite], strength=1.0)
+    kernel = layer.weight.detach().transpose(0, 1)
+    views = ((kernel.flatten(1), 9), (kernel.transpose(0, 1).flatten(1), 2))
+    shares = [share_of_tail(view, rank) for view, rank in views]
     assert penalty().item() == pytest.approx(sum(share / (1 - share) for share in shares), rel=1e-4)
 
 

@@ -15,7 +15,7 @@ import logging
 import math
 import tempfile
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +29,7 @@ from lrcompile.frontend.archives import first_line
 
 KINDS = (STATIC, DYNAMIC, TABLES) = ("convolutions", "products", "embeddings")
 Feeds = Mapping[str, np.ndarray]
+_OWN = " of "  # between the name of a table and that of the product that has got one of its own
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,10 @@ class Quantizable:
 def quantizable(model: onnx.ModelProto) -> tuple[Quantizable, ...]:
     """The nodes that 8-bit integers make faster or smaller, in graph order.
 
-    Convolutions, products with constant matrices, and tables that nothing else reads: it would need them in float.
+    Convolutions, products with constant matrices, and tables that nothing else reads, or only such products do, which
+    belong to the same layer: see `untied`.
     """
+    model = untied(model, shared_tables(model))
     floats = {t.name: len(t.dims) for t in model.graph.initializer if t.data_type == TensorProto.FLOAT}
     uses = Counter(name for node in model.graph.node for name in node.input)
     found = []
@@ -58,8 +61,63 @@ def quantizable(model: onnx.ModelProto) -> tuple[Quantizable, ...]:
             kind, weight = DYNAMIC, node.input[1]
         else:
             continue
-        found.append(Quantizable(node.name, kind, weight.removesuffix(".weight")))
+        found.append(Quantizable(node.name, kind, _layer(weight)))
     return tuple(found)
+
+
+def _layer(weight: str) -> str:
+    return weight.partition(_OWN)[0].removesuffix(".weight")
+
+
+def shared_tables(model: onnx.ModelProto) -> frozenset[str]:
+    """The tables of one lookup that products read too, and nothing else, such as those of tied heads."""
+    readers: dict[str, list[tuple[onnx.NodeProto, int]]] = defaultdict(list)
+    for node in model.graph.node:
+        for place, name in enumerate(node.input):
+            readers[name].append((node, place))
+    results = {port.name for port in model.graph.output}
+
+    def multiplies(node: onnx.NodeProto, place: int) -> bool:
+        if _turns(node):
+            after = readers[node.output[0]]
+            return node.output[0] not in results and all(multiplies(*reader) for reader in after)
+        return place == 1 and (node.op_type == "MatMul" or (node.op_type == "Gemm" and _is_plain(node)))
+
+    found = set()
+    for tensor in model.graph.initializer:
+        mine = readers[tensor.name]
+        others = [reader for reader in mine if reader[0].op_type != "Gather" or _axis(reader[0])]
+        is_table = tensor.data_type == TensorProto.FLOAT and len(tensor.dims) == 2
+        if is_table and len(mine) - len(others) == 1 and others and all(multiplies(*reader) for reader in others):
+            found.add(tensor.name)
+    return frozenset(found)
+
+
+def untied(model: onnx.ModelProto, tables: Collection[str]) -> onnx.ModelProto:
+    """The model with a matrix of its own for each product that reads one of the tables, turned where it was."""
+    if not tables:
+        return model
+    result = onnx.ModelProto()
+    result.CopyFrom(model)
+    graph = result.graph
+    values = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer if tensor.name in tables}
+    turned = {node.output[0]: node.input[0] for node in graph.node if _turns(node) and node.input[0] in tables}
+    for node in graph.node:
+        if node.op_type not in ("MatMul", "Gemm") or turned.get(node.input[1], node.input[1]) not in tables:
+            continue
+        table = turned.get(node.input[1], node.input[1])
+        value = values[table].T if node.input[1] in turned else values[table]
+        node.input[1] = f"{table}{_OWN}{node.name}"
+        graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(value), node.input[1]))
+    kept = [node for node in graph.node if not (_turns(node) and node.input[0] in tables)]
+    del graph.node[:]
+    graph.node.extend(kept)
+    return result
+
+
+def _turns(node: onnx.NodeProto) -> bool:
+    """Whether a node transposes a matrix."""
+    return node.op_type == "Transpose" and [list(attribute.ints) for attribute in node.attribute] == [[1, 0]]
 
 
 def _axis(gather: onnx.NodeProto) -> int:
@@ -81,6 +139,7 @@ class Quantizer:
         self.feeds = feeds
         model = onnx.load(path)
         self.nodes = quantizable(model)
+        self._shared = shared_tables(model)
         self._activations = _activations(model)
         self._folder = tempfile.TemporaryDirectory(prefix="lrcompile-")
 
@@ -102,9 +161,9 @@ class Quantizer:
         static, dynamic, tables = (
             [node.node for node in self.nodes if node in chosen and node.kind == kind] for kind in KINDS
         )
-        path = self.path
         with _quiet():
             try:
+                path = self._untied({node.layer for node in chosen})
                 if static:
                     path = self._static(path, static, STATIC in narrow)
                 if dynamic or tables:
@@ -115,6 +174,15 @@ class Quantizer:
                     "nothing is written; compile without --quantize"
                 ) from error
         return _stripped(onnx.load(path)).SerializeToString(deterministic=True)
+
+    def _untied(self, layers: Collection[str]) -> Path:
+        """The model in which what is quantised of a shared table is read by nothing else."""
+        tables = [table for table in self._shared if _layer(table) in layers]
+        if not tables:
+            return self.path
+        out = Path(self._folder.name) / "untied.onnx"
+        onnx.save(untied(onnx.load(self.path), tables), out)
+        return out
 
     def _static(self, path: Path, names: list[str], narrow: bool) -> Path:
         from onnxruntime.quantization import QuantFormat, QuantType, quantize_static

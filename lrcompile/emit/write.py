@@ -265,8 +265,7 @@ def _install(moves: Sequence[tuple[Path, Path]], folder: Path) -> None:
     if len(moves) == 1 and not moves[0][1].is_dir():
         os.replace(*moves[0])  # atomic
         return
-    old = folder / "old"
-    old.mkdir()
+    old = Path(tempfile.mkdtemp(dir=folder))  # of a name that none of the new ones has
     begun: list[tuple[Path, Path]] = []
     try:
         for new, final in moves:

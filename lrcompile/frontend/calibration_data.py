@@ -68,13 +68,14 @@ class CalibrationData:
 
 
 def load_calibration(
-    text: str, input_names: Sequence[str], batch: int, *, max_batches: int | None = 64
+    text: str, input_names: Sequence[str], batch: int, *, max_batches: int | None = 64, optional: Sequence[str] = ()
 ) -> CalibrationData:
     """Reads calibration data from a file or from a loader named `pkg.mod:loader`; the content decides, not the suffix.
 
     A file holds a dict of names to arrays, a list of such dicts, or, for a model with one input, an array. A loader is
     called without arguments and returns an iterable of batches: dicts, tuples in the order of `input_names`, or
-    tensors; at most `max_batches` of them are taken. Files run no code: pickled objects are refused.
+    tensors; at most `max_batches` of them are taken. Inputs named in `optional` may be there. Files run no code:
+    pickled objects are refused.
 
     Raises:
         InputError: the data cannot be read, do not fit the names, hold no full batch, or hold NaN or infinity.
@@ -83,26 +84,37 @@ def load_calibration(
     if is_attribute_path(text) and not exists(path):
         loader = import_attribute(text)
         content = loader if isinstance(loader, Iterable) and not callable(loader) else call(loader, text)
-        return calibration_from(content, input_names, batch, text, max_batches=max_batches)
+        return calibration_from(content, input_names, batch, text, max_batches=max_batches, optional=optional)
     with open_input(path, f"calibration data: {_EXPECTED}") as file:
         content = _read(file, path)
-    return calibration_from(content, input_names, batch, path.name, max_batches=None)
+    return calibration_from(content, input_names, batch, path.name, max_batches=None, optional=optional)
 
 
 def calibration_from(
-    data: Any, input_names: Sequence[str], batch: int, source: str = "python", *, max_batches: int | None = 64
+    data: Any,
+    input_names: Sequence[str],
+    batch: int,
+    source: str = "python",
+    *,
+    max_batches: int | None = 64,
+    optional: Sequence[str] = (),
 ) -> CalibrationData:
     """Makes calibration data of what Python holds: a dict of arrays, an array, or an iterable of batches.
+
+    Of the inputs named in `optional` those are taken that the first piece holds.
 
     Raises:
         InputError: as for `load_calibration`.
     """
     if batch < 1:
         raise InputError(f"--batch {batch} is not positive; expected the number of samples, such as --batch 8")
-    chunks = []
+    chunks: list[dict[str, Tensor]] = []
     total = 0
-    for raw in _chunks(data, input_names, source, max_batches):
-        chunk = _named(raw, input_names, source)
+    names = list(input_names)
+    for raw in _chunks(data, {len(names), len(names) + len(optional)}, source, max_batches):
+        if not chunks:
+            names += _present(raw, len(names), optional)
+        chunk = _named(raw, names, source)
         _check_samples(chunk, total, source)
         total += len(next(iter(chunk.values())))
         chunks.append(chunk)
@@ -180,11 +192,14 @@ def _read_numpy(file: IO[bytes], path: Path) -> Any:
         raise InputError(f"{path} is a NumPy file that cannot be read ({first_line(error)}); save it again") from error
 
 
-def _chunks(data: Any, names: Sequence[str], source: str, limit: int | None) -> Iterator[Any]:
-    """The pieces that the data come in, each a dict, a tuple or an array of stacked samples."""
+def _chunks(data: Any, counts: set[int], source: str, limit: int | None) -> Iterator[Any]:
+    """The pieces that the data come in, each a dict, a tuple or an array of stacked samples.
+
+    As many arrays as one of the `counts` of inputs are one piece.
+    """
     if isinstance(data, (Tensor, np.ndarray, Mapping)):
         yield data
-    elif isinstance(data, (list, tuple)) and len(data) == len(names) > 1 and all(map(_is_array, data)):
+    elif isinstance(data, (list, tuple)) and len(data) in counts - {1} and all(map(_is_array, data)):
         yield tuple(data)
     elif isinstance(data, Iterable) and not isinstance(data, (str, bytes)):
         try:
@@ -196,6 +211,13 @@ def _chunks(data: Any, names: Sequence[str], source: str, limit: int | None) -> 
             raise InputError(f"{source} raised {type(error).__name__} while it gave batches: {error}") from error
     else:
         raise InputError(f"{source} holds a {type(data).__name__}; {_EXPECTED}")
+
+
+def _present(raw: Any, required: int, optional: Sequence[str]) -> Sequence[str]:
+    """Which of the optional inputs a piece holds: by name, or as many as follow those that are required."""
+    if isinstance(raw, Mapping):
+        return [name for name in optional if name in raw]
+    return optional[: len(raw) - required] if isinstance(raw, (tuple, list)) and len(raw) > required else ()
 
 
 def _is_array(value: object) -> bool:

@@ -123,7 +123,7 @@ def input_names(program: Program) -> tuple[str, ...]:
 
     For an exported program they are the names of its flat tensors, for a module the parameters of `forward`.
     """
-    required, optional = _parameters(program)
+    required, optional = parameters(program)
     return (*required, *optional)
 
 
@@ -157,7 +157,7 @@ def call_inputs(program: Program, given: Mapping[str, Tensor]) -> tuple[tuple[An
     Raises:
         InputError: an input is missing or has a name that the program does not take.
     """
-    required, optional = _parameters(program)
+    required, optional = parameters(program)
     if isinstance(program, ExportedProgram):
         bound = bind_inputs(required, given)
         spec = program.call_spec.in_spec
@@ -178,10 +178,8 @@ def call_inputs(program: Program, given: Mapping[str, Tensor]) -> tuple[tuple[An
     return (), dict(bind_inputs(required, given, optional))
 
 
-def _parameters(
-    program: Program,
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """(names that must be given, names that may be)."""
+def parameters(program: Program) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(names of the inputs that must be given, of those that may be)."""
     if isinstance(program, ExportedProgram):
         return tuple(leaf for leaf in _exported_leaves(program) if isinstance(leaf, str)), ()
     if isinstance(program, torch.jit.ScriptModule):
@@ -240,6 +238,23 @@ def cast_floats(tree: T, dtype: torch.dtype) -> T:
         return leaf.to(dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
 
     return pytree.tree_map(cast, tree)
+
+
+def as_exported(program: ExportedProgram, tree: T) -> T:
+    """The same nesting with floating-point tensors in the types that the program was exported with."""
+    specs = [s.arg for s in program.graph_signature.input_specs if s.kind == InputKind.USER_INPUT]
+    values = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
+    leaves, structure = pytree.tree_flatten(tree)
+    if len(leaves) != len(specs):
+        return tree  # which is refused later
+
+    def cast(leaf: Any, wanted: Any) -> Any:
+        tensors = isinstance(leaf, Tensor) and isinstance(wanted, Tensor)
+        return leaf.to(wanted.dtype) if tensors and leaf.is_floating_point() and wanted.is_floating_point() else leaf
+
+    return pytree.tree_unflatten(
+        [cast(leaf, values.get(getattr(spec, "name", ""))) for leaf, spec in zip(leaves, specs, strict=True)], structure
+    )  # fmt: skip
 
 
 def flatten_inputs(

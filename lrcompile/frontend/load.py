@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -60,7 +61,8 @@ def load(source: str, *, arch: str | None = None, trust_pickle: bool = False) ->
     else:
         found = _read(path, arch, trust_pickle)
     if not isinstance(found.program, ExportedProgram):
-        found.program.eval()
+        with suppress(NotImplementedError):  # the modules of exported programs have one mode
+            found.program.eval()
     _check_weights(found)
     return found
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from lrcompile.frontend.inputs import cast_floats, parse_float_dtype, with_batch
+from lrcompile.frontend.inputs import as_exported, cast_floats, parse_float_dtype, with_batch
+from lrcompile.frontend.lift import remove_guards
 from lrcompile.graph.describe import DTYPE_NAMES
 
 Program = nn.Module | ExportedProgram | torch.jit.ScriptModule
@@ -20,20 +22,33 @@ def prepare(
 ) -> tuple[Program, tuple[Any, ...], dict[str, Any], str]:
     """(program, args, kwargs, precision) with floating parameters and inputs in `dtype` and `batch` samples.
 
-    The program's own precision is kept where `dtype` is None. The given module is not changed.
+    The program's own precision is kept where `dtype` is None; then an exported program gets the inputs that it was
+    exported with, in whatever precision. The given module is not changed.
 
     Raises:
         InputError: the precision is unknown, or the batch size cannot be changed.
     """
     own = _precision(program)
     wanted = own if dtype is None else parse_float_dtype(dtype)
+    if dtype is None and isinstance(program, ExportedProgram):
+        args, kwargs = as_exported(program, (args, kwargs))
+    else:
+        args, kwargs = cast_floats((args, kwargs), wanted)
     if wanted != own:
-        module = program.module() if isinstance(program, ExportedProgram) else copy.deepcopy(program)
-        program = module.to(wanted)
-    args, kwargs = cast_floats((args, kwargs), wanted)
+        module = _unguarded(program) if isinstance(program, ExportedProgram) else program
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about torch's own deprecated ways
+            program = copy.deepcopy(module).to(wanted)
     if batch is not None:
         args, kwargs = with_batch((args, kwargs), batch)
     return program, args, kwargs, DTYPE_NAMES[wanted]
+
+
+def _unguarded(program: ExportedProgram) -> fx.GraphModule:
+    """A module of a program that may take other types: without what export asserts of them."""
+    module: Any = program.module(check_guards=False)
+    remove_guards(module)
+    return fx.GraphModule(module, module.graph)  # export's own refuses eval()
 
 
 def _precision(program: Program) -> torch.dtype:
@@ -41,6 +56,6 @@ def _precision(program: Program) -> torch.dtype:
     tensors = program.state_dict.values() if isinstance(program, ExportedProgram) else program.state_dict().values()
     count: dict[torch.dtype, int] = {}
     for tensor in tensors:
-        if tensor.is_floating_point():
+        if isinstance(tensor, Tensor) and tensor.is_floating_point():  # a module's extra state may be anything
             count[tensor.dtype] = count.get(tensor.dtype, 0) + tensor.numel()
     return max(count, key=lambda d: count[d], default=torch.float32)

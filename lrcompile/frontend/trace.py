@@ -69,10 +69,29 @@ def trace(
 ) -> Traced:
     """Exports a model with `torch.export`, lifts it, and checks that the lifted graph computes the same.
 
+    A module is traced in eval mode, and is afterwards in the mode that it was in.
+
     Raises:
         InputError: the model cannot be exported or does not run on the inputs.
         VerificationError: the lifted graph differs from the model (a fault of lrcompile).
     """
+    if isinstance(program, ExportedProgram | torch.jit.ScriptModule):
+        return _traced(program, args, kwargs)
+    training = [module for module in program.modules() if module.training]
+    with suppress(NotImplementedError):  # the modules of exported programs have one mode
+        program.eval()
+    try:
+        return _traced(program, args, kwargs)
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _traced(
+    program: nn.Module | ExportedProgram | torch.jit.ScriptModule,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None = None,
+) -> Traced:
     args, kwargs = tuple(args), dict(kwargs or {})
     notes: list[str] = []
     source = program
@@ -85,7 +104,6 @@ def trace(
         exported, kept = program, open_axes(program)
         reference: Any = program.module()
     else:
-        program.eval()
         kwargs = _as_declared(program, kwargs)
         reference = program
         exported, kept, note = _exported(program, args, kwargs)
@@ -132,7 +150,7 @@ def trace(
         args=args,
         kwargs=kwargs,
         flat=flat,
-        input_names=_input_names(program, args, kwargs, placeholders),
+        input_names=_input_names(program, source, args, kwargs, placeholders),
         output_names=_output_names(expected),
         open_axes=kept,
         others=tuple(other for other, _ in others),
@@ -251,10 +269,17 @@ def _ordered(
 
 
 def _input_names(
-    program: nn.Module | ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any], placeholders: list[fx.Node]
+    program: nn.Module | ExportedProgram,
+    source: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    placeholders: list[fx.Node],
 ) -> tuple[str, ...]:
-    """The user's names of the flat inputs: export renames what is a Python word, such as `input`."""
+    """The user's names of the flat inputs: export renames what is a Python word, and converting what is a script's."""
     names = tuple(node.name for node in placeholders)
+    if isinstance(source, torch.jit.ScriptModule):
+        scripted = tuple(script_signature(source).parameters)
+        return scripted if len(scripted) == len(names) == len(args) else names
     if isinstance(program, ExportedProgram):
         own = tuple(s.arg.name for s in program.graph_signature.input_specs if s.kind == InputKind.USER_INPUT)
         return own if len(own) == len(names) else names

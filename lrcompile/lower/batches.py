@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from torch import Tensor
+
 from lrcompile.errors import InputError
 from lrcompile.frontend.calibration_data import CalibrationData
 from lrcompile.frontend.export import batch_size
@@ -19,7 +21,8 @@ def model_batches(traced: Traced, calibration: CalibrationData | None) -> list[t
     if traced.io_rank is not None:
         batches = tuple({name: folded_io(value) for name, value in batch.items()} for batch in calibration.batches)
         calibration = replace(calibration, batches=batches)
-    example = dict(zip(traced.input_names, traced.flat, strict=True))
+    named = list(zip(traced.input_names, traced.flat, strict=True))
+    example = {name: value for name, value in named if isinstance(value, Tensor)}
     checked = calibration.check_against(example)
     size = batch_size(traced.flat)
     if not traced.dynamic_batch and checked.batches and size is not None:
@@ -28,4 +31,4 @@ def model_batches(traced: Traced, calibration: CalibrationData | None) -> list[t
             raise InputError(
                 f"the model takes batches of {size} only, the calibration data come in {got}; give --batch {size}"
             )
-    return [tuple(batch[name] for name in traced.input_names) for batch in checked.batches]
+    return [tuple(batch.get(name, value) for name, value in named) for batch in checked.batches]

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from lrcompile.errors import InputError, PlanError
+from lrcompile.errors import InputError, LrcompileError, PlanError
+from lrcompile.frontend.archives import first_line
 from lrcompile.graph.graph import Graph
 from lrcompile.memory import in_pieces, is_out_of_memory, samples_in
 from lrcompile.planning.moments import Moments, Window, moments
@@ -109,13 +110,15 @@ def collect(
             try:
                 collector.see_all(piece, seed=i, share=size / whole)
                 continue
-            except (MemoryError, RuntimeError) as error:
+            except LrcompileError:
+                raise
+            except Exception as error:  # whatever an operation raises for values that it does not take
                 if is_out_of_memory(error):
                     most = size // 2 if divisible else 0
-                elif not weighted or i:
-                    raise
-                else:
+                elif isinstance(error, RuntimeError) and weighted and not i:
                     weighted = False  # an operation without a gradient: rows count alike
+                else:
+                    raise does_not_run(error) from error
             again = [piece]
             if most < size:
                 if not most:
@@ -131,6 +134,14 @@ def collect(
                 "compile with --dtype fp32, or give data that the model was made for"
             )
     return statistics
+
+
+def does_not_run(error: Exception) -> InputError:
+    """What is said where the model fails on data that were given, as it does not on the example inputs."""
+    return InputError(
+        f"the model does not run on the data given with --calib or --recover-data: {type(error).__name__}: "
+        f"{first_line(error)}; take out the samples that it was not made for"
+    )
 
 
 def _wanted(graph: Graph) -> tuple[dict[fx.Node, dict[int | Window, None]], dict[fx.Node, int], dict[str, str]]:

@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 
 from lrcompile.graph.graph import Graph
 from lrcompile.memory import in_pieces, is_out_of_memory, samples_in
-from lrcompile.planning.calibration import CONVS
+from lrcompile.planning.calibration import CONVS, does_not_run
 
 USUAL = 0.6  # the median over layers that data of the same kind stay below, single images too
 FAR = 3.0  # the same for the layer that is farthest off
@@ -43,8 +43,10 @@ def entering(graph: Graph, batches: Sequence[Sequence[Any]], divisible: bool = F
             with torch.no_grad():
                 observer.run(*batch, enable_io_processing=False)
             continue
-        except (MemoryError, RuntimeError) as error:
-            half = samples_in(batch) // 2 if divisible and is_out_of_memory(error) else 0
+        except Exception as error:  # whatever an operation raises for values that it does not take
+            if not is_out_of_memory(error):
+                raise does_not_run(error) from error
+            half = samples_in(batch) // 2 if divisible else 0
             if not half:
                 raise
         observer.sums = before

@@ -105,9 +105,7 @@ class Plan:
                 max_rank=data.get("max_rank"),
                 io_rank=data.get("io_rank"),
                 opset=data.get("opset"),
-                recovery=None
-                if data.get("recovery") is None
-                else {"steps": int(data["recovery"]["steps"]), **data["recovery"]},
+                recovery=None if data.get("recovery") is None else _recovery(data["recovery"]),
                 metric=None if data.get("metric") is None else dict(data["metric"]),
                 held_out=int(data.get("held_out", 0)),
                 int8=None if data.get("int8") is None else _int8(**data["int8"]),
@@ -159,6 +157,12 @@ class Plan:
             raise PlanError(
                 f"the plan was made with {had}, got {got}; the factors depend on them: give the same --calib as then"
             )
+
+
+def _recovery(figures: Mapping[str, Any]) -> dict[str, Any]:
+    """What a plan says of a recovery: of how many steps, and how many batches of which data it was judged by alone."""
+    counts = {name: int(figures[name]) for name in ("steps", "kept_out") if name == "steps" or "data" in figures}
+    return {**figures, **counts}
 
 
 def _int8(written: str, left_float: Sequence[str], weight_bits: Mapping[str, int]) -> dict[str, Any]:

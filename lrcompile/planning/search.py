@@ -383,6 +383,24 @@ def _untouched(problem: Problem, pools: Sequence[_Pool], drop: DropLimit, budget
     )
 
 
+def or_as_it_was(choice: Choice, original: Graph, budget: Budget, dtype: str) -> Choice:
+    """The choice, or the original graph where exact rewrites, which round anew, already cost more than is allowed.
+
+    Raises:
+        BudgetError: the original does not keep the limits on size or latency.
+    """
+    limit, lossy = budget.error_limit, not all(rewrite.exact for rewrite in choice.rewrites)
+    if limit is None or budget.exact_only or lossy or choice.untouched or choice.error <= limit:
+        return choice
+    if any((budget.size, budget.speedup, budget.max_latency_s)):
+        got, most = (budget.measure_in_use.value(root) for root in (choice.error, limit))
+        raise BudgetError(
+            f"exact rewrites alone round to an error of {got:.3g} in {dtype}, above the {most:.3g} that rewrites may "
+            "take; allow more, or compile with --dtype fp32"
+        )
+    return Choice((), original.copy(), 0.0, untouched=True)
+
+
 def _exact(problem: Problem, pool: _Pool) -> Choice | None:
     exact = [candidate for candidate in pool.candidates if candidate.exact]
     picked = choose(exact, [0.0] * len(exact), pool.limits)

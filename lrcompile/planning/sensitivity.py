@@ -18,7 +18,8 @@ from lrcompile.graph.graph import Graph, prune
 from lrcompile.graph.rewrite import Rewrite
 from lrcompile.memory import in_pieces, is_out_of_memory, samples_in
 from lrcompile.passes import Context, Pass, apply
-from lrcompile.planning.measures import RELATIVE, Measure
+from lrcompile.planning.calibration import does_not_run
+from lrcompile.planning.measures import RELATIVE, Measure, is_float
 from lrcompile.planning.price import Candidate, Family
 
 PROBE_ERROR = 0.1  # relative output error of a layer, well above rounding and well below losing the layer
@@ -130,9 +131,9 @@ def _outputs(
             outputs.append(run(graph.gm, batch))
             ran.append(batch)
             continue
-        except (MemoryError, RuntimeError) as error:
+        except Exception as error:  # whatever an operation raises for values that it does not take
             if not is_out_of_memory(error):
-                raise
+                raise does_not_run(error) from error
         most = samples_in(batch) // 2 if divisible else 0
         if not most:
             raise InputError(
@@ -140,6 +141,12 @@ def _outputs(
                 "smaller samples, or close other programs"
             )
         left = [part for whole in (batch, *left) for part in in_pieces(whole, most)]
+    for i, batch in enumerate(outputs):
+        if any(is_float(value) and bool(value.isnan().any()) for value in batch):
+            raise InputError(
+                f"the model gives NaN on batch {i + 1} of the {len(outputs)} that it is judged by, so no rewrite can "
+                "be checked there; take such samples out of the data given with --calib or --recover-data"
+            )
     return ran, outputs
 
 

@@ -88,7 +88,10 @@ def quantizer(
     def refine(path: Path) -> tuple[Mapping[str, Any], Sequence[str]]:
         original = wanted.original or traced
         judge = Judge.of(path, original, gm, budget, wanted.max_error, split)
-        file = _File(path, gm, traced, original, judge.feeds(traced.flat), budget, plan.target == "local", progress)
+        file = _File(
+            path, gm, traced, original, judge.feeds(traced.flat), budget, plan.target == "local", again is not None,
+            progress,
+        )  # fmt: skip
         with Quantizer(path, [judge.feeds(batch) for batch in split.fitted]) as int8:
             search = LayerSearch(int8, judge, progress)
             if again is not None:
@@ -126,7 +129,7 @@ def _held_to_limits(search: LayerSearch, file: _File) -> tuple[Choice, float, Pl
 def _held_to_metric(search: LayerSearch, metric: Metric, max_drop: float) -> tuple[Choice, float]:
     """The choice of most error with which the user's metric holds, and times the limit on the error that is."""
     judge, least = search.judge, metric.least(max_drop)
-    whole = search.everything_root / judge.limit
+    whole = search.everything_root / judge.limit if judge.limit else 1.0
     seen = ""
     for halvings in range(AFTERWARDS):
         times = whole / 2**halvings
@@ -134,12 +137,13 @@ def _held_to_metric(search: LayerSearch, metric: Metric, max_drop: float) -> tup
             times = min(1.0, times)
         choice = search.choose(times)
         if choice.model is None:
-            return choice, times
+            return replace(choice, evaluations=halvings, reason="; ".join(filter(None, (seen, choice.reason)))), times
         value = metric.value_of(("int8", str(halvings)), runner(open_onnx(choice.model), judge.names))
         if value >= least:
             return replace(choice, metric=value, evaluations=halvings + 1), times
-        seen = f"{metric.evaluation.name} fell to {value:.6g} with {len(choice.nodes)} of {len(search.int8.nodes)}"
-    return Choice(reason=f"{seen} layers in int8, below {least:.6g}", evaluations=AFTERWARDS), times
+        counts = f"{len(choice.nodes)} of {len(search.int8.nodes)} layers in int8"
+        seen = f"{metric.evaluation.name} fell to {value:.6g} with {counts}, below {least:.6g}"
+    return Choice(reason=seen, evaluations=AFTERWARDS), times
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,6 +157,7 @@ class _File:
     example: Mapping[str, Any]
     budget: Budget
     local: bool
+    decided: bool  # by a plan, whatever is measured now
     progress: Progress
 
     def place(self, choice: Choice, layers: int) -> Placed:
@@ -175,7 +180,7 @@ class _File:
             against = paired(self.path, choice.model, inputs=self.example, seconds=SECONDS)
             of_original = self._of_original(choice.model)
             figures["latency_ms"] = _latency(against, of_original)
-            if against.ratio_low > 1 and not (self.budget.int8 and self.budget.size):
+            if against.ratio_low > 1 and not self.decided and not (self.budget.int8 and self.budget.size):
                 times = f"{against.ratio:.2f}× the time of the float model"
                 why = f"not quantised: int8 takes {times} ({against.ratio_low:.2f}–{against.ratio_high:.2f}) here"
                 return self._kept(why, figures)
@@ -239,14 +244,14 @@ class _File:
         emitted = runner(session, [port.name for port in session.get_inputs()])
         with torch.no_grad():
             check_finite(tensors(run(self.gm, flat)), emitted(flat))
-        emitted_error(emitted, self.gm, flat, **other_sizes(self.traced, kept), limit=1.0)
+        emitted_error(emitted, self.gm, flat, **other_sizes(self.traced, kept), limit=1.0, rounded=True)
 
 
 def metric_after(metric: Mapping[str, Any] | None, figures: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
     """A report's figures of the user's metric, with what the int8 file came to where it was asked."""
     if metric is None or figures is None:
         return metric
-    value = figures["metric_value"]
+    value = figures["metric_value"] if figures["written"] == "int8" else None
     more = {} if value is None else {"after": value}
     return {**metric, "evaluations": metric["evaluations"] + figures["metric_evaluations"], **more}
 

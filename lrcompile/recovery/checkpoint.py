@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,20 +15,26 @@ import torch
 
 from lrcompile.cache import cache_folder, put_whole
 
-SCHEMA = 1  # raise it when the same settings train otherwise
+LEFT_S = 30 * 24 * 3600.0  # after which a training that was stopped is given up
+SCHEMA = 2  # raise it when the same settings train otherwise
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A file that is written whole or not at all; one that is damaged is as none."""
+    """A file that is written whole or not at all; one that is damaged is as none.
+
+    One that `outlives` its training stays when that has ended, so that it need not be done again if what follows is
+    stopped; who asked for that drops it.
+    """
 
     path: Path
+    outlives: bool = False
 
     @classmethod
-    def of(cls, *facts: Any, folder: Path | None = None) -> Checkpoint:
+    def of(cls, *facts: Any, folder: Path | None = None, outlives: bool = False) -> Checkpoint:
         """The file of a training that `facts` (plain JSON values) decide, by default in the user's cache."""
         key = hashlib.sha256(json.dumps([SCHEMA, torch.__version__, *facts], sort_keys=True).encode()).hexdigest()
-        return cls((folder or cache_folder("recover")) / f"{key}.pt")
+        return cls((folder or cache_folder("recover")) / f"{key}.pt", outlives)
 
     def load(self) -> dict[str, Any] | None:
         """What was saved, or None."""
@@ -40,9 +47,16 @@ class Checkpoint:
         return state
 
     def save(self, state: Mapping[str, Any]) -> None:
-        """Replaces what was saved; a full or read-only disk costs the chance to go on, nothing else."""
-        with suppress(OSError, RuntimeError), put_whole(self.path) as path, path.open("wb") as file:
-            torch.save(dict(state), file)
+        """Replaces what was saved; a full or read-only disk costs the chance to go on, nothing else.
+
+        What nothing went on with for a month is removed.
+        """
+        with suppress(OSError, RuntimeError):
+            with put_whole(self.path) as path, path.open("wb") as file:
+                torch.save(dict(state), file)
+            for other in self.path.parent.glob("*.pt"):
+                if time.time() - other.stat().st_mtime > LEFT_S:
+                    other.unlink()
 
     def drop(self) -> None:
         """Forgets what was saved."""

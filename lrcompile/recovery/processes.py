@@ -46,12 +46,15 @@ class Processes:
         """Whether this is the one that writes."""
         return self.index == 0
 
-    def share(self, numbers: Tensor) -> Tensor:
-        """This process's part of the numbers of a step's samples; every process gets one at least."""
+    def share(self, numbers: Tensor) -> tuple[Tensor, float]:
+        """(this process's part of the numbers of a step's samples, how much of the mean over processes its mean is).
+
+        With fewer samples than processes some get one that is another's, and do not count.
+        """
         if self.count == 1:
-            return numbers
-        parts = numbers.tensor_split(self.count)
-        return parts[self.index] if len(parts[self.index]) else numbers[:1]
+            return numbers, 1.0
+        part = numbers.tensor_split(self.count)[self.index]
+        return (part, len(part) * self.count / len(numbers)) if len(part) else (numbers[:1], 0.0)
 
     def mean(self, values: Sequence[float]) -> list[float]:
         """The mean over the processes of each value."""

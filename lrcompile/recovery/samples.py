@@ -39,12 +39,16 @@ class Batch:
 
 @dataclass(frozen=True, eq=False)
 class Samples:
-    """`training` and `judging` batches; a batch is taken apart and mixed with others only where `mixed`."""
+    """`training` and `judging` batches; a batch is taken apart and mixed with others only where `mixed`.
+
+    `kept_out` is how many batches, as given, are for judging alone.
+    """
 
     training: tuple[Batch, ...]
     judging: tuple[Batch, ...]
     mixed: bool
     size: int
+    kept_out: int
 
     @property
     def count(self) -> int:
@@ -97,11 +101,12 @@ def samples_of(
     training, judging = whole[:-held], whole[-held:]
     layouts = {tuple(v.shape[1:] if isinstance(v, Tensor) else None for v in batch.inputs) for batch in whole}
     if size is None or len(layouts) > 1:
-        return Samples(tuple(training), tuple(judging), mixed=False, size=counts[0])
+        return Samples(tuple(training), tuple(judging), mixed=False, size=counts[0], kept_out=held)
     size = min(size, sum(counts[:-held]))
     joined, judged_ones = _joined(training), _joined(judging)
     split = torch.arange(len(judged_ones)).split(size)
-    return Samples((joined,), tuple(judged_ones.take(numbers) for numbers in split), mixed=True, size=size)
+    judged_by = tuple(judged_ones.take(numbers) for numbers in split)
+    return Samples((joined,), judged_by, mixed=True, size=size, kept_out=held)
 
 
 def _joined(batches: Sequence[Batch]) -> Batch:

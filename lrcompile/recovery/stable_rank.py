@@ -28,6 +28,20 @@ def _spatial(weight: Tensor) -> Tensor:
     return weight.permute(0, 3, 1, 2).flatten(2).flatten(0, 1)
 
 
+def _space_first(weight: Tensor) -> Tensor:
+    """Outputs × time by inputs × space."""
+    return weight.permute(0, 2, 1, 3, 4).flatten(2).flatten(0, 1)
+
+
+def _time_first(weight: Tensor) -> Tensor:
+    """Outputs × space by inputs × time."""
+    return weight.permute(0, 3, 4, 1, 2).flatten(3).flatten(0, 2)
+
+
+_BY_FORM = {"spatial": _spatial, "2plus1": _space_first, "1plus2": _time_first}
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)  # have their inputs first
+
+
 @dataclass
 class _Unfolding:
     """A weight seen as a matrix, the rank it is to have, and the directions [rows × rank] of its largest part."""
@@ -106,10 +120,11 @@ class StableRank:
         modules = dict(model.named_modules())
         for rewrite in rewrites:
             path = rewrite.site[0]
-            weight = getattr(modules.get(path), "weight", None)
+            module = modules.get(path)
+            weight = getattr(module, "weight", None)
             if rewrite.exact or not isinstance(weight, nn.Parameter) or weight.dim() < 2:
                 continue
-            found._weights += _split_as(rewrite, path, weight)
+            found._weights += _split_as(rewrite, path, weight, isinstance(module, _TRANSPOSED))
         if not found._weights:
             raise InputError("no rewrite splits a layer of this model; compile it for a budget that needs splits")
         found._check()
@@ -143,12 +158,14 @@ def _weight(model: nn.Module, path: str) -> nn.Parameter:
     return weight
 
 
-def _split_as(rewrite: Rewrite, path: str, weight: nn.Parameter) -> list[_Unfolding]:
+def _split_as(rewrite: Rewrite, path: str, weight: nn.Parameter, inputs_first: bool) -> list[_Unfolding]:
     """The unfoldings that a split truncates."""
     ranks = {name: value for name, value in rewrite.params.items() if isinstance(value, int)}
-    if rewrite.params.get("form") == "spatial":
-        return [_Unfolding(path, weight, ranks["rank"], _spatial)]
-    found = [_Unfolding(path, weight, ranks[name]) for name in ("rank", "rank_out") if name in ranks]
+    form = rewrite.params.get("form")
+    if form in _BY_FORM:
+        return [_Unfolding(path, weight, ranks["rank"], _BY_FORM[str(form)])]
+    outputs, inputs = (_by_inputs, _by_outputs) if inputs_first else (_by_outputs, _by_inputs)
+    found = [_Unfolding(path, weight, ranks[name], outputs) for name in ("rank", "rank_out") if name in ranks]
     if "rank_in" in ranks:
-        found.append(_Unfolding(path, weight, ranks["rank_in"], _by_inputs))
+        found.append(_Unfolding(path, weight, ranks["rank_in"], inputs))
     return found

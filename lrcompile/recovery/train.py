@@ -152,10 +152,14 @@ class _Training:
             self._judge()
         self.progress("recover", state.steps, state.steps)
         self.masters.put(state.best)
+        state.done, state.seconds, self.started = True, self._seconds(), time.monotonic()
         if self.checkpoint and self.processes.first:
-            self.checkpoint.drop()
+            if self.checkpoint.outlives:
+                self._put_down()
+            else:
+                self.checkpoint.drop()
         return Trained(
-            state.step, self._seconds(), state.rate, state.loss_before, state.best_loss, state.best_step,
+            state.step, state.seconds, state.rate, state.loss_before, state.best_loss, state.best_step,
             state.rolled_back, self.loss.device.type, tuple(state.notes),
         )  # fmt: skip
 
@@ -215,7 +219,8 @@ class _Training:
         """Takes up what a checkpoint holds, if there is one that fits."""
         stored = self.checkpoint.load() if self.checkpoint else None
         fits = stored is not None and len(stored.get("weights", ())) == len(self.parameters)
-        if stored is None or self.processes.mean([float(fits)])[0] < 1:  # all of them go on, or none
+        everywhere = self.processes.mean([float(fits)])[0]  # asked by all of them, whatever they found
+        if stored is None or everywhere < 1:  # all of them go on, or none
             return False
         for name, value in stored.items():
             setattr(self.state, name, value)
@@ -225,10 +230,12 @@ class _Training:
         return True
 
     def _save(self) -> None:
-        if self.checkpoint is None or not self.processes.first or time.monotonic() - self.saved < SAVED_EVERY_S:
-            return
-        state = self.state
-        held = {name: getattr(state, name) for name in asdict(_State())}
+        if self.checkpoint and self.processes.first and time.monotonic() - self.saved >= SAVED_EVERY_S:
+            self._put_down()
+
+    def _put_down(self) -> None:
+        assert self.checkpoint is not None
+        held = {name: getattr(self.state, name) for name in asdict(_State())}
         held |= {"weights": self._weights(), "optimizer": self.optimizer.state_dict(), "mean": self.mean.state()}
         self.checkpoint.save(held | {"seconds": self._seconds()})
         self.saved = time.monotonic()
@@ -237,8 +244,7 @@ class _Training:
 
     def _step(self, numbers: Tensor, rate: float) -> bool:
         """One step on some samples at a share of the highest rate; False if it came to no number: nothing changes."""
-        ours = self.processes.share(numbers) if self.samples.mixed else numbers
-        weight = len(ours) * self.processes.count / len(numbers) if self.samples.mixed else 1.0
+        ours, weight = self.processes.share(numbers) if self.samples.mixed else (numbers, 1.0)
         batch = self.samples.batch(ours)
 
         def gradients() -> Tensor:
@@ -254,7 +260,7 @@ class _Training:
             self.processes.average_gradients(self.parameters, weight)
             return value
 
-        self.optimizer.zero_grad(set_to_none=True)
+        self._forget_gradients()
         value = backward()
         trained = [p for p in self.parameters if p.grad is not None]
         if self.recovery.sam:
@@ -264,7 +270,6 @@ class _Training:
         norm = torch.nn.utils.clip_grad_norm_(trained, LARGEST_GRADIENT)
         finite = float(torch.isfinite(value) & torch.isfinite(norm))
         if self.processes.mean([finite])[0] < 1:
-            self.optimizer.zero_grad(set_to_none=True)
             return False
         for group in self.optimizer.param_groups:
             group["lr"] = self.state.rate * rate
@@ -272,6 +277,11 @@ class _Training:
         if self.recovery.ema:
             self.mean.update()
         return True
+
+    def _forget_gradients(self) -> None:
+        """Of the model's own weights: what the optimiser steps in the place of those in half precision has others."""
+        for parameter in self.parameters:
+            parameter.grad = None
 
     def _within_memory(self, batch: Batch, work: Callable[[], Tensor]) -> Tensor:
         """The result of some work on a batch, done on half as many samples at a time for as long as memory runs out.
@@ -285,8 +295,7 @@ class _Training:
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
-            for parameter in self.parameters:
-                parameter.grad = None
+            self._forget_gradients()
             size = min(self.most, len(batch))
             if size < 2 or not self.samples.mixed:
                 raise InputError(

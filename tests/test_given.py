@@ -1,0 +1,230 @@
+"""Models and data as users have them: types, modes, optional inputs, constants, scripts, samples that do not fit."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lrcompile
+from lrcompile import Budget, calibration_from
+from lrcompile.cli import run
+from lrcompile.errors import BudgetError, InputError
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.drop = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Dropout(0.5)
+        self.head = nn.Linear(8, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.drop(self.norm(self.conv(x)).relu()).mean((2, 3)))
+
+
+class Cast(nn.Module):
+    """Makes its input what its weights are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x.to(torch.float32) if self.layer.weight.dtype == torch.float32 else x.half())
+
+
+class Optional(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor, shift: Tensor | None = None, doubled: bool = False) -> Tensor:
+        y = self.layer(x if shift is None else x + shift)
+        return 2 * y if doubled else y
+
+
+class Stateful(Net):
+    def get_extra_state(self) -> Any:
+        return {"trained": "long"}
+
+    def set_extra_state(self, state: Any) -> None:
+        pass
+
+
+class Ratio(nn.Module):
+    """NaN for a sample of zeros."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x / x.norm(dim=-1, keepdim=True))
+
+
+class Words(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.layer = nn.Embedding(50, 16), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(self.table(x))
+
+
+class Map(Net):
+    """The class of each pixel, of scores that are all but equal."""
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        y = self.norm(self.conv(x))
+        return torch.cat([y, y * (1 + 1e-7)], 1).argmax(1)
+
+
+def images(count: int = 2) -> Tensor:
+    return torch.randn(count, 3, 12, 12, generator=torch.Generator().manual_seed(0))
+
+
+def optional() -> nn.Module:
+    return Optional().eval()
+
+
+@pytest.fixture(autouse=True)
+def cwd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_an_archive_in_another_precision(dtype: str, capsys: pytest.CaptureFixture[str]) -> None:
+    program = torch.export.export(Net().eval(), (images(),))
+    torch.export.save(program, "net.pt2")
+    assert run(["net.pt2", "--target", "rpi5", "--dtype", dtype, "--out", "out.onnx"]) == 0
+    kinds = {t.data_type for t in onnx.load("out.onnx").graph.initializer if len(t.dims) > 1}
+    assert kinds == {onnx.TensorProto.FLOAT16 if dtype == "fp16" else onnx.TensorProto.BFLOAT16}
+    lrcompile.compile(program, (images(),), target="rpi5", dtype=dtype)
+    assert {p.dtype for p in program.state_dict.values() if p.is_floating_point()} == {torch.float32}  # not changed
+    torch.export.save(torch.export.export(Cast().eval(), (torch.randn(2, 16),)), "cast.pt2")  # makes all of it float32
+    capsys.readouterr()
+    assert run(["cast.pt2", "--target", "rpi5", "--dtype", dtype]) == 2
+    assert "the model does not run on the given inputs" in " ".join(capsys.readouterr().err.split())
+
+
+def test_an_archive_keeps_the_types_of_its_inputs() -> None:
+    x = torch.randn(2, 16, dtype=torch.float64)
+    torch.export.save(torch.export.export(Cast().eval(), (x,)), "net.pt2")
+    assert run(["net.pt2", "--target", "rpi5", "--out", "out.onnx"]) == 0
+    assert onnx.load("out.onnx").graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.DOUBLE
+
+
+def test_a_model_stays_in_the_mode_that_it_was_in() -> None:
+    model = Net().train()
+    model.norm.eval()
+    lrcompile.compile(model, (images(),), target="rpi5")
+    assert [name for name, module in model.named_modules() if not module.training] == ["norm"]
+    with pytest.raises(InputError):
+        lrcompile.compile(model, (torch.randn(2, 3),), target="rpi5")
+    assert model.drop.training
+
+
+def test_optional_inputs_may_be_in_the_data(capsys: pytest.CaptureFixture[str]) -> None:
+    x = torch.randn(16, 16)
+    np.savez("some.npz", x=x.numpy())
+    np.savez("more.npz", x=x.numpy(), shift=x.numpy())
+    np.savez("none.npz", shift=x.numpy())
+    for name, inputs in (("some", ["x"]), ("more", ["x", "shift"])):
+        words = ["test_given_nets:build", "--target", "rpi5", "--calib", f"{name}.npz", "--out", f"{name}.onnx"]
+        Path("test_given_nets.py").write_text("from tests.test_given import optional as build\n")
+        assert run(words) == 0, capsys.readouterr()
+        assert [port.name for port in onnx.load(f"{name}.onnx").graph.input] == inputs
+    assert run(["test_given_nets:build", "--target", "rpi5", "--calib", "none.npz"]) == 2
+    assert "none.npz lacks the input x" in capsys.readouterr().err
+    known = {"input_names": ["x"], "batch": 4, "optional": ["shift", "doubled"]}
+    for given, names in (
+        ((x, x, x), ["x", "shift", "doubled"]),
+        (x, ["x"]),
+        ([(x, x)], ["x", "shift"]),
+        ({"x": x}, ["x"]),
+    ):
+        assert list(calibration_from(given, **known).batches[0]) == names  # type: ignore[arg-type]
+
+
+def test_data_for_an_archive_with_a_constant(capsys: pytest.CaptureFixture[str]) -> None:
+    x = torch.randn(4, 16)
+    torch.export.save(torch.export.export(optional(), (x, None, True)), "net.pt2")
+    np.savez("calib.npz", x=torch.randn(16, 16).numpy())
+    assert run(["net.pt2", "--target", "rpi5", "--calib", "calib.npz", "--out", "out.onnx"]) == 0, capsys.readouterr()
+
+
+@pytest.mark.parametrize("scripted", [True, False])
+def test_scripts_have_the_names_of_their_parameters(scripted: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    model, x = nn.Sequential(nn.Linear(16, 16), nn.ReLU()).eval(), torch.randn(4, 16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        script: Any = torch.jit.script(model) if scripted else torch.jit.trace(model, (x,))
+    script.save("net.pt")
+    (name,) = [argument.name for argument in script.forward.schema.arguments[1:]]
+    np.savez("calib.npz", **{name: torch.randn(16, 16).numpy()})
+    assert run(["net.pt", "--target", "rpi5", "--calib", "calib.npz", "--out", "out.onnx"]) == 0, capsys.readouterr()
+    assert [port.name for port in onnx.load("out.onnx").graph.input] == [name]
+
+
+def test_a_module_with_more_than_tensors_in_its_state() -> None:
+    lrcompile.compile(Stateful().eval(), (images(),), target="rpi5")
+
+
+def test_samples_that_the_model_was_not_made_for(capsys: pytest.CaptureFixture[str]) -> None:
+    ids = torch.randint(50, (16, 6))
+    torch.export.save(torch.export.export(Words().eval(), (ids[:4],)), "words.pt2")
+    x = torch.randn(16, 16)
+    torch.export.save(torch.export.export(Ratio().eval(), (x[:4],)), "ratio.pt2")
+    for place in (0, 15):  # in what is fitted to, and in what judges
+        beyond, zeros = ids.clone(), x.clone()
+        beyond[place, 2], zeros[place] = 50, 0.0
+        for name, value, says in (
+            ("words", beyond, "the model does not run on the data given with --calib"),
+            ("ratio", zeros, "NaN"),
+        ):
+            np.savez("calib.npz", x=value.numpy())
+            assert run([f"{name}.pt2", "--target", "rpi5", "--calib", "calib.npz", "--out", "out.onnx"]) == 2
+            assert says in " ".join(capsys.readouterr().err.split())
+    assert not Path("out.onnx").exists()
+
+
+@pytest.mark.parametrize(
+    "words", ["--max-error 0.01", "--size 50%", "--speedup 2", "--max-latency 1ms", "--skip conv", "--strategy beam"]
+)
+def test_a_replay_takes_no_limits(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.export.save(torch.export.export(Net().eval(), (images(),)), "net.pt2")
+    assert run(["net.pt2", "--target", "rpi5", "--plan-out", "plan.json"]) == 0
+    capsys.readouterr()
+    assert run(["net.pt2", "--plan", "plan.json", *words.split(), "--out", "out.onnx"]) == 2
+    assert f"{words.split()[0]} has no meaning with --plan" in " ".join(capsys.readouterr().err.split())
+    assert not Path("out.onnx").exists()
+
+
+def test_what_rounding_alone_costs_is_within_the_error_too() -> None:
+    """Folding a batch norm rounds weights anew, in bf16 by far more than this."""
+    model, x = Net().eval(), (images(),)
+    with torch.no_grad():
+        model.norm.running_var.uniform_(0.5, 2.0)
+        model.norm.weight.uniform_(0.5, 2.0)
+    result = lrcompile.compile(model, x, target="rpi5", dtype="bf16", budget=Budget(max_error=1e-4))
+    assert not result.plan.rewrites
+    assert result.report.error["measured"] == 0.0
+    assert any("round to an error above what is allowed" in note for note in result.report.notes)
+    assert lrcompile.compile(model, x, target="rpi5", dtype="bf16", budget=Budget(max_error=0.05)).plan.rewrites
+    with pytest.raises(BudgetError, match="round to an error of"):
+        lrcompile.compile(model, x, target="rpi5", dtype="bf16", budget=Budget(max_error=1e-4, speedup=1.0))
+
+
+def test_classes_next_to_equal_do_not_make_a_pass_a_liar() -> None:
+    model = Map().eval()
+    with torch.no_grad():
+        model.norm.running_var.uniform_(0.5, 2.0)
+    result = lrcompile.compile(model, (images(),), target="rpi5", budget=Budget(size=1.0))
+    assert any(rewrite.pass_name == "fold-batch-norm" for rewrite in result.plan.rewrites)
