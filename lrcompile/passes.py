@@ -126,10 +126,11 @@ class Context:
 
     def lookups(self, site: Site) -> Tensor | None:
         """How often all of an embedding's calls looked up each row, or None unless each call was calibrated."""
-        return _sum(
+        found = _sum(
             next((self.token_counts[name] for name in value_names(node.args[0]) if name in self.token_counts), None)  # type: ignore[arg-type]
             for node in site.nodes
         )
+        return None if found is None else found[: site.module.num_embeddings]  # another table may be longer
 
     def outputs(self, site: Site) -> Outputs | None:
         """How directions of a site's outputs count, over all of its calls; None where that is not known of each.

@@ -171,6 +171,29 @@ def test_names_that_are_no_identifiers(tmp_path: Path) -> None:
     assert 'self["2"] = nn.ModuleDict({"0": nn.Linear(6, 6), "2": nn.Linear(6, 2)})' in text
 
 
+class Listed(nn.Module):
+    """Parameters in a list and a dictionary, one of them in both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+        self.mix = nn.ParameterList([nn.Parameter(torch.randn(8)) for _ in range(2)])
+        self.named = nn.ParameterDict({"a-b": torch.randn(8), "tied": self.mix[1]})
+        self.weights = nn.ParameterList([nn.Parameter(torch.randn(8, 8))])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.fc(x) * self.mix[0] + self.mix[1] + self.named["a-b"] * self.named["tied"]
+        return nn.functional.linear(y, self.weights[0]) + self.weights[0].sum(0)
+
+
+def test_parameters_that_have_no_names(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = Listed().eval(), torch.randn(2, 8)
+    traced, loaded, _ = written(tmp_path, model, (x,))
+    check(traced, loaded, [loaded(x)])
+    torch.testing.assert_close(loaded(x), model(x))
+
+
 def test_rewritten_layers_read_well(tmp_path: Path) -> None:
     traced = trace(
         nn.Sequential(collections.OrderedDict(fc=nn.Linear(64, 64), out=nn.Linear(64, 3))), (torch.randn(2, 64),)

@@ -15,7 +15,13 @@ from torch import Tensor, nn
 import lrcompile
 from lrcompile import Budget, calibration_from
 from lrcompile.cli import run
+from lrcompile.devices.profile import load_device
 from lrcompile.errors import BudgetError, InputError
+from lrcompile.frontend.trace import trace
+from lrcompile.graph.rewrite import Refusal
+from lrcompile.graph.verify import rounded_error
+from lrcompile.passes import Context, proposals
+from lrcompile.plugins import discover
 
 
 class Net(nn.Module):
@@ -78,11 +84,12 @@ class Words(nn.Module):
 
 
 class Map(Net):
-    """The class of each pixel, of scores that are all but equal."""
+    """The class of each pixel; in the first one two scores are all but equal."""
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         y = self.norm(self.conv(x))
-        return torch.cat([y, y * (1 + 1e-7)], 1).argmax(1)
+        first = torch.arange(y.shape[-1] * y.shape[-2]).reshape(1, 1, *y.shape[-2:]) == 0
+        return torch.cat([y, torch.where(first, y * (1 + 1e-7), y - 1)], 1).argmax(1)
 
 
 def images(count: int = 2) -> Tensor:
@@ -226,5 +233,63 @@ def test_classes_next_to_equal_do_not_make_a_pass_a_liar() -> None:
     model = Map().eval()
     with torch.no_grad():
         model.norm.running_var.uniform_(0.5, 2.0)
-    result = lrcompile.compile(model, (images(),), target="rpi5", budget=Budget(size=1.0))
+    large = (torch.randn(2, 3, 66, 66),)
+    result = lrcompile.compile(model, large, target="rpi5", budget=Budget(size=1.0))
     assert any(rewrite.pass_name == "fold-batch-norm" for rewrite in result.plan.rewrites)
+    report = result.save("map.onnx")
+    assert report.verification["onnx_vs_torch"] < 1e-3  # the share of other classes
+    assert (
+        rounded_error([torch.tensor([1, 2, 3, 4]), torch.ones(2)], [torch.tensor([1, 2, 3, 5]), torch.ones(2)]) == 0.25
+    )
+    assert rounded_error([torch.tensor([1, 2])], [torch.tensor([1])]) == float("inf")
+
+
+def test_two_tables_looked_up_with_the_same_numbers() -> None:
+    """The counts of one are as long as the other table."""
+
+    class Tables(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.head = nn.Embedding(500, 32), nn.Embedding(60, 32), nn.Linear(32, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.a(x) + self.b(x)) + self.head(self.b(x))
+
+    ids = torch.randint(60, (32, 6))
+    data = calibration_from({"x": ids}, ["x"], 4)
+    result = lrcompile.compile(
+        Tables().eval(), (ids[:4],), target="rpi5", budget=Budget(size=0.5), calibration=data
+    )  # fmt: skip
+    assert any(rewrite.pass_name == "low-rank-embedding" for rewrite in result.plan.rewrites)
+
+
+def test_a_batch_norm_can_be_left_alone() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()).eval()
+    for skip, folded in (((), True), (("1",), False), (("0",), False)):
+        result = lrcompile.compile(model, (images(),), target="rpi5", skip=skip)
+        assert any(rewrite.pass_name == "fold-batch-norm" for rewrite in result.plan.rewrites) == folded
+        again = lrcompile.compile(model, (images(),), plan=result.plan)
+        assert again.plan.dumps() == result.plan.dumps()
+
+
+def test_heads_of_some_positions_alone_are_refused() -> None:
+    class First(nn.Module):
+        """Attention of the first position to all, of one sample."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.v, self.o = (nn.Linear(64, 64) for _ in range(4))
+
+        def forward(self, x: Tensor, pos: Tensor) -> Tensor:
+            x = x + pos
+            q, k, v = (f(x).view(1, 16, 4, 16).transpose(1, 2) for f in (self.q, self.k, self.v))
+            y = nn.functional.scaled_dot_product_attention(q[:, :, :1], k, v)
+            return self.o(y.transpose(1, 2).reshape(1, 1, 64))
+
+    x = (torch.randn(1, 16, 64), torch.randn(16, 64))
+    result = lrcompile.compile(First().eval(), x, target="rpi5", budget=Budget(max_error=2.0))
+    assert not any(rewrite.pass_name == "group-heads" for rewrite in result.plan.rewrites)
+    graph, heads = trace(First().eval(), x).graph, next(t for t in discover().passes if t.name == "group-heads")
+    found = list(proposals(graph, heads, Context(load_device("rpi5"), "fp32")))
+    assert [proposal.reason for proposal in found if isinstance(proposal, Refusal)] == ["only some positions are read"]
+    assert all(isinstance(proposal, Refusal) for proposal in found)

@@ -186,6 +186,36 @@ class Undifferentiable(torch.autograd.Function):
         return x.clone()
 
 
+class Length(nn.Module):
+    """The length of two values, of which the gradient is no number where both are zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(12, 12, bias=False), nn.Linear(12, 12, bias=False), nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.sqrt(self.a(x) ** 2 + self.b(x) ** 2))
+
+
+@pytest.mark.parametrize("place", [0, 15])
+def test_a_gradient_that_is_no_number_counts_for_nothing(place: int) -> None:
+    """In the first batch nothing is weighted then; in a later one the row is left out."""
+    torch.manual_seed(0)
+    x = torch.randn(16, 12)
+    x[place] = 0.0
+    graph = trace(Length().eval(), (x[:4] + 1,)).graph
+    known = collect(graph, [(part,) for part in x.split(4)], weighted=True)
+    rows = torch.cat([x[:place], x[place + 1 :]])
+    plain = collect(graph, [(part,) for part in rows.split(3)])
+    (key,) = [key for key in known.grams if key[0] == "x"]
+    assert bool(known.gradients) == (place > 0)
+    if place == 0:
+        torch.testing.assert_close(known.grams[key].gram, plain.grams[key].gram, rtol=1e-4, atol=1e-5)
+    assert known.grams[key].gram.isfinite().all()
+    data = calibration_from({"x": x}, ["x"], 4)
+    lrcompile.compile(Length().eval(), (x[:4] + 1,), target="rpi5", budget=Budget(size=0.8), calibration=data)
+
+
 def test_a_window_counts_by_what_its_output_is_felt() -> None:
     class Corner(nn.Module):
         def __init__(self) -> None:

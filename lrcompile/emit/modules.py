@@ -45,7 +45,7 @@ def module_source(root: nn.Module) -> ModuleSource:
     """
     source = ModuleSource("nn.Module" if _style(root, is_root=True) == "tree" else "nn.ModuleDict")
     for name, made in _tensor_entries(source, root, "", "self"):
-        source.lines.append(f"self.{name} = {made}")
+        source.lines.append(_assignment("self", name, made))
     for name, child in _children(root).items():
         place = _step("self", root, name, is_root=True)
         source.lines.append(f"{place} = {_module(source, child, name, place, 8)}")
@@ -58,10 +58,18 @@ def access(root: nn.Module, path: str) -> str:
     expression, module = "self", root
     for name in path.split("."):
         if name not in module._modules:
-            return f"{expression}.{name}"
+            return _attribute(expression, name)
         expression = _step(expression, module, name, is_root=module is root)
         module = module._modules[name]  # type: ignore[assignment]
     return expression
+
+
+def _attribute(holder: str, name: str) -> str:
+    return f"{holder}.{name}" if _is_name(name) else f"getattr({holder}, {_quoted(name)})"
+
+
+def _assignment(holder: str, name: str, value: str) -> str:
+    return f"{holder}.{name} = {value}" if _is_name(name) else f"setattr({holder}, {_quoted(name)}, {value})"
 
 
 def _step(expression: str, module: nn.Module, name: str, is_root: bool = False) -> str:
@@ -98,7 +106,7 @@ def _module(source: ModuleSource, module: nn.Module, path: str, place: str, inde
     for name, kind, tensor in _own_tensors(module):
         if name not in made or made[name].shape != tensor.shape:
             raise UnknownModuleError(f"{path}: {constructor} makes no {name} of shape {tuple(tensor.shape)}")
-        _store(source, kind, tensor, f"{path}.{name}", f"{place}.{name}")
+        _store(source, kind, tensor, f"{path}.{name}", place, name)
         del made[name]
     source._ties += [f"{place}.{name} = None" for name in made]
     for name, child in _children(module).items():
@@ -110,12 +118,12 @@ def _module(source: ModuleSource, module: nn.Module, path: str, place: str, inde
 def _container(source: ModuleSource, module: nn.Module, path: str, place: str, indent: int) -> str:
     style = _style(module)
     tensors = dict(_tensor_entries(source, module, path, place))
+    if style != "tree":  # before what children of it are tied to
+        source._ties += [_assignment(place, name, made) for name, made in tensors.items()]
     children = {
         name: _module(source, child, f"{path}.{name}", _step(place, module, name), indent + 4)
         for name, child in _children(module).items()
     }
-    if style != "tree":
-        source._ties += [f"{place}.{name} = {made}" for name, made in tensors.items()]
     items = list(children.values())
     if style == "nn.ModuleDict":
         return _call("nn.ModuleDict({", [f"{_quoted(name)}: {text}" for name, text in children.items()], "})", indent)
@@ -125,7 +133,9 @@ def _container(source: ModuleSource, module: nn.Module, path: str, place: str, i
         return _call("nn.ModuleList(", [f"{items[0]} for _ in range({len(items)})"], ")", indent, comma="")
     if style == "nn.ModuleList":
         return _call("nn.ModuleList([", items, "])", indent)
-    entries = [f"{name}={text}" for name, text in {**tensors, **children}.items()]
+    held = {**tensors, **children}
+    entries = [f"{name}={text}" for name, text in held.items() if _is_name(name)]
+    entries += [f"**{{{_quoted(name)}: {text}}}" for name, text in held.items() if not _is_name(name)]
     return _call("tree(", entries, ")", indent) if entries else "nn.Module()"
 
 
@@ -141,7 +151,7 @@ def _call(left: str, arguments: list[str], right: str, indent: int, comma: str =
 def _tensor_entries(source: ModuleSource, module: nn.Module, path: str, place: str) -> Iterator[tuple[str, str]]:
     """(name, constructor) of a container's own tensors, but for those that are tied to one made before."""
     for name, kind, tensor in _own_tensors(module):
-        if not _store(source, kind, tensor, f"{path}.{name}" if path else name, f"{place}.{name}"):
+        if not _store(source, kind, tensor, f"{path}.{name}" if path else name, place, name):
             continue
         sizes = ", ".join(map(str, tensor.shape)) if tensor.dim() else "()"
         dtype = "" if tensor.dtype == torch.float32 else f", dtype={tensor.dtype}"
@@ -152,17 +162,17 @@ def _tensor_entries(source: ModuleSource, module: nn.Module, path: str, place: s
             yield name, f"nn.Buffer({empty}{'' if kind == 'buffer' else ', persistent=False'})"
 
 
-def _store(source: ModuleSource, kind: str, tensor: torch.Tensor, key: str, place: str) -> bool:
+def _store(source: ModuleSource, kind: str, tensor: torch.Tensor, key: str, holder: str, name: str) -> bool:
     """Notes a tensor to store; False where it is tied to one noted before, which its place will hold too."""
     identity = (kind == "parameter", storage_id(tensor), tensor.storage_offset(), tuple(tensor.shape), tensor.stride())
+    place = _attribute(holder, name)
     first = source._tensors.setdefault(identity, place)
     if first == place:
         source.weights[key] = tensor
         return True
     if kind == "parameter":
-        source._ties.append(f"{place} = {first}")
+        source._ties.append(_assignment(holder, name, first))
     else:
-        holder, _, name = place.rpartition(".")
         persistent = "" if kind == "buffer" else ", persistent=False"
         source._ties.append(f"{holder}.register_buffer({_quoted(name)}, {first}{persistent})")
     return False

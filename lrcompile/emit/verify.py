@@ -23,7 +23,7 @@ from lrcompile.errors import VerificationError
 from lrcompile.frontend.archives import first_line
 from lrcompile.frontend.export import batch_size
 from lrcompile.frontend.trace import run
-from lrcompile.graph.verify import relative_error
+from lrcompile.graph.verify import relative_error, rounded_error
 
 ORT_ERRORS = tuple(
     value for value in vars(ort_errors).values() if isinstance(value, type) and issubclass(value, Exception)
@@ -102,7 +102,7 @@ def emitted_error(
     limit: float = 1e-3,
     rounded: bool = False,
 ) -> float:
-    """The `relative_error` of what `emitted` returns for flat inputs, against the lifted graph it was made from.
+    """The `rounded_error` of what `emitted` returns for flat inputs, against the lifted graph it was made from.
 
     Where `emitted` is `rounded`, its whole numbers may be others, as classes are whose scores lie close together.
 
@@ -196,7 +196,7 @@ def _compare(
             raise VerificationError(f"the emitted model does not run: {first_line(error)}") from error
     if rounded and len(expected) == len(got):
         got = [y if _whole_of_one_shape(y, other) else other for y, other in zip(expected, got, strict=True)]
-    return relative_error(expected, got)
+    return rounded_error(expected, got)
 
 
 def _whole_of_one_shape(expected: torch.Tensor, got: torch.Tensor) -> bool:

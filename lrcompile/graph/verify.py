@@ -21,6 +21,11 @@ def relative_error(expected: Sequence[Any], got: Sequence[Any]) -> float:
     return max((_error(y, other) for y, other in zip(expected, got, strict=True)), default=0.0)
 
 
+def rounded_error(expected: Sequence[Any], got: Sequence[Any]) -> float:
+    """The same, but of whole numbers, such as classes, the share that differs: rounding changes a few of many."""
+    return max((_rounded(y, other) for y, other in zip(expected, got, strict=True)), default=0.0)
+
+
 def squared_difference(expected: torch.Tensor, got: torch.Tensor) -> tuple[float, float]:
     """(‖y − ŷ‖², ‖y‖²) in double precision, without the positions where both are the same infinity.
 
@@ -42,6 +47,13 @@ def _error(expected: Any, got: Any) -> float:
     if expected.shape != got.shape:
         return math.inf
     return ratio(*squared_difference(expected, got))
+
+
+def _rounded(expected: Any, got: Any) -> float:
+    tensors = isinstance(expected, torch.Tensor) and isinstance(got, torch.Tensor) and expected.shape == got.shape
+    if not tensors or expected.is_floating_point() or expected.is_complex():
+        return _error(expected, got)
+    return float((expected != got).double().mean()) if expected.numel() else 0.0
 
 
 def ratio(difference: float, size: float) -> float:

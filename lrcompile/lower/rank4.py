@@ -18,7 +18,7 @@ from lrcompile.errors import InputError, VerificationError
 from lrcompile.frontend.export import batch_size
 from lrcompile.frontend.trace import Traced, run
 from lrcompile.graph.graph import Graph, aten, propagate, prune
-from lrcompile.graph.verify import relative_error
+from lrcompile.graph.verify import rounded_error
 from lrcompile.lower.folded import RANK, CannotLowerError, Folded, Lowering, identity, merged
 from lrcompile.lower.structure import STRUCTURE, Rule, pick_item
 from lrcompile.lower.values import VALUES, embedding, on_last_axes, pointwise
@@ -100,7 +100,7 @@ def to_rank(traced: Traced, max_rank: int | None, io_rank: int | None, limit: fl
     for batch in [traced.flat, *([other] if other is not traced.flat else [])]:
         inputs = [folded_io(value) for value in batch] if fold_io else batch
         expected = [folded_io(y) for y in run(traced.graph.gm, batch)] if fold_io else run(traced.graph.gm, batch)
-        error = relative_error(expected, run(graph.gm, inputs))
+        error = rounded_error(expected, run(graph.gm, inputs))
         errors.append(error)
         if not error <= limit:
             raise VerificationError(

@@ -155,7 +155,7 @@ def _wanted(graph: Graph) -> tuple[dict[fx.Node, dict[int | Window, None]], dict
             source = node.args[0]
             assert isinstance(source, fx.Node)
             if isinstance(site.module, nn.Embedding):
-                rows[source] = site.module.num_embeddings
+                rows[source] = max(rows.get(source, 0), site.module.num_embeddings)  # of several tables
                 continue
             readers.setdefault(source.name, site.path)
             keys = wanted.setdefault(source, {})
@@ -225,7 +225,8 @@ class _Sensing(_Collector):
     """The same with a backward pass: rows count by the squared gradient of the outputs with respect to them.
 
     An output's gradient is that of its product with random signs, over its norm: what relative errors of outputs feel,
-    on average.
+    on average. What has a gradient that is no number, as a root has at zero, counts for nothing; where the first batch
+    has such gradients already, nothing is weighted.
     """
 
     def see_all(self, batch: Sequence[Any], seed: int, share: float = 1.0) -> None:
@@ -244,7 +245,12 @@ class _Sensing(_Collector):
                     signs = torch.randint(2, y.shape, generator=chance).to(y.dtype) * 2 - 1
                     total = total + (y * signs).sum() / (y.detach().norm() * share**-0.5).clamp_min(1e-30)
             found = torch.autograd.grad(total, list(self.felt.values()), allow_unused=True)
-        gradients = dict(zip(self.felt, found, strict=True))
+        if not seed and not all(gradient is None or bool(gradient.isfinite().all()) for gradient in found):
+            raise RuntimeError("gradients are no numbers")
+        gradients = {
+            node: None if gradient is None else gradient.where(gradient.isfinite(), 0.0)
+            for node, gradient in zip(self.felt, found, strict=True)
+        }
         for node, module in layers.items():
             gradient = gradients[node]
             if gradient is not None and ("felt", node.name) not in self.seen:

@@ -8,6 +8,7 @@ moves values is understood, and what is not understood is refused, never guessed
 
 from __future__ import annotations
 
+import math
 import operator
 import re
 from collections.abc import Container, Iterator, Mapping, Sequence
@@ -217,6 +218,8 @@ def _projection(graph: Graph, value: fx.Node, heads: int, samples: int | None) -
         if shape(base)[head_axis] != shape(end)[head_axis]:
             raise NotUnderstoodError(f"{end.name} changes the number of heads")
     rows, sequence_first = _layout(placed, _features(site))
+    if placed.shape[0] * placed.shape[2] * _features(site) != math.prod(shape_with(source, symbols)):
+        raise NotUnderstoodError("only some positions are read")
     unique, reads = _unique(rows)
     if reads_base is not None:
         if len(unique) != len(rows):

@@ -48,7 +48,8 @@ class FoldBatchNorm(Pass):
                 continue
             reason = _cannot_fold(graph, site, context) or cannot_rebuild(graph, site, owner_map)
             folded |= set() if reason else norms
-            yield site.refuse(reason) if reason else site.rewrite(exact=True)
+            paths = dict.fromkeys(str(norm.target) for norm in norms)
+            yield site.refuse(reason) if reason else Rewrite("", (site.path, *paths), exact=True)
         for site in graph.modules_of(*BATCH_NORMS):
             for node in site.nodes:
                 if node not in folded and readers(graph, node, sites):
@@ -56,7 +57,7 @@ class FoldBatchNorm(Pass):
 
     def apply(self, rewriter: Rewriter, rewrite: Rewrite) -> None:
         """Gives the layers new weights, under their old paths, and erases the batch norm's calls next to them."""
-        if len(rewrite.site) > 1:
+        if "shift" in rewrite.params:
             self._apply_ahead(rewriter, rewrite)
             return
         site = rewriter.site()

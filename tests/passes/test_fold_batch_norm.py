@@ -57,7 +57,7 @@ def test_golden() -> None:
     x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
     graph = common.exported(model, x)
     (rewrite,) = common.rewrites(graph, PASS)
-    assert str(rewrite) == "fold-batch-norm(conv)"
+    assert str(rewrite) == "fold-batch-norm(conv, norm)"
     assert rewrite.exact
     result = common.applied(graph, PASS, rewrite)
     assert common.text(result) == (
