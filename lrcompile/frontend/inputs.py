@@ -242,19 +242,17 @@ def cast_floats(tree: T, dtype: torch.dtype) -> T:
 
 def as_exported(program: ExportedProgram, tree: T) -> T:
     """The same nesting with floating-point tensors in the types that the program was exported with."""
-    specs = [s.arg for s in program.graph_signature.input_specs if s.kind == InputKind.USER_INPUT]
     values = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
+    expected = [values.get(leaf) if isinstance(leaf, str) else None for leaf in _exported_leaves(program)]
     leaves, structure = pytree.tree_flatten(tree)
-    if len(leaves) != len(specs):
+    if len(leaves) != len(expected):
         return tree  # which is refused later
 
     def cast(leaf: Any, wanted: Any) -> Any:
         tensors = isinstance(leaf, Tensor) and isinstance(wanted, Tensor)
         return leaf.to(wanted.dtype) if tensors and leaf.is_floating_point() and wanted.is_floating_point() else leaf
 
-    return pytree.tree_unflatten(
-        [cast(leaf, values.get(getattr(spec, "name", ""))) for leaf, spec in zip(leaves, specs, strict=True)], structure
-    )  # fmt: skip
+    return pytree.tree_unflatten([cast(*pair) for pair in zip(leaves, expected, strict=True)], structure)
 
 
 def flatten_inputs(
