@@ -18,7 +18,7 @@ def main() -> None:
             raise
         code = INTERRUPTED
     if code == INTERRUPTED:
-        sys.stderr.write("lrcompile: interrupted; no output was written\n")
+        sys.stderr.write("lrcompile: interrupted; what was not finished was not written\n")
     sys.exit(code)
 
 

@@ -72,7 +72,10 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 @app.command("compile")
 def compile_command(
     model: Annotated[str, typer.Argument(help="An exported archive, TorchScript, state dict, or pkg.mod:factory.")],
-    target: Target = "v100",
+    target: Annotated[
+        str | None,
+        typer.Option(help="A device profile (see `lrcompile devices`), its path, or local.", show_default="v100"),
+    ] = None,
     out: Annotated[str | None, typer.Option(help="Output: .onnx, .pt2, or a folder.")] = None,
     arch: Annotated[str | None, typer.Option(help="pkg.mod:factory that builds the module of a state dict.")] = None,
     trust_pickle: Annotated[bool, typer.Option(help="Unpickle a whole module: runs code from the file.")] = False,
@@ -262,7 +265,7 @@ def predict(
     from lrcompile.devices.profile import load_device
 
     device = load_device(target)
-    count = predict_csv(operations, out, device, dtype or device.default_dtype)
+    count = predict_csv(operations, out, device, dtype)
     if as_json:
         _print_json({"rows": count, "out": str(out), "target": target, "kind": "analytic"})
     else:

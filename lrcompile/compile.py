@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,6 @@ from torch.export import ExportedProgram
 from lrcompile.cache import cache_folder
 from lrcompile.confirm import Measured, Reference, confirm
 from lrcompile.devices.cost import Cost, total
-from lrcompile.devices.fusion import describe_all
 from lrcompile.devices.target import Target, resolve_target
 from lrcompile.emit.write import check_opset, emit
 from lrcompile.errors import InputError, PlanError
@@ -128,6 +128,15 @@ class Prepared:
     metric: Metric | None = None
     seen: Mapping[str, Spread] = field(default_factory=dict)
 
+    @cached_property
+    def cleaned(self) -> Cost:
+        """The latency of the graph after exact clean-up; with a reference, as measured when it is first asked for."""
+        if self.reference is None or not self.canonical:
+            return self.base
+        with self.clock("measure clean-up"):
+            ratio = min(1.0, self.reference.measure(self.graph).ratio)
+        return replace(self.base, latency_s=self.base.latency_s * ratio)
+
     def problem(self, budget: Budget, drop: DropLimit | None = None) -> Problem:
         """What is searched for a budget."""
         return Problem(
@@ -233,10 +242,10 @@ def prepare_model(
             seen = entering(traced.graph, data.fitted, traced.dynamic_batch)
     with clock("price"):
         pricing = price(graph, transforms, context, target.model, keep, clock.progress)
-        costs = {} if target.is_local else _node_costs(graph, target)
+        costs = {} if target.is_local else target.costs(graph.gm)
         pricing = replace(pricing, refusals=(*refusals, *pricing.refusals), node_costs=costs)
-        cost = reference.latency() if reference else _whole(costs, target)
-        original = cost if reference else _whole(_node_costs(traced.graph, target), target)
+        cost = reference.latency() if reference else target.whole(costs)
+        original = cost if reference else target.whole(target.costs(traced.graph.gm))
     return Prepared(
         traced=traced,
         graph=graph,
@@ -270,16 +279,20 @@ def solve(prepared: Prepared, budget: Budget) -> Result:
     p, clock = prepared, prepared.clock
     drop = DropLimit.of(p.metric, budget)
     problem = p.problem(budget, drop.kept_back() if drop and p.reference else drop)
+    if math.isfinite(budget.latency_limit_s(problem.original_s)):
+        problem = replace(problem, base=p.cleaned)
     asked, reference = budget, p.reference
     with clock("choose"):
         if budget.int8:
             choice, asked, reference = search_for_int8(problem, budget, p.traced, p.reference)
         else:
             choice = search(problem, budget)
-        check_finite(p.graph, choice.rewrites, p.passes, p.context, problem.evaluator, choice.error)
+        floats = p.evaluator.measured_in(OF_FLOATS)  # whole numbers that differ are no sign of an overflow
+        of_floats = choice.error if math.isfinite(choice.error) else floats.error(choice.graph)
+        check_finite(p.graph, choice.rewrites, p.passes, p.context, floats, of_floats)
         exact = [rewrite for rewrite in choice.rewrites if rewrite.exact]
         if exact and len(exact) == len(choice.rewrites):
-            error, floats = _relative_error(p, budget, choice), p.evaluator.measured_in(OF_FLOATS)
+            error = _relative_error(p, budget, choice)
             error = error if math.isfinite(error) else floats.error(choice.graph)
             check_exact(p.graph, exact, p.passes, p.context, floats, error)
         choice = or_as_it_was(choice, p.traced.graph, budget, p.context.dtype)
@@ -321,7 +334,7 @@ def solve(prepared: Prepared, budget: Budget) -> Result:
         latency = latency_figures("measured", measured.before, measured.after)
     else:
         after = p.original if untouched else p.base - total([c.gain for c in choice.candidates])
-        sigma_s = _saving_sigma_s(p.target, p.traced.graph, choice.graph)
+        sigma_s = p.target.saving_sigma_s(p.traced.graph.gm, choice.graph.gm)
         latency = latency_figures(p.target.model.kind, p.original, after, sigma_s)
     report = Report(
         target=p.target.name,
@@ -336,7 +349,7 @@ def solve(prepared: Prepared, budget: Budget) -> Result:
         settings=_settings(p.context.dtype, p.traced, p.seed, budget),
         metric=metric,
     )
-    return Result(choice.graph.gm, plan, report, p.traced, p.metric, p.seen)
+    return Result(choice.graph.gm, plan, report, p.traced, p.metric if drop else None, p.seen)
 
 
 def _settings(dtype: str, traced: Traced, seed: int, budget: Budget) -> dict[str, Any]:
@@ -369,6 +382,7 @@ def replay(
         PlanError: the plan belongs to another model, rank or calibration data, or names a pass that is not installed.
     """
     plan.check_ranks(max_rank, io_rank)
+    sites = [Decision.from_json(site) for site in plan.sites]
     clock = Clock(progress or silent)
     target = resolve_target(plan.target)
     transforms, problems = _passes(passes)
@@ -402,15 +416,15 @@ def replay(
         measured = Reference.of(traced).measure(graph_after)
         latency = latency_figures("measured", measured.before, measured.after)
     else:
-        before, after = (_whole(_node_costs(g, target), target) for g in (traced.graph, graph_after))
-        sigma_s = _saving_sigma_s(target, traced.graph, graph_after)
+        before, after = (target.whole(target.costs(g.gm)) for g in (traced.graph, graph_after))
+        sigma_s = target.saving_sigma_s(traced.graph.gm, graph_after.gm)
         latency = latency_figures(target.model.kind, before, after, sigma_s)
     report = Report(
         target=plan.target,
         model=model_figures(traced, graph_after),
         latency_ms=latency,
         error=error_figures(plan.budget, calibration, measured_error, plan.held_out),
-        sites=[Decision.from_json(site) for site in plan.sites],
+        sites=sites,
         verification={"torch_vs_original": error, "onnx_vs_torch": None},
         timings_s=dict(clock.seconds),
         notes=(
@@ -477,18 +491,3 @@ def _keeper(graph: Graph, skip: Sequence[str]) -> tuple[Callable[[str], bool], t
             raise InputError(f"--skip {pattern!r} matches no site; sites are paths such as {some}")
     skipped = tuple(site for site in sites if any(fnmatch.fnmatchcase(site, pattern) for pattern in skip))
     return lambda site: not any(site == s or site.startswith(s + ".") for s in skipped), skipped
-
-
-def _node_costs(graph: Graph, target: Target) -> dict[str, Cost]:
-    ops = describe_all(graph.gm, target.device.fuses, target.device.lacks)
-    return {name: target.model.cost(op) for name, op in ops.items()}
-
-
-def _whole(costs: Mapping[str, Cost], target: Target) -> Cost:
-    """What a model takes: its operations, and the start of a run where that was measured."""
-    return total([Cost(target.device.network.get("run_s", 0.0)), *costs.values()])
-
-
-def _saving_sigma_s(target: Target, before: Graph, after: Graph) -> float:
-    """Standard deviation in s of what is predicted to be saved."""
-    return math.hypot(*(cost.sigma_s for cost in target.model.compare(before.gm, after.gm)))

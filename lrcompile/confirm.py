@@ -12,11 +12,12 @@ import torch
 
 from lrcompile.devices.bench import OPENINGS, BenchResult, paired
 from lrcompile.devices.cost import Cost
+from lrcompile.devices.onnx_graph import PROTOBUF_BYTES
 from lrcompile.emit.int8 import in_int8
 from lrcompile.emit.onnx import to_onnx
 from lrcompile.errors import BudgetError, InputError
 from lrcompile.frontend.trace import Traced
-from lrcompile.graph.graph import Graph
+from lrcompile.graph.graph import Graph, weight_bytes
 from lrcompile.planning.budget import Budget
 from lrcompile.planning.search import Choice, Problem, applied, metric_holds
 from lrcompile.planning.sensitivity import rewritten
@@ -58,9 +59,13 @@ class Measured:
         """The upper end of the ratio's interval of 95 %."""
         return self.ratio + 2 * self.after.sigma_s / self.before.latency_s
 
+    @property
+    def least(self) -> float:
+        """The lower end."""
+        return 2 * self.ratio - self.most
+
     def __str__(self) -> str:
-        least = 2 * self.ratio - self.most
-        return f"{self.ratio:.3f}× the original's time ({least:.3f}–{self.most:.3f})"
+        return f"{self.ratio:.3f}× the original's time ({self.least:.3f}–{self.most:.3f})"
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,26 +73,33 @@ class Reference:
     """The model as it was given, as ONNX: what everything else is measured against, in ONNX Runtime.
 
     With `int8`, all that can be is put into 8-bit integers before it is measured. `share` is the time of what was not
-    cut over that of the original.
+    cut over that of the original, and `share_open` the least that its measurement leaves open.
     """
 
     traced: Traced
     onnx: bytes
     int8: bool = False
     share: float = 1.0
+    share_open: float = 1.0
 
     @classmethod
     def of(cls, traced: Traced) -> Reference:
         """Exports the original.
 
         Raises:
-            InputError: ONNX Runtime cannot run its data type on a CPU.
+            InputError: ONNX Runtime cannot run its data type on a CPU, or it is too large to be measured.
         """
         tensors = [*traced.graph.gm.state_dict().values(), *traced.flat]
         if any(isinstance(tensor, torch.Tensor) and tensor.dtype == torch.bfloat16 for tensor in tensors):
             raise InputError(
                 "--target local cannot measure bfloat16: ONNX Runtime has no kernels for it on a CPU; "
                 "use --dtype fp32, or a device profile (lrcompile devices lists them)"
+            )
+        held = weight_bytes(traced.graph.gm)
+        if held > PROTOBUF_BYTES:
+            raise InputError(
+                f"--target local cannot measure {held / 2**30:.1f} GiB of weights, as ONNX holds at most 2 in one "
+                "piece; use a device profile (lrcompile devices lists them)"
             )
         return cls(traced, _onnx(traced, traced.graph))
 
@@ -107,7 +119,8 @@ class Reference:
         integers = in_int8(floats, example)
         if paired(floats, integers, inputs=example, seconds=SECONDS).ratio_high >= 1:
             return self
-        return replace(self, int8=True, share=self._paired(integers, SECONDS, OPENINGS).ratio)
+        result = self._paired(integers, SECONDS, OPENINGS)
+        return replace(self, int8=True, share=result.ratio, share_open=left_open(result.ratio, result.ratio_low))
 
     def measure(self, graph: Graph, seconds: float = SECONDS) -> Measured:
         """A rewritten graph against the original, paired and interleaved."""
@@ -127,6 +140,11 @@ class Reference:
 
     def _paired(self, other: bytes, seconds: float, openings: int) -> BenchResult:
         return paired(self.onnx, other, inputs=example_of(self.traced), seconds=seconds, openings=openings)
+
+
+def left_open(ratio: float, least: float) -> float:
+    """The lower end of a ratio's interval, and no more below the ratio than `SAFETY`."""
+    return max(least, SAFETY * ratio)
 
 
 def confirm(
@@ -182,27 +200,33 @@ def _within(
 
     Where the most accurate choice is sought, more is asked for too, until the latency is well spent. A speed-up is
     held against the original as it was in the same measurement: the machine's own speed changes from one to the next.
-    What holds after others did not is measured again, because the best of several figures flatters.
+    What holds after others did not is measured again, because the best of several figures flatters. Where
+    8-bit integers reach it in the measurement's interval, nothing is cut: for a percent that is a poor bargain.
     """
 
-    def spent(measured: Measured) -> float:
+    def spent(choice: Choice, measured: Measured) -> float:
         """The share of the latency allowed."""
-        return measured.after.latency_s / budget.latency_limit_s(measured.before.latency_s)
+        uncut = budget.int8 and all(candidate.exact for candidate in choice.candidates)
+        ratio = left_open(measured.ratio, measured.least) if uncut else measured.ratio
+        return ratio / allowed(measured)
+
+    def allowed(measured: Measured) -> float:
+        return budget.latency_limit_s(measured.before.latency_s) / measured.before.latency_s
 
     fastest, asked_s = measured, asked.latency_limit_s(problem.original_s)
     slack = WELL_SPENT if budget.error_limit is None and problem.drop is None else 0.0
     held: tuple[Choice, Measured] | None = None
     missed = 0
     for attempt in range(ATTEMPTS + 1):
-        if attempt and spent(measured) <= 1:
+        if attempt and spent(choice, measured) <= 1:
             measured = _mean(measured, reference.measure(choice.graph))
-        holds = spent(measured) <= 1
+        holds = spent(choice, measured) <= 1
         missed += not holds
         if holds and (held is None or choice.error < held[0].error):
             held = choice, measured
-        if attempt == ATTEMPTS or (holds and spent(measured) >= slack):
+        if attempt == ATTEMPTS or (holds and spent(choice, measured) >= slack):
             break
-        asked_s *= SAFETY ** (1 if holds else missed) / spent(measured)
+        asked_s *= SAFETY ** (1 if holds else missed) / spent(choice, measured)
         try:
             other = search(problem, replace(asked, speedup=None, max_latency_s=asked_s))
         except BudgetError:
@@ -210,9 +234,13 @@ def _within(
         if holds and other.error >= choice.error:
             break
         choice, measured = other, reference.measure(other.graph)
-        fastest = min(fastest, measured, key=spent)
+        fastest = min(fastest, measured, key=lambda m: m.ratio)
     if held is not None:
-        return held
+        choice, measured = held
+        if measured.ratio > allowed(measured) and measured.remark is None:
+            asked_for = f"the {allowed(measured):.3f} asked for is in the interval, so no layer was cut for it"
+            measured = replace(measured, remark=f"measured on the whole model it takes {measured}: {asked_for}")
+        return choice, measured
     limit_s = budget.latency_limit_s(fastest.before.latency_s)
     raise BudgetError(
         f"latency of {limit_s * 1e3:.4g} ms (speed-up {fastest.before.latency_s / limit_s:.3g}) is not reached as "

@@ -17,7 +17,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from lrcompile.devices.device import Device
 from lrcompile.errors import LrcompileError, PassError
-from lrcompile.graph.graph import Graph, Site
+from lrcompile.graph.graph import TRANSPOSED_CONVS, Graph, Site
 from lrcompile.graph.rewrite import Refusal, Rewrite, Rewriter, value_names
 from lrcompile.planning.decompose import Outputs, Spectrum, Tucker, spectrum, tucker
 from lrcompile.planning.moments import Moments, Window
@@ -170,7 +170,7 @@ class Context:
         weight: Any = site.module.weight
         if isinstance(site.module, nn.Linear):
             return self.svd(site, "linear", lambda: weight, self.input_moments(site), centered)
-        transposed = isinstance(site.module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d)
+        transposed = isinstance(site.module, TRANSPOSED_CONVS)
         padding: Any = site.module.padding
         seen = self.patches(site) or self.input_moments(site, 1)  # patches are what a stride leaves
         centered &= not transposed and (isinstance(padding, str) or not any(padding))
@@ -243,7 +243,7 @@ class Context:
             return self.once(
                 site, form, lambda: self._decomposed(window_tucker, weight, known, centered, outputs=outputs)
             )
-        transposed = isinstance(site.module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d)
+        transposed = isinstance(site.module, TRANSPOSED_CONVS)
         kernel = weight.transpose(0, 1) if transposed else weight
         gram = self.input_gram(site, 1)
         outputs = None if gram is None else self.outputs(site)
@@ -330,7 +330,7 @@ class TrialContext(Context):
     def tucker(self, site: Site, centered: bool = False) -> Tucker:
         """A Tucker decomposition whose factors have shapes only."""
         weight: Any = site.module.weight
-        transposed = isinstance(site.module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d)
+        transposed = isinstance(site.module, TRANSPOSED_CONVS)
         with self.fake_mode, torch.no_grad():
             kernel = self._fake(weight.transpose(0, 1) if transposed else weight)
         shifts = centered and self.patches(site) is not None

@@ -19,6 +19,7 @@ from lrcompile.graph.graph import Graph, fingerprint
 from lrcompile.lower.batches import model_batches
 from lrcompile.planning.budget import Budget
 from lrcompile.planning.distribution import entering, unlike_calibration, unlike_training
+from lrcompile.planning.measures import RELATIVE
 from lrcompile.planning.sensitivity import Evaluator
 from lrcompile.recovery.checkpoint import Checkpoint
 from lrcompile.recovery.lineage import Lineage
@@ -104,10 +105,14 @@ def recover(
         "loss": [trained.loss_before, trained.loss_after], "error": [measure.value(before), measure.value(after)],
     }  # fmt: skip
     basis = f"{figures['judged_by']} samples kept out of the recovery"
+    relative = after if measure is RELATIVE else evaluator.measured_in(RELATIVE).error(couple.trained)
+    judged = {"batches_fitted": len(batches) - samples.kept_out, "batches_judged": samples.kept_out}
+    error = {**result.report.error, **judged, "measured": measure.value(after), "basis": basis}
     report = replace(
         result.report,
-        error={**result.report.error, "measured": measure.value(after), "basis": basis},
+        error=error if recovery.until is None else {**error, "budget": recovery.until},
         recovery=figures,
+        verification={**result.report.verification, "torch_vs_original": relative},
         timings_s={**result.report.timings_s, "recover": time.perf_counter() - start},
         notes=[*result.report.notes, *unlike, *trained.notes, *_remarks(trained.kept_step, refitted)],
     )
@@ -123,7 +128,7 @@ def until_error(budget: Budget, recovery: Recovery | None, *, replayed: bool = F
         return budget, recovery
     assert budget.error_limit is not None
     until = budget.measure_in_use.value(budget.error_limit)  # what a quantisation is left is not for the training
-    return replace(budget, max_error=None), replace(recovery, until=until)
+    return budget if replayed else replace(budget, max_error=None), replace(recovery, until=until)
 
 
 def check_reached(result: Result, recovery: Recovery | None) -> None:
@@ -148,7 +153,8 @@ def _held_to_metric(before: Result, after: Result) -> Result:
     graph = Graph(after.model, after.traced.graph.fake_mode)
     known = dict(before.report.metric)
     value = before.metric.value(("recovered", fingerprint(after.model)), lambda: graph)
-    if value < known["after"] - known["noise"]:
+    allowed = before.metric.least(before.plan.budget.max_drop or 0.0)
+    if value < max(known["after"] - known["noise"], allowed):
         note = f"recovery let the metric fall from {known['after']:.6g} to {value:.6g}: the weights are as they were"
         return replace(before, report=replace(before.report, notes=[*before.report.notes, note]))
     counts = {name: known[name] + 1 for name in ("evaluations", "most_evaluations")}  # this one is not the search's

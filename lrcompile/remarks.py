@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from lrcompile.frontend.export import batch_size
+from lrcompile.graph.verify import is_float
 from lrcompile.planning.budget import Budget
 from lrcompile.planning.coverage import short_of_rows
-from lrcompile.planning.measures import OF_FLOATS, is_float
+from lrcompile.planning.measures import OF_FLOATS
 from lrcompile.planning.search import Choice
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ def remarks(p: Prepared, budget: Budget, choice: Choice, measured: Measured | No
         found.append(measured.remark)
     if measured and measured.overruled:
         found.append(measured.overruled)
+    elif not choice.candidates and budget.error_limit is None and budget.max_drop is None:
+        found.append("what was asked for holds without rewrites: only exact fusions were made")
     elif not choice.candidates:
         found.append(f"no rewrite gains anything on {p.target.name} within the budget: only exact fusions were made")
     found += p.target.remarks()

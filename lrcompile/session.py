@@ -37,6 +37,7 @@ from lrcompile.report.report import Report, finite
 if TYPE_CHECKING:  # fitting imports what a compile does without
     from lrcompile.devices.calibrate import Calibration, Progress
 
+DEFAULT_TARGET = "v100"
 OF_RECOVERY = "recover."  # begins the options that are of no pass, but of a recovery
 
 
@@ -45,7 +46,7 @@ class Request:
     """What the user asked for, as given."""
 
     model: str
-    target: str
+    target: str | None
     out: str | None
     arch: str | None
     trust_pickle: bool
@@ -100,7 +101,9 @@ def compile_files(request: Request, progress: Callable[[str, int, int], None]) -
         if path is not None:
             check_writable(path, text=True)
     plan = Plan.load(request.plan) if request.plan else None
-    _check_replay(request)
+    _check_replay(request, plan)
+    if plan is not None and request.batch is None and not request.inputs:
+        request = replace(request, batch=plan.batch)
     budget, recovery = until_error(_budget(request), _recovery(request), replayed=plan is not None)
     metric = check_metric(None if request.eval is None else Evaluation.load(request.eval), budget, plan)
     _check_quantize(request)
@@ -168,7 +171,7 @@ def tradeoff_files(
     )  # fmt: skip
     names = [f"{number}.json" for number in range(1, len(results) + 1)]
     figures = front_figures(results, [str(files.plans / name) if files.plans else None for name in names])
-    figures["notes"] = [*asked.problems, *figures["notes"]]
+    figures = finite({**figures, "notes": [*asked.problems, *figures["notes"]]})
     if files.plans is not None:
         with placed_whole(files.plans) as folder:
             folder.mkdir()
@@ -223,11 +226,16 @@ def family_files(request: Request, progress: Callable[[str, int, int], None]) ->
         report = member.result.save(path, quantize=quantize, progress=progress)
         more = {"verification": dict(report.verification), "quantization": report.quantization}
         written.append({**member.to_json(), "file": Path(path).name, **more})
-    figures = {"model": request.model, "target": request.target, "notes": list(asked.problems), "members": written}
+    figures = {
+        "model": request.model,
+        "target": asked.options["target"],
+        "notes": list(asked.problems),
+        "members": written,
+    }
     write_text(manifest, json.dumps(finite(figures), indent=1, allow_nan=False) + "\n")
     for checkpoint in finished:
         checkpoint.drop()
-    return {**figures, "manifest": str(manifest)}
+    return finite({**figures, "manifest": str(manifest)})
 
 
 @dataclass(frozen=True)
@@ -247,7 +255,7 @@ def _asked(request: Request) -> _Asked:
     source = load(request.model, arch=request.arch, trust_pickle=request.trust_pickle)
     calibration = _calibration(request, source, request.calib)
     args, kwargs = _inputs(request, source, calibration)
-    options: dict[str, Any] = {"target": request.target, "calibration": calibration, "passes": passes}
+    options: dict[str, Any] = {"target": request.target or DEFAULT_TARGET, "calibration": calibration, "passes": passes}
     names = ("skip", "dtype", "batch", "max_rank", "io_rank", "opset", "seed")
     options |= {name: getattr(request, name) for name in names}
     if request.quantize is not None:
@@ -290,17 +298,23 @@ def _recovery(request: Request) -> Recovery | None:
     return Recovery(**settings)
 
 
-def _check_replay(request: Request) -> None:
+def _check_replay(request: Request, plan: Plan | None) -> None:
     """Refuses what a replay would do without a word: its plan has decided."""
-    if request.plan is None:
+    if plan is None:
         return
     later = request.quantize is not None or request.recover is not None or request.recover_minutes is not None
-    names = ["size", "speedup", "max_latency", "strategy", "confidence", "skip", *["max_error"] * (not later)]
-    given = next((name for name in names if getattr(request, name)), None)
-    if given is not None:
-        option = "--" + given.replace("_", "-")
+    names = ["size", "speedup", "max_latency", "strategy", "confidence", "passes", *["max_error"] * (not later)]
+    given = next((name for name in names if getattr(request, name) is not None), "skip" if request.skip else None)
+    of_passes = [word for word in request.options if not word.startswith(OF_RECOVERY)]
+    if given is not None or of_passes:
+        option = "--" + given.replace("_", "-") if given else f"--option {of_passes[0]}"
         raise InputError(
             f"{option} has no meaning with --plan, whose rewrites are applied as they are; leave it out, or compile "
+            "without --plan"
+        )
+    if request.target is not None and request.target != plan.target:
+        raise InputError(
+            f"the plan was made for --target {plan.target}, got --target {request.target}; leave it out, or compile "
             "without --plan"
         )
 

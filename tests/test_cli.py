@@ -176,6 +176,12 @@ def test_lists_and_predictions(cwd: Path, capsys: pytest.CaptureFixture[str]) ->
     code, out, err = call(capsys, "predict", "ops.csv", "--target", "v100", "--dtype", "fp16", "--out", "p.csv")
     assert (code, err) == (0, "")
     assert Path("p.csv").read_text().splitlines()[0] == "m,n,k,ta,tb,predicted_ms,sigma"
+    Path("ops.csv").write_text(
+        "op,dtype,m,n,k\n" + "".join(f"gemm,{dtype},4096,4096,4096\n" for dtype in ("fp16", "fp32"))
+    )
+    assert call(capsys, "predict", "ops.csv", "--target", "v100", "--out", "p.csv")[0] == 0
+    half, single = (float(line.split(",")[-2]) for line in Path("p.csv").read_text().splitlines()[1:])
+    assert single > 4 * half
 
 
 class _Evil:
@@ -237,6 +243,9 @@ BAD: list[tuple[tuple[str, ...], int, str]] = [
     (("model.pt", "--target", "local.toml"), 2, "local.toml"),
     (("explain", "missing.json"), 2, "missing.json"),
     (("bench", "text.pt", "text.pt"), 2, "text.pt"),
+    (("bench", "text.pt", "text.pt", "--batch", "-1"), 2, "batch"),
+    (("bench", "text.pt", "text.pt", "--seconds", "nan"), 2, "seconds"),
+    (("bench", "text.pt", "text.pt", "--seed", "-1"), 2, "seed"),
     (("predict", "text.pt", "--out", "p.csv"), 2, "text.pt"),
     ((), 2, ""),
 ]
@@ -291,7 +300,7 @@ def test_interrupt_leaves_nothing(
     with pytest.raises(SystemExit) as stop:
         main()
     assert stop.value.code == 130
-    assert capsys.readouterr().err.strip() == "lrcompile: interrupted; no output was written"
+    assert capsys.readouterr().err.strip() == "lrcompile: interrupted; what was not finished was not written"
     assert made(cwd) == before
     assert Path("out.onnx").read_bytes() == b"precious"
 

@@ -14,7 +14,7 @@ from lrcompile.confirm import SECONDS, TRIALS, Measured, confirm, worthwhile
 from lrcompile.devices.cost import Cost
 from lrcompile.errors import BudgetError
 from lrcompile.graph.graph import Graph
-from lrcompile.planning.search import Problem, search
+from lrcompile.planning.search import Choice, Problem, search
 
 LAYERS = 4
 
@@ -197,6 +197,18 @@ def test_a_latency_that_is_more_than_met_buys_accuracy() -> None:
     assert len(machine.asked) > 1
     assert len(left) == 2 < len(split)
     assert 1 / measured.ratio >= 1.5
+
+
+def test_where_nothing_is_cut_a_latency_in_the_interval_is_kept(prepared: lrcompile.Prepared) -> None:
+    """A hundredth more speed than integers alone have is no reason to cut; without an interval it is."""
+    for spread, cut in ((0.004, False), (0.0, True)):
+        p, budget = prepared, lrcompile.Budget(speedup=1 / 0.495, int8=True)
+        problem = Problem(p.graph, p.pricing.candidates, p.passes, p.context, p.evaluator, p.base, p.original.latency_s)
+        machine = Machine(p, lambda split: 0.5 - 0.01 * len(split), p.original.latency_s, spread, share=0.5)
+        asked = lrcompile.Budget(speedup=1.0)
+        choice, measured = confirm(machine, problem, Choice((), p.graph, 0.0), budget, asked)  # type: ignore[arg-type]
+        assert bool(choice.candidates) == cut
+        assert ("in the interval" in (measured.remark or "")) != cut
 
 
 def test_a_latency_that_is_not_reached_as_measured_is_an_error(prepared: lrcompile.Prepared) -> None:

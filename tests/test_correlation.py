@@ -73,6 +73,23 @@ def test_a_calibrated_family_has_the_covariance_of_its_process() -> None:
     assert near / model.cost(b).latency_s < 0.5 * model.cost(far).sigma_s / model.cost(far).latency_s
 
 
+def test_what_has_no_family_has_none_of_its_errors() -> None:
+    """Transposed and 1-D convolutions are not of the calibrated "conv", though their kind has that name."""
+    image = conv_op(CONV, "fp32")
+    point = np.array([features(image, "cpu")])
+    x86 = load_device("x86-ort")
+    device = replace(x86, residuals={"conv": Residuals(point, np.array([0.1]), np.ones(point.shape[1]), 1e-9, 1e-9)})
+    model = AnalyticCostModel(device)
+    cube = replace(CONV, size_in=(8,) * 3, size_out=(8,) * 3, kernel=(3,) * 3, stride=(1,) * 3, padding=((1, 1),) * 3,
+                   dilation=(1,) * 3)  # fmt: skip
+    line = replace(CONV, size_in=(8,), size_out=(8,), kernel=(3,), stride=(1,), padding=((1, 1),), dilation=(1,))
+    for op in (conv_op(replace(cube, transposed=True), "fp32"), conv_op(line, "fp32"), conv_op(cube, "fp64")):
+        cost = model.cost(op)
+        assert difference_sigma_s(device, [(op, cost)], []) == pytest.approx(cost.sigma_s)
+        both = [(op, cost), (image, model.cost(image))]
+        assert difference_sigma_s(device, both, []) == pytest.approx(cost.sigma_s, rel=0.01)
+
+
 def test_an_eager_network_waits_for_its_host() -> None:
     small, large = gemm_op(8, 8, 8, "fp16"), gemm_op(8192, 8192, 8192, "fp16")
     assert V100.host_s == pytest.approx(66e-6)

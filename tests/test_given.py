@@ -229,6 +229,42 @@ def test_what_rounding_alone_costs_is_within_the_error_too() -> None:
         lrcompile.compile(model, x, target="rpi5", dtype="bf16", budget=Budget(max_error=1e-4, speedup=1.0))
 
 
+class Twins(Map):
+    """Classes of two layers that can be merged, which rounds anew."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 64, 1), nn.BatchNorm2d(64)
+        self.one, self.other = nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x).movedim(1, -1)
+        one, other = self.one(y), self.other(y)
+        return torch.cat([one - other, (one - other) * (1 + 1e-7)], -1).argmax(-1)
+
+
+@pytest.mark.parametrize("budget", [Budget(), Budget(max_error=0.0), Budget(max_error=0.3, strategy="energy")])
+@pytest.mark.parametrize("kind", [Map, Twins])
+def test_whole_numbers_stay_as_they_are_within_a_limit(kind: type[nn.Module], budget: Budget) -> None:
+    """An exact rewrite that turns one of them is not made, and is called no fault of a pass."""
+    model = kind().eval()
+    with torch.no_grad():
+        model.norm.running_var.uniform_(0.5, 2.0)  # type: ignore[union-attr,operator]
+    x = torch.randn(2, 3, 66, 66)
+    result = lrcompile.compile(model, (x,), target="rpi5", budget=budget)
+    assert torch.equal(result.model(x), model(x))
+    assert result.report.error["measured"] == 0.0
+
+
+def test_a_front_of_whole_numbers(capsys: pytest.CaptureFixture[str]) -> None:
+    model = Map().eval()
+    with torch.no_grad():
+        model.norm.running_var.uniform_(0.5, 2.0)
+    torch.export.save(torch.export.export(model, (torch.randn(2, 3, 66, 66),)), "map.pt2")
+    assert run(["tradeoff", "map.pt2", "--target", "rpi5", "--points", "3", "--json"]) == 0
+    assert '"points"' in capsys.readouterr().out
+
+
 def test_classes_next_to_equal_do_not_make_a_pass_a_liar() -> None:
     model = Map().eval()
     with torch.no_grad():

@@ -22,6 +22,7 @@ from lrcompile.recovery.train import _Training
 from tests.panel import randomise
 from tools.bench_planner import macs_target
 
+pytestmark = pytest.mark.usefixtures("cache_folder")
 WIDTH = 64
 
 
@@ -51,13 +52,6 @@ def family(sizes: tuple[float, ...], **settings: Any) -> list[lrcompile.Member]:
     return lrcompile.progressive(
         net(), (torch.randn(8, WIDTH),), sizes=sizes, recovery=recovery, data=data(), target="rpi5"
     )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 def test_each_is_smaller_and_learns_from_the_original() -> None:

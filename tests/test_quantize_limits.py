@@ -29,12 +29,7 @@ from tests.quantized import (
     operations,
 )
 
-
-@pytest.fixture(scope="module", autouse=True)
-def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        yield
+pytestmark = pytest.mark.usefixtures("cache_folder")
 
 
 def asked_of_int8(size: float, kind: type[nn.Module] = Mlp, **options: Any) -> tuple[Result, CalibrationData]:
@@ -128,6 +123,38 @@ def test_here_integers_count_where_they_are_faster(
     assert figures is not None
     assert figures["written"] == ("int8" if of_int8 else "float")
     assert of_int8 or figures["float_of_original"] == [1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize(("wanted", "spread", "holds"), [(2.53, 0.01, True), (2.53, 0.002, False), (2.6, 0.1, False)])
+def test_a_latency_in_the_interval_of_integers_alone_is_kept_by_them(
+    wanted: float, spread: float, holds: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They take 0.4 of the time, and 1/2.53 is 0.395; an interval as wide as 1/2.6 excuses no more than two percent."""
+
+    def measured(first: Path | bytes, second: Path | bytes, **options: Any) -> BenchResult:
+        model = onnx.load_from_string(second) if isinstance(second, bytes) else onnx.load(second)
+        return benched(1 - 0.3 * sum(node.op_type == "MatMulInteger" for node in model.graph.node), spread)
+
+    for module in (confirm, decisions):
+        monkeypatch.setattr(module, "paired", measured)
+    torch.manual_seed(0)
+    given = data(Mlp)
+    budget = Budget(speedup=wanted, reserve=decisions.RESERVE, int8=True)
+
+    def compile_here() -> Result:
+        example = (given.batches[0]["x"],)
+        return lrcompile.compile(Mlp().eval(), example, target="local", calibration=given, budget=budget)
+
+    if not holds:
+        with pytest.raises(BudgetError):
+            compile_here()
+        return
+    result = compile_here()
+    assert not result.plan.rewrites
+    assert any("0.395 asked for is in the interval, so no layer was cut for it" in note for note in result.report.notes)
+    figures = result.save(tmp_path / "out.onnx", quantize=Quantization(given, max_error=1.0)).quantization
+    assert figures is not None
+    assert figures["written"] == "int8"
 
 
 def test_what_a_recovery_trained_on_does_not_judge(tmp_path: Path) -> None:

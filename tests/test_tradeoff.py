@@ -248,7 +248,7 @@ def test_an_interrupt_leaves_what_was_there(
     with pytest.raises(SystemExit) as stop:
         main()
     assert stop.value.code == 130
-    assert capsys.readouterr().err.strip() == "lrcompile: interrupted; no output was written"
+    assert capsys.readouterr().err.strip() == "lrcompile: interrupted; what was not finished was not written"
     assert made(folder) == {"plans"}
     assert [path.read_text() for path in (folder / "plans").iterdir()] == ["precious"]
 

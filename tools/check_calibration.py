@@ -28,10 +28,10 @@ from lrcompile.devices.calibrate import VISITS, Measurement
 from lrcompile.devices.cost import Cost, total
 from lrcompile.devices.device import Device
 from lrcompile.devices.features import family
-from lrcompile.devices.fusion import describe_all
 from lrcompile.devices.measure import LocalCostModel
 from lrcompile.devices.profile import load_device
 from lrcompile.devices.sampling import operations
+from lrcompile.devices.target import Target
 from lrcompile.frontend.trace import trace
 from lrcompile.graph.op import ConvShape, OpDesc, conv_op
 from lrcompile.passes import Context
@@ -142,17 +142,15 @@ def panel() -> dict[str, Callable[[], tuple[nn.Module, tuple[Any, ...], dict[str
 
 
 def check_models(device: Device) -> Checked:
-    """The sum of the prices of a model's operations against the model as ONNX Runtime runs it."""
-    model = AnalyticCostModel(device)
+    """A run and the sum of the prices of a model's operations, against the model as ONNX Runtime runs it."""
+    target = Target("calibrated", device, AnalyticCostModel(device))
     lines = ["| model | measured | predicted | error |", "|---|---|---|---|"]
     errors = {}
     for name, make in panel().items():
         module, args, kwargs = make()
         traced = trace(module.eval(), args, kwargs)
         truth = Reference.of(traced).latency().latency_s
-        predicted = total(
-            [model.cost(op) for op in describe_all(traced.graph.gm, device.fuses, device.lacks).values()]
-        ).latency_s
+        predicted = target.whole(target.costs(traced.graph.gm)).latency_s
         errors[name] = predicted / truth - 1
         lines.append(f"| {name} | {truth * 1e3:.3f} ms | {predicted * 1e3:.3f} ms | {errors[name]:+.0%} |")
         print(lines[-1], flush=True)

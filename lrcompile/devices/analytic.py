@@ -162,17 +162,17 @@ def conv_latency_s(device: Device, shape: ConvShape, dtype: str, direction: Dire
 
 def attention_latency_s(device: Device, shape: AttentionShape, dtype: str) -> float:
     """Latency in s of softmax(QKᵀ)V: one fused kernel, or two products and a softmax where the device has none."""
-    kernels = device.engine_for(dtype).attention
-    if kernels is not None and "flash_attention" not in device.lacks:
+    kernels, fused = device.engine_for(dtype).attention, "flash_attention" not in device.lacks
+    if kernels is not None and fused:
         return device.launch_s["gemm"] + kernels.setup_s + _fused_attention_s(device, kernels, shape, dtype)
     element = DTYPE_BYTES[dtype]
     batch = shape.batch * shape.heads
-    keys = math.ceil(shape.keys / 2) if shape.causal else shape.keys
+    keys = math.ceil(shape.keys / 2) if shape.causal and fused else shape.keys  # apart, all are computed
     scores = GemmShape(shape.queries, keys, shape.head_dim, batch)
     values = GemmShape(shape.queries, shape.head_dim, keys, batch, "NN")
     rows = 2 * shape.queries * shape.heads + 2 * shape.keys * shape.heads_kv
     operand_bytes = element * shape.batch * shape.head_dim * rows
-    if "flash_attention" not in device.lacks:
+    if fused:
         products = (replace(product, layout="NN") for product in (scores, values))  # nothing is streamed in one kernel
         return device.launch_s["gemm"] + sum(_gemm_s(device, product, dtype, operand_bytes / 2) for product in products)
     score_bytes = element * batch * shape.queries * shape.keys

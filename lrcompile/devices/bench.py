@@ -119,7 +119,12 @@ def paired(
 
     Raises:
         InputError: a file is missing or not ONNX, the models' inputs differ, or an input is wrong or cannot be made.
+        InputError: `batch`, `seconds` or `seed` is out of range.
     """
+    if batch < 1 or not 0 <= seconds < math.inf or seed < 0:
+        raise InputError(
+            f"expected a batch of at least 1, seconds and a seed of at least 0; got {batch}, {seconds} and {seed}"
+        )
     session_a, name_a = _open(model_a, threads, "the first model")
     session_b, name_b = _open(model_b, threads, "the second model")
     _check_same_inputs(session_a.get_inputs(), session_b.get_inputs())
@@ -127,7 +132,7 @@ def paired(
     feeds = make_feeds(ports, dict(inputs or {}), batch, seed)
     outputs_a, outputs_b = _run(session_a, feeds, name_a), _run(session_b, feeds, name_b)
     difference, outputs = compare_outputs(outputs_a, outputs_b)
-    waited, start = waited_s(), clock()
+    waiting = running = 0.0  # threads end with their session
     done: list[Blocks] = []
     for i in range(openings):
         if i:
@@ -139,9 +144,11 @@ def paired(
                 session_a, _ = _open(model_a, threads, name_a)
                 session_b, _ = _open(model_b, threads, name_b)
         run_a, run_b = partial(session_a.run, None, feeds), partial(session_b.run, None, feeds)
+        waited, start = waited_s(), clock()
         done.append(interleave(run_a, run_b, seconds / openings, clock, _part(progress or _silent, i, openings)))
+        waiting, running = waiting + waited_s() - waited, running + clock() - start
         del run_a, run_b
-    contention = min(1.0, (waited_s() - waited) / max(clock() - start, 1e-9))
+    contention = min(1.0, waiting / max(running, 1e-9))
     ratio, low, high = median_interval([statistics.median(blocks.ratios) for blocks in done])
     runs_a_s, runs_b_s = (
         [t for blocks in done for t in blocks.runs_a_s],

@@ -27,14 +27,16 @@ def difference_sigma_s(device: Device, before: Sequence[Priced], after: Sequence
     Operations of one kind and type have errors that are alike where their sizes are; those of a calibrated family have
     the covariance of its Gaussian process. Others are independent.
     """
-    groups: dict[tuple[str, str], list[tuple[OpDesc, float, float]]] = defaultdict(list)
+    groups: dict[tuple[str | None, str, str], list[tuple[OpDesc, float, float]]] = defaultdict(list)
     for sign, side in ((1.0, before), (-1.0, after)):
         for op, cost in side:
-            groups[family(op) or op.kind, op.dtype].append((op, sign * cost.latency_s, sign * cost.sigma_s))
-    return math.sqrt(sum(_variance(device, name, group) for (name, _), group in groups.items()))
+            name = family(op)  # 1-D and transposed convolutions have none, and nothing in common with those that do
+            key = (name, "" if name else op.kind, op.dtype)
+            groups[key].append((op, sign * cost.latency_s, sign * cost.sigma_s))
+    return math.sqrt(sum(_variance(device, name, group) for (name, _, _), group in groups.items()))
 
 
-def _variance(device: Device, name: str, group: Sequence[tuple[OpDesc, float, float]]) -> float:
+def _variance(device: Device, name: str | None, group: Sequence[tuple[OpDesc, float, float]]) -> float:
     """Of the sum of signed latencies; an operation that stands on both sides cancels out."""
     signed: dict[OpDesc, tuple[float, float]] = defaultdict(lambda: (0.0, 0.0))
     for labelled, latency_s, sigma_s in group:
@@ -45,7 +47,7 @@ def _variance(device: Device, name: str, group: Sequence[tuple[OpDesc, float, fl
     ops = [op for op, (latency_s, _) in signed.items() if latency_s]
     if not ops:
         return 0.0
-    residuals = device.residuals.get(name)
+    residuals = device.residuals.get(name) if name else None
     if residuals is not None:
         latencies = np.array([signed[op][0] for op in ops])
         covariance = residuals.joint([features(op, device.kind) for op in ops])[1] + residuals.noise**2 * np.eye(

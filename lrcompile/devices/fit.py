@@ -37,9 +37,9 @@ def fit(
 
 
 def figure(holder: Any, name: str) -> float:
-    """A device's figure by its path."""
+    """A device's figure by its path; 0 of a type that it computes as another."""
     for key in name.split("."):
-        holder = holder[key] if isinstance(holder, Mapping) else getattr(holder, key)
+        holder = holder.get(key, 0.0) if isinstance(holder, Mapping) else getattr(holder, key)
     return float(holder)
 
 

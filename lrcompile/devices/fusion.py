@@ -25,6 +25,7 @@ _CLIPS = ("relu", "relu6", "hardtanh", "clamp", "clamp_min", "leaky_relu", "sigm
 _ACTIVATIONS = {
     "conv": {getattr(aten, name) for name in _CLIPS},
     "gemm": {aten.relu, aten.gelu},  # the epilogues of cuBLASLt
+    "transposed": set(),
 }
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -72,7 +73,7 @@ def describe_all(gm: fx.GraphModule, fuses: Set[str] = frozenset(), lacks: Set[s
             found[node.name] = replace(op, kind="view")
             continue
         if op.conv is not None or (op.gemm is not None and op.gemm.batch == 1):
-            tails[node] = _Tail("gemm") if op.conv is None else _Tail("conv", len(op.conv.kernel))
+            tails[node] = _tail(op)
             continue
         hosts = [source for source in node.all_input_nodes if source in tails and set(source.users) == {node}]
         for source in sorted(hosts, key=lambda source: -places[source]):
@@ -81,13 +82,24 @@ def describe_all(gm: fx.GraphModule, fuses: Set[str] = frozenset(), lacks: Set[s
             if step is None or _ORDER.index(step) < tail.done:
                 continue
             images = step == "addition" and all(tails.get(x, _NONE).axes == 2 for x in _operands(node))
-            if f"{tail.host}_{step}" not in fuses and not (images and "image_addition" in fuses):
+            if _fusion(tail.host, step) not in fuses and not (images and "image_addition" in fuses):
                 continue
             others = sum(map(_bytes, _operands(node))) - _bytes(source)
             found[node.name] = replace(op, kind="fused", weight_bytes=0.0, activation_bytes=others)
             tails[node] = replace(tail, done=_ORDER.index(step) + 1)
             break
     return found
+
+
+def _fusion(host: str, step: str) -> str:
+    return f"{'conv' if (host, step) == ('transposed', 'normalization') else host}_{step}"
+
+
+def _tail(op: OpDesc) -> _Tail:
+    """Of a convolution or product alone; into a transposed one only a normalisation is folded."""
+    if op.conv is None:
+        return _Tail("gemm")
+    return _Tail("transposed") if op.conv.transposed else _Tail("conv", len(op.conv.kernel))
 
 
 def _moved(node: fx.Node, op: OpDesc) -> OpDesc:
@@ -120,18 +132,19 @@ def _adds_bias_apart(gm: fx.GraphModule, node: fx.Node) -> bool:
         return False
     if linear.bias is None or node.meta["val"].dim() < 3:
         return False
-    users = list(node.users)
-    return not (len(users) == 1 and _norm_of_sum(gm, users[0]))
+    (user, *others) = node.users or (node,)
+    is_gelu = getattr(user.target, "overloadpacket", None) is aten.gelu
+    return bool(others) or not (is_gelu or _norm_of_sum(gm, user))
 
 
 def _norm_of_sum(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
-    """The layer norm that alone reads a sum of two values of the same shape."""
+    """The layer norm that alone reads a sum of two values of the same shape, on three axes."""
     if getattr(node.target, "overloadpacket", None) is not aten.add or len(node.users) != 1:
         return None
     sizes = [tuple(operand.meta["val"].shape) for operand in _operands(node)]
     (user,) = node.users
     is_norm = user.op == "call_module" and isinstance(submodule(gm, user.target), nn.LayerNorm)
-    return user if is_norm and len(sizes) == 2 and sizes[0] == sizes[1] else None
+    return user if is_norm and len(sizes) == 2 and sizes[0] == sizes[1] and len(sizes[0]) == 3 else None
 
 
 def _bias(node: fx.Node) -> OpDesc:

@@ -69,7 +69,7 @@ class LocalCostModel:
     `dynamic_batch` and `opset` say how the model will be emitted; ONNX Runtime fuses accordingly. `threads` is its
     intra-op count, its own default when None. Results are kept in `cache_dir`, or only in memory when that is None;
     very noisy ones for an hour. `clock` and `waited` are those of `measure`. What ONNX Runtime cannot run is predicted
-    with the x86-ort profile and its wide error bars, and counted in `counters.fallbacks` by reason.
+    with the x86-ort profile, scaled to this machine, and its wide error bars; `counters.fallbacks` counts it by reason.
     """
 
     cache_dir: Path | None = field(default_factory=default_cache_dir)
@@ -114,9 +114,11 @@ class LocalCostModel:
         timings = self._timings(regions)
         if isinstance(timings, str):
             return self._predicted(timings, _prior().cost(op))
-        (all_s, sigma_s), (least_s, _) = timings
+        (all_s, sigma_s), (least_s, least_sigma_s) = timings
         latency_s = max((all_s - least_s) / copies, LEAST_S)
-        return Cost(latency_s, sigma_s / copies, op.flops, op.weight_bytes, op.activation_bytes)
+        return Cost(
+            latency_s, math.hypot(sigma_s, least_sigma_s) / copies, op.flops, op.weight_bytes, op.activation_bytes
+        )
 
     def network(self, graph: fx.GraphModule) -> Cost:
         """The price of a whole graph on meta tensors, its start included.
@@ -292,7 +294,7 @@ def _cpu_facts() -> dict[str, str]:
 
 @lru_cache(maxsize=1)
 def _prior() -> AnalyticCostModel:
-    return AnalyticCostModel(load_device("x86-ort"))
+    return AnalyticCostModel(local_device())
 
 
 @lru_cache(maxsize=1)

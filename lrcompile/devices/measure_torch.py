@@ -42,7 +42,7 @@ class TorchCostModel:
         if graph is None:
             raise DeviceError(f"operation {op.kind} in {op.dtype} is not measured in PyTorch; give one in fp32")
         traffic = op.weight_bytes, op.activation_bytes
-        shape = repr((op.kind, op.dtype, op.gemm, op.conv, op.attention, op.function, op.row, *traffic))
+        shape = repr((op.kind, op.dtype, op.gemm, op.conv, op.attention, op.recurrent, op.function, op.row, *traffic))
         kind = "torch-compile, alone" if self.compiled else "torch, alone"
         key = key_of(kind, torch.__version__, cpu_name(), torch.get_num_threads(), shape)
         timings = recall(self.cache_dir, key, 1)

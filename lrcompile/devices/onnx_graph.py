@@ -17,7 +17,9 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
 OPSET = 20
+PROTOBUF_BYTES = 2**31 - 2**20  # a serialised model must stay below 2 GiB
 ATTENTION_OPSET = 23  # the first in which attention is one operator
+GELU_OPSET, GROUP_NORM_OPSET, RMS_NORM_OPSET = 20, 21, 23  # the same of these
 _IR_VERSION = 10
 _SCALE = 0.02
 

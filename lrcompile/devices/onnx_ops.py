@@ -10,13 +10,22 @@ import torch
 from torch import fx, nn
 
 from lrcompile.devices.onnx_attention import lower_attention
-from lrcompile.devices.onnx_graph import Arguments, Builder, UnsupportedRegion, Value, tensor_of
+from lrcompile.devices.onnx_graph import (
+    GELU_OPSET,
+    GROUP_NORM_OPSET,
+    RMS_NORM_OPSET,
+    Arguments,
+    Builder,
+    UnsupportedRegion,
+    Value,
+    tensor_of,
+)
 from lrcompile.devices.onnx_recurrent import lower_gru, lower_lstm
+from lrcompile.graph.graph import TRANSPOSED_CONVS
 
 ModuleHandler = Callable[[Builder, fx.Node, Any, str], str]
 FunctionHandler = Callable[[Builder, fx.Node, Arguments], Value]
 
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _POOL_AXES = {"1d": 1, "2d": 2, "3d": 3}
 
 
@@ -42,7 +51,7 @@ def _convolution(b: Builder, node: fx.Node, module: Any, x: str) -> str:
         "pads": _pads(module),
         "strides": list(module.stride),
     }
-    if not isinstance(module, _TRANSPOSED):
+    if not isinstance(module, TRANSPOSED_CONVS):
         return b.emit("Conv", x, *inputs, **options)
     return b.emit("ConvTranspose", x, *inputs, output_padding=list(module.output_padding), **options)
 
@@ -93,7 +102,7 @@ def _identity_module(b: Builder, node: fx.Node, module: nn.Module, x: str) -> st
 
 MODULES: Sequence[tuple[Any, ModuleHandler]] = (
     (nn.Linear, _linear),
-    ((nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED), _convolution),
+    ((nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED_CONVS), _convolution),
     ((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), _batch_norm),
     (nn.LayerNorm, _layer_norm_module),
     (nn.Embedding, _embedding_module),
@@ -120,7 +129,13 @@ UNARY: Mapping[str, str] = {
 
 
 def _gelu(b: Builder, node: fx.Node, a: Arguments) -> str:
-    return b.emit("Gelu", b.name(a["self"], node), approximate=a["approximate"])
+    x, dtype = b.name(a["self"], node), tensor_of(node).dtype
+    if b.region.opset >= GELU_OPSET:
+        return b.emit("Gelu", x, approximate=a["approximate"])
+    if a["approximate"] != "none":
+        raise UnsupportedRegion(node, f"approximate GELU in opset {b.region.opset}")
+    half, one, root = (b.constant(value, dtype, node) for value in (0.5, 1.0, math.sqrt(2)))
+    return b.emit("Mul", b.emit("Mul", x, b.emit("Add", b.emit("Erf", b.emit("Div", x, root)), one)), half)
 
 
 def _silu(b: Builder, node: fx.Node, a: Arguments) -> str:
@@ -146,11 +161,12 @@ def _clip(b: Builder, node: fx.Node, a: Arguments) -> str:
         low, high = 0, 6
     dtype = tensor_of(node).dtype
     x = b.operand(a["self"], node)
-    if low is None or high is None:
-        return b.emit("Max" if high is None else "Min", x, b.operand(low if high is None else high, node))
     if isinstance(low, fx.Node) or isinstance(high, fx.Node):
-        raise UnsupportedRegion(node, "clamps to tensors")
-    return b.emit("Clip", x, b.constant(low, dtype, node), b.constant(high, dtype, node))
+        if low is not None and high is not None:
+            raise UnsupportedRegion(node, "clamps to tensors")
+        return b.emit("Max" if high is None else "Min", x, b.operand(low if high is None else high, node))
+    bounds = ("" if bound is None else b.constant(bound, dtype, node) for bound in (low, high))
+    return b.emit("Clip", x, *bounds)
 
 
 def _binary(op: str) -> FunctionHandler:
@@ -356,6 +372,10 @@ def _instance_norm(b: Builder, node: fx.Node, a: Arguments) -> str:
 
 def _group_norm(b: Builder, node: fx.Node, a: Arguments) -> str:
     shape, groups = list(tensor_of(node).shape), a["num_groups"]
+    if b.region.opset >= GROUP_NORM_OPSET:
+        x, scale, shift = b.name(a["input"], node), a["weight"], a["bias"]
+        scale, shift = (_given_or(b, node, given, value, shape[1]) for given, value in ((scale, 1.0), (shift, 0.0)))
+        return b.emit("GroupNormalization", x, scale, shift, num_groups=groups, epsilon=a["eps"])
     grouped = b.reshape(b.name(a["input"], node), [shape[0], groups, math.prod(shape[1:]) // groups], node)
     unit = (_given_or(b, node, None, value, groups) for value in (1.0, 0.0))
     result = b.reshape(b.emit("InstanceNormalization", grouped, *unit, epsilon=a["eps"]), shape, node)
@@ -368,6 +388,8 @@ def _group_norm(b: Builder, node: fx.Node, a: Arguments) -> str:
 def _rms_norm(b: Builder, node: fx.Node, a: Arguments) -> str:
     x, dtype, axes = b.name(a["input"], node), tensor_of(node).dtype, len(a["normalized_shape"])
     eps = torch.finfo(dtype).eps if a["eps"] is None else a["eps"]
+    if b.region.opset >= RMS_NORM_OPSET and a["weight"] is not None:
+        return b.emit("RMSNormalization", x, b.name(a["weight"], node), axis=-axes, epsilon=eps)
     squares = b.emit("Pow", x, b.constant(2.0, dtype, node))
     mean = b.emit("ReduceMean", squares, b.integers(list(range(-axes, 0)), node), keepdims=1, noop_with_empty_axes=0)
     root = b.emit("Sqrt", b.emit("Add", mean, b.constant(eps, dtype, node)))

@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from lrcompile.devices.onnx_graph import (
     OPSET,
+    PROTOBUF_BYTES,
     Builder,
     LoweredRegion,
     UnsupportedRegion,
@@ -27,8 +28,6 @@ from lrcompile.devices.onnx_ops import FUNCTIONS, MODULES, UNARY
 from lrcompile.graph.graph import attribute
 
 __all__ = ["LoweredRegion", "UnsupportedRegion", "lower_region", "region_to_onnx"]
-
-_PROTOBUF_BYTES = 2**31 - 2**20  # a serialised model must stay below 2 GiB
 
 
 def region_to_onnx(region: fx.GraphModule, *, dynamic_batch: bool = True, opset: int = OPSET) -> onnx.ModelProto:
@@ -54,13 +53,16 @@ def lower_region(region: fx.GraphModule, *, dynamic_batch: bool = True, opset: i
         elif isinstance(node.meta.get("val"), int | float | torch.SymInt):
             continue  # shape arithmetic: users take the value
         elif node.op == "get_attr":
-            builder.env[node] = builder.weight(attribute(region, node.target), node)
+            value = attribute(region, node.target)
+            if not isinstance(value, Tensor):
+                raise UnsupportedRegion(node, f"{type(value).__name__} {node.target}")
+            builder.env[node] = builder.weight(value, node)
         elif node.op == "call_module":
             builder.env[node] = _module(builder, node)
         else:
             builder.env[node] = _function(builder, node)
     weight_bytes = builder.region.weight_bytes()
-    if weight_bytes > _PROTOBUF_BYTES:
+    if weight_bytes > PROTOBUF_BYTES:
         raise UnsupportedRegion(next(iter(region.graph.nodes)), f"{weight_bytes / 2**30:.1f} GiB of weights do not fit")
     return builder.region
 

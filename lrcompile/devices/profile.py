@@ -143,10 +143,13 @@ class _Reader:
             sigma_relative={name: self.figure(sigma, "sigma", name, "fraction") for name in SIGMA_CLASSES},
             lacks=self.named("lacks", FEATURES),
             fuses=self.named("fuses", FUSIONS),
-            residuals={name: self.residuals(name) for name in self.document.get("residuals", {})},
+            residuals={name: self.residuals(name) for name in self.optional("residuals")},
             network=self.network() if "network" in self.document else {},
             provenance=self.provenance,
         )
+
+    def optional(self, name: str) -> Mapping[str, Any]:
+        return self.table(self.document, "", name) if name in self.document else {}
 
     def network(self) -> dict[str, float]:
         table = self.table(self.document, "", "network")

@@ -292,7 +292,8 @@ def _functions(make: _Maker, op: OpDesc, copies: int, *, alone: bool) -> None:
     A transpose is an operator of its own in ONNX; with `alone` a copy of the view that it is in PyTorch.
     """
     size = make.dtype.itemsize
-    elements = max(1, round((op.weight_bytes + op.activation_bytes) / size / (3 if op.function in _OF_TWO else 2)))
+    arrays = 1 if op.function == "reduce" else 3 if op.function in _OF_TWO else 2
+    elements = max(1, round((op.weight_bytes + op.activation_bytes) / size / arrays))
     row = min(max(1, op.row), elements)
     rows = max(1, elements // row)
     if not copies:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from torch import fx
+
 from lrcompile.devices.analytic import AnalyticCostModel
-from lrcompile.devices.cost import CostModel
+from lrcompile.devices.cost import Cost, CostModel, total
 from lrcompile.devices.device import Device
+from lrcompile.devices.fusion import describe_all
 from lrcompile.devices.measure import LocalCostModel, local_device
 from lrcompile.devices.onnx_graph import OPSET
 from lrcompile.devices.profile import load_device
@@ -31,6 +36,19 @@ class Target:
         if not isinstance(self.model, LocalCostModel):
             return self
         return replace(self, model=replace(self.model, dynamic_batch=dynamic_batch, opset=opset or OPSET))
+
+    def costs(self, gm: fx.GraphModule) -> dict[str, Cost]:
+        """What each operation of a graph takes, by the names of nodes."""
+        ops = describe_all(gm, self.device.fuses, self.device.lacks)
+        return {name: self.model.cost(op) for name, op in ops.items()}
+
+    def whole(self, costs: Mapping[str, Cost]) -> Cost:
+        """What a model takes: its operations, and the start of a run where that was measured."""
+        return total([Cost(self.device.network.get("run_s", 0.0)), *costs.values()])
+
+    def saving_sigma_s(self, before: fx.GraphModule, after: fx.GraphModule) -> float:
+        """Standard deviation in s of what is predicted to be saved."""
+        return math.hypot(*(cost.sigma_s for cost in self.model.compare(before, after)))
 
     def remarks(self) -> list[str]:
         """What of a measured price list was predicted after all, and why."""

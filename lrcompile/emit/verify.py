@@ -23,7 +23,7 @@ from lrcompile.errors import VerificationError
 from lrcompile.frontend.archives import first_line
 from lrcompile.frontend.export import batch_size
 from lrcompile.frontend.trace import run
-from lrcompile.graph.verify import relative_error, rounded_error
+from lrcompile.graph.verify import is_float, relative_error, rounded_error
 
 ORT_ERRORS = tuple(
     value for value in vars(ort_errors).values() if isinstance(value, type) and issubclass(value, Exception)
@@ -200,4 +200,4 @@ def _compare(
 
 
 def _whole_of_one_shape(expected: torch.Tensor, got: torch.Tensor) -> bool:
-    return not expected.is_floating_point() and not expected.is_complex() and expected.shape == got.shape
+    return not is_float(expected) and expected.shape == got.shape

@@ -22,15 +22,15 @@ def prepare(
 ) -> tuple[Program, tuple[Any, ...], dict[str, Any], str]:
     """(program, args, kwargs, precision) with floating parameters and inputs in `dtype` and `batch` samples.
 
-    The program's own precision is kept where `dtype` is None; then an exported program gets the inputs that it was
-    exported with, in whatever precision. The given module is not changed.
+    The program's own precision is kept where `dtype` is None. In that an exported program gets inputs of the types that
+    it was exported with. The given module is not changed.
 
     Raises:
         InputError: the precision is unknown, or the batch size cannot be changed.
     """
     own = _precision(program)
     wanted = own if dtype is None else parse_float_dtype(dtype)
-    if dtype is None and isinstance(program, ExportedProgram):
+    if wanted == own and isinstance(program, ExportedProgram):
         args, kwargs = as_exported(program, (args, kwargs))
     else:
         args, kwargs = cast_floats((args, kwargs), wanted)

@@ -166,7 +166,8 @@ def _matmul(node: fx.Node) -> OpDesc:
     y = _value(node)
     if a.dim() < 2 or b.dim() < 2:
         return _plain("reduction", node, 2.0)
-    m, k, n = a.shape[-2], a.shape[-1], b.shape[-1]
+    k, n = a.shape[-1], b.shape[-1]
+    m = a.shape[-2] if b.dim() > 2 else max(1, y.numel() // max(1, n))  # one matrix for all of a batch is one product
     batch = max(1, y.numel() // max(1, m * n))
     weight = isinstance(arguments[1], fx.Node) and arguments[1].op == "get_attr"
     layout: Layout = "TN" if b.stride()[-2] == 1 and n > 1 else "NN"
@@ -216,11 +217,32 @@ def _recurrent(gates: int) -> Callable[[fx.Node], OpDesc]:
     return describe_recurrent
 
 
+def _einsum(node: fx.Node) -> OpDesc:
+    """Of two operands: a product over what the output lacks, batched over what all have; else by its traffic."""
+    equation, operands = str(node.args[0]).replace(" ", ""), tuple(map(_value, node.args[1]))  # type: ignore[arg-type]
+    y = _value(node)
+    inputs, _, output = equation.partition("->")
+    names = inputs.split(",")
+    if len(operands) != 2 or not output or "." in equation or any(map(_repeats, names)):
+        return _plain("elementwise", node, 1.0)
+    sizes = [dict(zip(name, x.shape, strict=True)) for name, x in zip(names, operands, strict=True)]
+    a, b = sizes
+    batch = math.prod(size for name, size in a.items() if name in b and name in output)
+    k = math.prod(size for name, size in a.items() if name in b and name not in output)
+    m = math.prod(size for name, size in a.items() if name not in b and name in output)
+    n = math.prod(size for name, size in b.items() if name not in a and name in output)
+    return gemm_op(m, n, k, _dtype(y), batch=batch, weight=False, label="einsum", layout="NN")
+
+
+def _repeats(name: str) -> bool:
+    return len(set(name)) < len(name)
+
+
 def _convolution(node: fx.Node) -> OpDesc:
-    """A convolution on a computed weight: priced as a product of its window matrix."""
+    """A convolution on a computed weight: priced as the product of its window matrix."""
     weight, y = _value(node.args[1]), _value(node)
-    macs = y.numel() * weight.numel() / max(1, weight.shape[0])
-    return replace(_plain("elementwise", node, 0.0), flops=2.0 * macs, label=_name(node))
+    out, positions = weight.shape[0], y.numel() // max(1, weight.shape[0])
+    return gemm_op(positions, out, weight.numel() // max(1, out), _dtype(y), weight=False, label=_name(node))
 
 
 _SPECIAL: dict[Any, Callable[[fx.Node], OpDesc]] = {
@@ -230,6 +252,7 @@ _SPECIAL: dict[Any, Callable[[fx.Node], OpDesc]] = {
     aten.addmm: _matmul,
     aten.baddbmm: _matmul,
     aten.linear: _linear,
+    aten.einsum: _einsum,
     aten.scaled_dot_product_attention: _attention,
     aten.lstm: _recurrent(4),
     aten.gru: _recurrent(3),

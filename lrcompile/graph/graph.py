@@ -17,6 +17,8 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from lrcompile.graph.rewrite import JSON, Refusal, Rewrite
 
 aten = torch.ops.aten
+TRANSPOSED_CONVS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+"""Their weights have inputs first."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -26,12 +26,17 @@ def rounded_error(expected: Sequence[Any], got: Sequence[Any]) -> float:
     return max((_rounded(y, other) for y, other in zip(expected, got, strict=True)), default=0.0)
 
 
+def is_float(value: Any) -> bool:
+    """Whether an output is a tensor of real or complex numbers."""
+    return isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex())
+
+
 def squared_difference(expected: torch.Tensor, got: torch.Tensor) -> tuple[float, float]:
     """(‖y − ŷ‖², ‖y‖²) in double precision, without the positions where both are the same infinity.
 
     The first is infinite where an output is NaN, or where types that are not floating-point differ.
     """
-    if not (expected.is_floating_point() or expected.is_complex()):
+    if not is_float(expected):
         return (0.0 if torch.equal(expected, got) else math.inf), 1.0
     wide = torch.complex128 if expected.is_complex() or got.is_complex() else torch.float64
     y, other = expected.detach().to(wide), got.detach().to(wide)
@@ -51,7 +56,7 @@ def _error(expected: Any, got: Any) -> float:
 
 def _rounded(expected: Any, got: Any) -> float:
     tensors = isinstance(expected, torch.Tensor) and isinstance(got, torch.Tensor) and expected.shape == got.shape
-    if not tensors or expected.is_floating_point() or expected.is_complex():
+    if not tensors or is_float(expected):
         return _error(expected, got)
     return float((expected != got).double().mean()) if expected.numel() else 0.0
 

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from lrcompile.errors import InputError
-from lrcompile.graph.verify import ratio, squared_difference
+from lrcompile.graph.verify import is_float, ratio, squared_difference
 
 Pairs = Iterable[tuple[Sequence[Any], Sequence[Any]]]  # of flat outputs, expected and got
 
@@ -83,11 +83,6 @@ def _relative_of_floats(pairs: Pairs) -> float:
 
     error = _relative(of_floats())
     return error if floats else differs / max(1, count)
-
-
-def is_float(value: Any) -> bool:
-    """Whether an output is a tensor of real or complex numbers."""
-    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
 
 
 def _divergence(pairs: Pairs) -> float:

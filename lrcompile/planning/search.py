@@ -390,7 +390,8 @@ def or_as_it_was(choice: Choice, original: Graph, budget: Budget, dtype: str) ->
         BudgetError: the original does not keep the limits on size or latency.
     """
     limit, lossy = budget.error_limit, not all(rewrite.exact for rewrite in choice.rewrites)
-    if limit is None or budget.exact_only or lossy or choice.untouched or choice.error <= limit:
+    rounding = budget.exact_only and math.isfinite(choice.error)  # it is infinite where whole numbers are others
+    if limit is None or rounding or lossy or choice.untouched or choice.error <= limit:
         return choice
     if any((budget.size, budget.speedup, budget.max_latency_s)):
         got, most = (budget.measure_in_use.value(root) for root in (choice.error, limit))

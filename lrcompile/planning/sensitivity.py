@@ -16,10 +16,11 @@ from lrcompile.errors import InputError
 from lrcompile.frontend.trace import run
 from lrcompile.graph.graph import Graph, prune
 from lrcompile.graph.rewrite import Rewrite
+from lrcompile.graph.verify import is_float
 from lrcompile.memory import in_pieces, is_out_of_memory, samples_in
 from lrcompile.passes import Context, Pass, apply
 from lrcompile.planning.calibration import does_not_run
-from lrcompile.planning.measures import RELATIVE, Measure, is_float
+from lrcompile.planning.measures import RELATIVE, Measure
 from lrcompile.planning.price import Candidate, Family
 
 PROBE_ERROR = 0.1  # relative output error of a layer, well above rounding and well below losing the layer

@@ -24,8 +24,8 @@ def search_for_int8(
     """(the choice whose int8 file keeps a budget, what was asked of the search for that, what to measure it with).
 
     The latency asked for is that of the budget over the share of the time that integers leave of a model that is not
-    cut, which is measured; without a reference, or where integers make nothing faster here, it is that of the float
-    model. A size is asked for until the integers keep it.
+    cut, which is measured, and nothing where its interval holds the budget already; without a reference, or where
+    integers make nothing faster here, it is that of the float model. A size is asked for until the integers keep it.
 
     Raises:
         BudgetError: it cannot be kept.
@@ -36,7 +36,10 @@ def search_for_int8(
         reference = reference.in_int8(problem.graph)
         limit_s = budget.latency_limit_s(problem.original_s)
         if reference.int8 and math.isfinite(limit_s):
-            asked = replace(asked, speedup=None, max_latency_s=limit_s / reference.share)
+            of_floats_s = limit_s / reference.share * problem.base.latency_s / problem.original_s
+            if reference.share_open * problem.original_s <= limit_s:
+                of_floats_s = max(of_floats_s, problem.base.latency_s)
+            asked = replace(asked, speedup=None, max_latency_s=of_floats_s)
     try:
         if budget.size is not None:
             return *_sized(problem, asked, traced), reference

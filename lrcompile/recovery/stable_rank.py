@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lrcompile.errors import InputError
+from lrcompile.graph.graph import TRANSPOSED_CONVS
 from lrcompile.graph.rewrite import Rewrite
 
 
@@ -39,7 +40,6 @@ def _time_first(weight: Tensor) -> Tensor:
 
 
 _BY_FORM = {"spatial": _spatial, "2plus1": _space_first, "1plus2": _time_first}
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)  # have their inputs first
 
 
 @dataclass
@@ -124,7 +124,7 @@ class StableRank:
             weight = getattr(module, "weight", None)
             if rewrite.exact or not isinstance(weight, nn.Parameter) or weight.dim() < 2:
                 continue
-            found._weights += _split_as(rewrite, path, weight, isinstance(module, _TRANSPOSED))
+            found._weights += _split_as(rewrite, path, weight, isinstance(module, TRANSPOSED_CONVS))
         if not found._weights:
             raise InputError("no rewrite splits a layer of this model; compile it for a budget that needs splits")
         found._check()

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from lrcompile.devices.cost import Cost
+from lrcompile.errors import PlanError
 from lrcompile.frontend.calibration_data import CalibrationData
 from lrcompile.frontend.trace import Traced
 from lrcompile.graph.describe import describe
@@ -50,8 +51,15 @@ class Decision:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Decision:
-        """The decision that `to_json` wrote."""
-        return cls(**{("pass_name" if key == "pass" else key): value for key, value in data.items()})
+        """The decision that `to_json` wrote.
+
+        Raises:
+            PlanError: it did not.
+        """
+        try:
+            return cls(**{("pass_name" if key == "pass" else key): value for key, value in data.items()})
+        except TypeError as error:
+            raise PlanError(f"the plan's site {data.get('site')!r} is damaged ({error}); make a new plan") from error
 
 
 @dataclass(frozen=True)
@@ -273,12 +281,15 @@ def _why_kept(candidates: Sequence[Candidate], budget: Budget) -> str:
         return f"nothing is faster: at best {1 / ratio:.2f}× the time, {text}"
     sure = [c for c in candidates if _is_sure(c, budget)]
     if not sure:
-        surest = max(candidates, key=lambda c: c.p_faster)
-        return f"not sure enough: {text} {ratio:.2f}× faster with P = {surest.p_faster:.2f} < {budget.confidence:.2f}"
+        return f"not sure enough: {text} {ratio:.2f}× faster with P = {best.p_faster:.2f} < {budget.confidence:.2f}"
     if budget.exact_only and not any(c.exact for c in sure):
         return f"{text} would be {ratio:.2f}× faster, but only exact rewrites were allowed"
     least = min(sure, key=lambda c: c.error)
-    return f"up to {ratio:.2f}× faster, but the layer's error is {least.error:.2g} or more: outside the error budget"
+    if least.exact:
+        return f"up to {ratio:.2f}× faster, but not beside what was chosen"
+    why = "outside the error budget" if budget.error_limit is not None else "not needed, or better spent elsewhere"
+    why = why if budget.max_drop is None else "more than the metric allows"
+    return f"up to {ratio:.2f}× faster, but the layer's error is {least.error:.2g} or more: {why}"
 
 
 def _alternatives(candidates: Sequence[Candidate], budget: Budget, most: int = 12) -> list[dict[str, Any]]:

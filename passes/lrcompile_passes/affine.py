@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from lrcompile.graph.graph import Graph, Site
+from lrcompile.graph.graph import TRANSPOSED_CONVS, Graph, Site
 from lrcompile.passes import Context
-from lrcompile_passes.layers import CONVS, TRANSPOSED_CONVS, cannot_rebuild, is_pointwise, pads, with_weight
+from lrcompile_passes.layers import CONVS, cannot_rebuild, is_pointwise, pads, with_weight
 
 LAYERS = (nn.Linear, *CONVS, *TRANSPOSED_CONVS)
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)

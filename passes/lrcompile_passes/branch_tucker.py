@@ -14,12 +14,11 @@ from typing import Any
 
 from torch import nn
 
-from lrcompile.graph.graph import Graph, Site, owners
+from lrcompile.graph.graph import TRANSPOSED_CONVS, Graph, Site, owners
 from lrcompile.graph.rewrite import Refusal, Rewrite, Rewriter
 from lrcompile.passes import Context, Pass, Stage
 from lrcompile_passes.layers import (
     CONVS,
-    TRANSPOSED_CONVS,
     cannot_rebuild,
     conv,
     conv_transpose,

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from lrcompile.graph.graph import aten, shape
+from lrcompile.graph.graph import TRANSPOSED_CONVS, aten, shape
 from lrcompile.graph.rewrite import Rewriter
-from lrcompile_passes.layers import TRANSPOSED_CONVS, Conv, ConvTranspose, conv, conv_transpose
+from lrcompile_passes.layers import Conv, ConvTranspose, conv, conv_transpose
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,12 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from lrcompile.graph.graph import Graph, Site, tied_with
+from lrcompile.graph.graph import TRANSPOSED_CONVS, Graph, Site, tied_with
 
 Conv: TypeAlias = nn.Conv1d | nn.Conv2d | nn.Conv3d
 ConvTranspose: TypeAlias = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 
 CONVS: tuple[type[Conv], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-TRANSPOSED_CONVS: tuple[type[ConvTranspose], ...] = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 

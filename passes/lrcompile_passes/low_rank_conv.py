@@ -16,13 +16,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lrcompile.graph.graph import Graph, Site, owners, shape
+from lrcompile.graph.graph import TRANSPOSED_CONVS, Graph, Site, owners, shape
 from lrcompile.graph.rewrite import Refusal, Rewrite, Rewriter
 from lrcompile.passes import Context, Pass, Stage
 from lrcompile.planning.decompose import Spectrum
 from lrcompile_passes.layers import (
     CONVS,
-    TRANSPOSED_CONVS,
     cannot_rebuild,
     conv,
     conv_transpose,
