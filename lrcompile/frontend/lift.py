@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.utils import _pytree as pytree
 
 from lrcompile.graph.graph import attribute, has_attribute, rebuild
 from lrcompile.graph.rewrite import set_module
@@ -28,6 +29,7 @@ def lift(gm: fx.GraphModule) -> fx.GraphModule:
     """Lifts every supported operation; returns a plain GraphModule that can be trained, copied and edited."""
     remove_guards(gm)
     lifted: dict[str, Config] = {}
+    stored = {node.target: attribute(gm, node.target) for node in gm.graph.nodes if node.op == "get_attr"}
     for node in list(gm.graph.nodes):
         if node.op != "call_function":
             continue
@@ -35,7 +37,7 @@ def lift(gm: fx.GraphModule) -> fx.GraphModule:
             node.target = aten.reshape.default  # a view forbids other memory layouts of what it reads; values are equal
         found = _describe(gm, node)
         if found is not None:
-            _lift_node(gm, node, *found, lifted)
+            _lift_node(gm, node, *found, lifted, stored)
     gm.graph.eliminate_dead_code()
     gm.graph.lint()
     gm.graph._tracer_cls = None  # export's own, which cannot read a pickled graph
@@ -68,13 +70,15 @@ def _describe(gm: fx.GraphModule, node: fx.Node) -> tuple[Config, list[Any], dic
     match node.target:
         case aten.linear.default:
             x, weight, bias = _arguments(node, 3)
-            if _rank(weight) != 2 or _rank(bias) not in (None, 1):
+            if _rank(weight) != 2 or not _is_bias(bias, _sizes(weight)[0]):
                 return None
             return _parametrised(gm, ("linear",), [x], {"weight": weight, "bias": bias}, _make_linear)
         case aten.addmm.default:
             bias, x, weight = _arguments(node, 3)
             scaled = node.kwargs or len(node.args) > 3
-            if scaled or _rank(weight) != 2 or _rank(bias) != 1 or not _only_multiplied(gm, weight):
+            if scaled or _rank(weight) != 2 or bias is None or not _only_multiplied(gm, weight):
+                return None
+            if not _is_bias(bias, _sizes(weight)[1]):
                 return None
             return _parametrised(gm, ("addmm",), [x], {"weight": weight, "bias": bias}, _make_addmm)
         case aten.embedding.default:
@@ -166,6 +170,15 @@ def _rank(value: Any) -> int | None:
     return value.meta["val"].dim() if isinstance(value, fx.Node) else None
 
 
+def _sizes(value: Any) -> list[Any]:
+    return list(value.meta["val"].shape)
+
+
+def _is_bias(value: Any, outputs: int) -> bool:
+    """Whether an argument is absent or has a number for each output: one for all of them is spread by torch."""
+    return value is None or (_rank(value) == 1 and _sizes(value) == [outputs])
+
+
 def _only_multiplied(gm: fx.GraphModule, weight: fx.Node) -> bool:
     """Whether every use of a stored tensor is as the right factor of `addmm`: only then may it be kept transposed."""
     reads = [node for node in gm.graph.nodes if node.op == "get_attr" and node.target == weight.target]
@@ -197,6 +210,8 @@ def _parametrised(
             return None
     if any(isinstance(value, fx.Node) and value.op == "get_attr" for value in data):
         return None  # a function of constants only
+    if any(isinstance(value, fx.Node) for value in pytree.tree_leaves(config)):
+        return None  # sizes that are open
     return config, data, targets, maker
 
 
@@ -208,8 +223,10 @@ def _lift_node(
     targets: dict[str, str | None],
     maker: Maker,
     lifted: dict[str, Config],
+    stored: dict[Any, Any],
 ) -> None:
-    tensors = {slot: attribute(gm, t) if t is not None else None for slot, t in targets.items()}
+    """Puts a module in the place of a node; `stored` has the tensors as they were before any was lifted."""
+    tensors = {slot: stored[t] if t is not None else None for slot, t in targets.items()}
     identity = (*config, *(id(t) for t in tensors.values()))
     twins = (path for path, other in lifted.items() if other == identity)
     path = (next(twins, None) if targets else None) or _path(gm, node, config, targets, tensors)

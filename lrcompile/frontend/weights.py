@@ -74,7 +74,9 @@ def _computed(gm: fx.GraphModule) -> dict[fx.Node, str]:
 
 def _is_repeatable(node: fx.Node) -> bool:
     tags = getattr(node.target, "tags", ())
-    computes = node.op == "call_function" and isinstance(node.meta.get("val"), torch.Tensor)
+    values = node.meta.get("val")
+    values = values if isinstance(values, list | tuple) and values else [values]  # pieces of a split
+    computes = node.op == "call_function" and all(isinstance(value, torch.Tensor) for value in values)
     return computes and torch.Tag.nondeterministic_seeded not in tags
 
 

@@ -89,7 +89,7 @@ def _row(packet: Any, node: fx.Node) -> int:
         groups: Any = node.args[1] if packet is aten.group_norm else x.shape[1]
         return max(1, x.numel() // max(1, x.shape[0] * groups))
     if packet is aten.layer_norm:
-        return math.prod(node.args[1])  # type: ignore[arg-type]
+        return math.prod(x.shape[-len(node.args[1]) :])  # type: ignore[arg-type]
     return max(1, y.shape[-1] if y.dim() else 1)
 
 

@@ -236,10 +236,10 @@ def tied_with(graph: Graph, site: Site, owner_map: Mapping[int, frozenset[str]] 
 
 
 def storage_id(tensor: torch.Tensor) -> int:
-    """Identity of the memory behind a tensor: equal for a parameter and its transposed view."""
-    if type(tensor) not in (torch.Tensor, nn.Parameter) or tensor.is_meta:
+    """Identity of the memory behind a tensor: equal for a parameter and its transposed view, not for parts of one."""
+    if type(tensor) not in (torch.Tensor, nn.Parameter) or tensor.is_meta or not tensor.numel():
         return id(tensor)
-    return tensor.untyped_storage()._cdata
+    return tensor.data_ptr()
 
 
 def submodule(root: nn.Module, target: Any) -> nn.Module:

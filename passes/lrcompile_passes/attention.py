@@ -172,7 +172,7 @@ def _check_mask(mask: Any) -> None:
     if len(sizes) > 4:
         raise NotUnderstoodError(f"mask of rank {len(sizes)}")
     if len(sizes) > 2 and sizes[-3] != 1:
-        raise NotUnderstoodError("each head has a mask or bias of its own, as a relative position bias")
+        raise NotUnderstoodError("the mask has an axis of heads, which may differ, as a relative position bias")
 
 
 def _check_alone(node: fx.Node, parts: Sequence[Projection]) -> None:

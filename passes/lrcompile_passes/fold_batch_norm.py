@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from lrcompile.graph.graph import Graph, Site, aten, owners, shape
@@ -17,6 +18,7 @@ from lrcompile.graph.rewrite import Refusal, Rewrite, Rewriter
 from lrcompile.passes import Context, Pass, Stage
 from lrcompile_passes.affine import (
     BATCH_NORMS,
+    LARGEST_SHIFT,
     LAYERS,
     Affine,
     after,
@@ -30,6 +32,8 @@ from lrcompile_passes.affine import (
     rebuilt,
 )
 from lrcompile_passes.layers import cannot_rebuild
+
+_OTHER_AXIS = "batch norm normalizes axis 1, and the {} features are another axis"
 
 
 @dataclass(frozen=True)
@@ -92,12 +96,32 @@ def _cannot_fold(graph: Graph, site: Site, context: Context) -> str | None:
         return f"output has {len(users)} users, only one is the batch norm"
     if not all(isinstance(norm, BATCH_NORMS) and norm.running_mean is not None and not norm.training for norm in norms):
         return "batch norm uses the statistics of the batch"
-    if isinstance(site.module, nn.Linear) and any(len(shape(node)) != 2 for node in site.nodes):
-        return "batch norm normalizes axis 1, and the linear layer's features are the last axis"
+    if any(feature_axis(site.module, len(shape(node))) != 1 for node in site.nodes):
+        return _OTHER_AXIS.format("linear layer's" if isinstance(site.module, nn.Linear) else "convolution's")
     weight: Any = site.module.weight
     if not weight.is_floating_point():
         return None
-    return out_of_range(*after(site.module, of_batch_norm(norms[0], context), context), weight.dtype)
+    reason = out_of_range(*after(site.module, of_batch_norm(norms[0], context), context), weight.dtype)
+    return reason or _cancels(site.module, norms[0], context)
+
+
+def _cancels(layer: Any, norm: Any, context: Context) -> str | None:
+    """Why what a norm takes away is too large to be taken from weights, or None: W′x + b′ cancels where it was exact.
+
+    Rounding grows with γ(μ−b)/√(σ²+ε) over what comes out, which is about √(γ²+β²). Half precision is looked at as a
+    whole, by what all exact rewrites come to.
+    """
+    mean, var = context.constant(norm.running_mean).double(), context.constant(norm.running_var).double()
+    if layer.weight.dtype in (torch.float16, torch.bfloat16):
+        return None
+    scale = torch.ones_like(mean) if norm.weight is None else context.constant(norm.weight).double()
+    shift = torch.zeros_like(mean) if norm.bias is None else context.constant(norm.bias).double()
+    away = mean if layer.bias is None else mean - context.constant(layer.bias).double()
+    grown = (scale * away / (var + norm.eps).sqrt()).norm() / torch.hypot(scale, shift).norm().clamp_min(1e-30)
+    times, limit = float(grown), LARGEST_SHIFT.get(layer.weight.dtype, 0.0)
+    if times <= limit:
+        return None
+    return f"what the batch norm takes away is {times:.3g} times what it leaves, at most {limit:g}: rounding would show"
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -126,7 +150,7 @@ def _ahead(
     reason = cannot_absorb(graph, node, found, shifts, owner_map)
     for site in found:
         if feature_axis(site.module, len(shape(node))) != 1:
-            reason = reason or "batch norm normalizes axis 1, and the linear layer's features are the last axis"
+            reason = reason or _OTHER_AXIS.format("linear layer's")
         weight: Any = site.module.weight
         reason = reason or out_of_step(affine.shift if shifts else None, weight.dtype)
         reason = reason or out_of_range(*before(site.module, affine, context), weight.dtype)

@@ -53,7 +53,8 @@ class FoldLayout(Pass):
         first, second = (rewriter.node(name) for name in rewrite.site)
         source: Any = first.args[0]
         if rewrite.params["cancels"]:
-            rewriter.replace(second, source)
+            if not _would_be_output(first, second):  # what was applied before may have made it so
+                rewriter.replace(second, source)
             return
         composed = _composed(first, second)
         if composed is None:

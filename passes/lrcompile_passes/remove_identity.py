@@ -43,7 +43,8 @@ class RemoveIdentity(Pass):
         is_module = rewrite.params["operation"] == "module"
         nodes = rewriter.site().nodes if is_module else (rewriter.node(rewrite.site[0]),)
         for node in nodes:
-            rewriter.replace(node, _source(node))
+            if not _passes_through(node):  # what was applied before may have made it so
+                rewriter.replace(node, _source(node))
 
 
 def _source(node: fx.Node) -> fx.Node:

@@ -10,6 +10,8 @@ from lrcompile_passes import FoldBatchNorm
 from lrcompile_passes.layers import CONVS, TRANSPOSED_CONVS
 from torch import nn
 
+import lrcompile
+from lrcompile.frontend.trace import trace
 from tests.passes import common
 
 PASS = FoldBatchNorm()
@@ -158,7 +160,7 @@ def test_refusals() -> None:
 
     x = torch.randn(2, 4, 6)
     assert common.refusals(common.drawn(Both(), x), PASS) == {"conv": "output has 2 users, only one is the batch norm"}
-    reason = "batch norm normalizes axis 1, and the linear layer's features are the last axis"
+    reason = "batch norm normalizes axis 1, and the linear layer's features are another axis"
     assert common.refusals(common.drawn(Both(linear=True), x), PASS) == {"conv": reason}
     assert common.refusals(common.drawn(Tied(), x), PASS) == {"a": "weight tied with b"}
     batch = common.exported(nn.Sequential(nn.Conv1d(4, 4, 1), nn.BatchNorm1d(4, track_running_stats=False)), x)
@@ -237,7 +239,7 @@ def test_before_layers_exact_for_all_options_or_refused(drawn: tuple[Any, int], 
         (nn.ConvTranspose2d(4, 4, 2), (6, 6), "layers.0: a transposed convolution spreads the shift unevenly"),
         (nn.ConvTranspose2d(4, 4, 1), (6, 6), None),
         (nn.Linear(4, 4), (), None),
-        (nn.Linear(6, 4), (6,), "batch norm normalizes axis 1, and the linear layer's features are the last axis"),
+        (nn.Linear(6, 4), (6,), "batch norm normalizes axis 1, and the linear layer's features are another axis"),
     ],
 )
 def test_refusals_before_layers(model: nn.Module, size: tuple[int, ...], reason: str | None) -> None:
@@ -278,3 +280,41 @@ def test_batch_norm_called_twice_before_layers() -> None:
     both = common.applied(common.applied(graph, PASS, first), PASS, second)
     assert "norm" not in common.layers(both)
     assert common.difference(both, graph, x) < 1e-10
+
+
+class Rows(nn.Module):
+    """A norm over the rows of a single image, of which a convolution's channels are another axis."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, channels, 3, padding=1), nn.BatchNorm1d(16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.conv(x))
+
+
+@pytest.mark.parametrize("channels", [8, 16])
+def test_channels_of_a_single_image_are_another_axis(channels: int) -> None:
+    graph = trace(trained(Rows(channels)), (torch.randn(3, 16, 16),)).graph
+    assert (
+        common.refusals(graph, PASS)["conv"]
+        == "batch norm normalizes axis 1, and the convolution's features are another axis"
+    )
+
+
+@pytest.mark.parametrize(("away", "folds"), [(1.0, True), (10.0, True), (1e5, False)])
+def test_what_would_cancel_is_not_folded(away: float, folds: bool) -> None:
+    """Raw features far from zero, which a norm brings there: folded, rounding of what cancels would show."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 64), nn.BatchNorm1d(64)).eval()
+    x = away + torch.randn(256, 8)
+    with torch.no_grad():
+        model[0].weight.abs_()
+        y = model[0](x)
+        model[1].running_mean.copy_(y.mean(0))  # type: ignore[operator,union-attr]
+        model[1].running_var.copy_(y.var(0))  # type: ignore[operator,union-attr]
+    graph = common.exported(model, x)
+    assert bool(common.rewrites(graph, PASS)) == folds
+    assert folds or "at most 64: rounding would show" in common.refusals(graph, PASS)["0"]
+    result = lrcompile.compile(model, (x,), target="rpi5", budget=lrcompile.Budget(max_error=0.0))
+    assert any(rewrite.pass_name == "fold-batch-norm" for rewrite in result.plan.rewrites) == folds

@@ -338,7 +338,7 @@ TRANSFORMERS = {
     "vit": "GQKVA", "clip_vision": "GKVA", "bert": "GQKVA", "distilbert": "GQA", "gpt2": "GQKVA", "llama": "GQKVA",
     "llama_grouped": "GQA", "whisper_encoder": "GQKVA", "transformer_encoder": "GQA",
 }  # fmt: skip
-RELATIVE = "each head has a mask or bias of its own, as a relative position bias"
+RELATIVE = "the mask has an axis of heads, which may differ, as a relative position bias"
 
 
 @pytest.mark.parametrize("name", TRANSFORMERS)

@@ -10,6 +10,8 @@ from lrcompile_passes import LowRankLinear, MergeSiblings
 from lrcompile_passes.layers import CONVS
 from torch import nn
 
+import lrcompile
+from lrcompile.frontend.trace import trace
 from lrcompile.passes import apply
 from tests.passes import common
 
@@ -151,3 +153,30 @@ def test_refusals() -> None:
     tied = common.exported(Tied(), x)
     assert common.refusals(tied, PASS) == {"q": "weight tied with k", "k": "weight tied with q"}
     assert common.rewrites(tied, PASS) == []
+
+
+class Strided(nn.Module):
+    """Two layers that read one value, and something that reads the first by its strides."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.q, self.k, self.how = nn.Linear(8, 8), nn.Linear(8, 1 if how == "complex" else 8), how
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        q = self.q(x)
+        if self.how == "complex":
+            q = torch.view_as_real(torch.view_as_complex(q.reshape(4, 4, 2)) * 1j)
+        elif self.how == "strided":
+            q = q.as_strided((4, 7, 2), (8, 1, 1))
+        return q + 1, self.k(x)
+
+
+@pytest.mark.parametrize("how", ["complex", "strided", "plain"])
+def test_what_is_read_by_its_strides_is_not_merged(how: str) -> None:
+    model, x = Strided(how).eval(), torch.randn(4, 8)
+    graph = trace(model, (x,)).graph
+    assert bool(common.rewrites(graph, PASS)) == (how == "plain")
+    assert how == "plain" or "by its strides" in common.refusals(graph, PASS)["q"]
+    result = lrcompile.compile(model, (x,), target="rpi5", budget=lrcompile.Budget(max_error=0.0))
+    for got, expected in zip(result.model(x), model(x), strict=True):
+        torch.testing.assert_close(got, expected)

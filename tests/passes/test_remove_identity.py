@@ -8,6 +8,7 @@ from lrcompile_passes import RemoveIdentity
 from torch import nn
 from torch.nn import functional
 
+import lrcompile
 from lrcompile.frontend.trace import trace
 from lrcompile.graph.graph import Graph
 from tests.passes import common
@@ -135,3 +136,27 @@ def test_low_precision(dtype: torch.dtype) -> None:
     graph = common.exported(Function(lambda x: x.to(dtype).to(torch.float32)), x)
     targets = [node.target for node in simplified(graph).nodes if node.op == "call_function"]
     assert targets.count(torch.ops.aten.to.dtype) == 1
+
+
+class Outputs(nn.Module):
+    """Identities in a row at the output, and two of one value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.fc = nn.Dropout(0.1), nn.Dropout(0.2), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        y = x.relu()
+        return self.two(self.one(x)), self.fc(x), y.clone(), y.detach()
+
+
+def test_several_at_once_leave_no_input_as_output() -> None:
+    """Each may go alone; both together would hand out the input, or one value twice."""
+    model, x = Outputs().eval(), torch.randn(2, 4)
+    result = lrcompile.compile(model, (x,), target="rpi5", budget=lrcompile.Budget(max_error=0.0))
+    (output,) = (node for node in result.model.graph.nodes if node.op == "output")
+    values = output.args[0]
+    assert len(set(values)) == len(values)
+    assert all(node.op != "placeholder" for node in values)
+    for got, expected in zip(result.model(x), model(x), strict=True):
+        torch.testing.assert_close(got, expected)
