@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,13 @@ import lrcompile
 from lrcompile import Budget, calibration_from
 from lrcompile.cli import run
 from lrcompile.devices.profile import load_device
-from lrcompile.errors import BudgetError, InputError
+from lrcompile.errors import BudgetError, InputError, VerificationError
 from lrcompile.frontend.trace import trace
-from lrcompile.graph.rewrite import Refusal
+from lrcompile.graph.graph import Graph
+from lrcompile.graph.rewrite import Refusal, Rewrite, Rewriter
 from lrcompile.graph.verify import rounded_error
-from lrcompile.passes import Context, proposals
+from lrcompile.passes import Context, Pass, Stage, proposals
+from lrcompile.planning.canonicalize import ROUNDING
 from lrcompile.plugins import discover
 
 
@@ -227,6 +231,41 @@ def test_what_rounding_alone_costs_is_within_the_error_too() -> None:
     assert lrcompile.compile(model, x, target="rpi5", dtype="bf16", budget=Budget(max_error=0.05)).plan.rewrites
     with pytest.raises(BudgetError, match="round to an error of"):
         lrcompile.compile(model, x, target="rpi5", dtype="bf16", budget=Budget(max_error=1e-4, speedup=1.0))
+
+
+class Scaling(Pass):
+    """Says that it is exact, and is not."""
+
+    name = "scaling"
+    stage = Stage.CANONICALIZE
+
+    def propose(self, graph: Graph, context: Context) -> Iterator[Rewrite]:
+        for site in graph.modules_of(nn.Linear):
+            if not hasattr(site.module, "scaled"):
+                yield site.rewrite(exact=True)
+
+    def apply(self, rewriter: Rewriter, rewrite: Rewrite) -> None:
+        site = rewriter.site()
+        layer: Any = copy.deepcopy(site.module)
+        layer.weight.data *= 1.5
+        layer.scaled = True
+        rewriter.set_module(site.path, layer)
+
+
+def test_a_model_that_makes_much_of_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In half precision rounding weights anew may cost more than is usual; what is no rounding is still found."""
+    model, x = Net().eval(), (images(),)
+    with torch.no_grad():
+        model.norm.running_var.uniform_(0.5, 2.0)
+        model.norm.weight.uniform_(0.5, 2.0)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    monkeypatch.setitem(ROUNDING, "bf16", 1e-5)
+    result = lrcompile.compile(model, x, target="rpi5", dtype="bf16", budget=Budget(max_error=0.05))
+    assert any(rewrite.pass_name == "fold-batch-norm" for rewrite in result.plan.rewrites)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    passes = [*discover().passes, Scaling()]
+    with pytest.raises(VerificationError, match="pass scaling at head promised an exact rewrite"):
+        lrcompile.compile(model, x, target="rpi5", dtype="bf16", budget=Budget(max_error=0.05), passes=passes)
 
 
 class Twins(Map):
