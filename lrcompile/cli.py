@@ -31,7 +31,7 @@ app = typer.Typer(
 COMMANDS = ("compile", "tradeoff", "devices", "passes", "predict", "bench", "calibrate", "explain")
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
-Target = Annotated[str, typer.Option(help="A device profile (see `lrcompile devices`), its path, or local.")]
+Target = Annotated[str, typer.Option(help="A device profile (see `lrcompile devices`), or its path.")]
 
 
 def run(arguments: Sequence[str]) -> int:

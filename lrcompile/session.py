@@ -15,7 +15,7 @@ from lrcompile.compile import compile as compile_model
 from lrcompile.emit.write import check_onnx, check_plans_folder, check_writable, placed_whole, write_text
 from lrcompile.errors import InputError
 from lrcompile.front import front_figures, tradeoff
-from lrcompile.frontend.calibration_data import CalibrationData, load_calibration, load_labels
+from lrcompile.frontend.calibration_data import MOST_BATCHES, CalibrationData, load_calibration, load_labels
 from lrcompile.frontend.export import batch_size
 from lrcompile.frontend.inputs import call_inputs, example_inputs, input_names, parameters, parse_inputs
 from lrcompile.frontend.load import Source, load
@@ -339,18 +339,20 @@ def _quantization(request: Request, asked: _Asked, original: Traced | None = Non
 
 def _learned(request: Request, asked: _Asked) -> tuple[CalibrationData, Tensor | None]:
     """What a recovery trains on: inputs, and labels if there are any."""
-    data = _calibration(request, asked.source, request.recover_data) or asked.options["calibration"]
+    data = _calibration(request, asked.source, request.recover_data, max_batches=None) or asked.options["calibration"]
     if data is None:
         raise InputError("--recover has no inputs to learn from; give --calib, or --recover-data, which it alone reads")
     return data, load_labels(request.labels) if request.labels is not None else None
 
 
-def _calibration(request: Request, source: Source, path: str | None) -> CalibrationData | None:
+def _calibration(
+    request: Request, source: Source, path: str | None, max_batches: int | None = MOST_BATCHES
+) -> CalibrationData | None:
     if path is None:
         return None
     example = batch_size(pytree.tree_leaves((source.args, source.kwargs)))
     required, optional = parameters(source.program)
-    return load_calibration(path, required, request.batch or example or 8, optional=optional)
+    return load_calibration(path, required, request.batch or example or 8, max_batches=max_batches, optional=optional)
 
 
 def _inputs(

@@ -16,8 +16,7 @@ import torch
 from torch import nn
 
 from lrcompile.emit.folder import load_folder, write_folder
-from lrcompile.emit.verify import resized
-from lrcompile.frontend.trace import Traced, run, trace
+from lrcompile.frontend.trace import Traced, resized, run, trace
 from lrcompile.graph.rewrite import set_module
 from lrcompile.graph.verify import relative_error
 from lrcompile.nn.linear import TransposedLinear

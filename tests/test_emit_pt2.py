@@ -13,9 +13,8 @@ import torch
 from torch import nn
 
 from lrcompile.emit.pt2 import load_pt2, save_pt2, to_pt2
-from lrcompile.emit.verify import resized
 from lrcompile.frontend.load import load
-from lrcompile.frontend.trace import Traced, run, trace
+from lrcompile.frontend.trace import Traced, resized, run, trace
 from lrcompile.graph.verify import relative_error
 
 

@@ -10,9 +10,9 @@ import torch
 from onnx import TensorProto, helper
 from torch import nn
 
-from lrcompile.emit.verify import onnx_error, resized, torch_error
+from lrcompile.emit.verify import onnx_error, torch_error
 from lrcompile.errors import VerificationError
-from lrcompile.frontend.trace import trace
+from lrcompile.frontend.trace import resized, trace
 from lrcompile.graph.verify import relative_error
 
 INF, NAN = math.inf, math.nan

@@ -178,11 +178,16 @@ def model_text(gm: fx.GraphModule, source: ModuleSource, traced: Traced) -> str:
     )
 
 
+def _in_a_docstring(value: Any) -> str:
+    """A value as it may stand between three quotes: an archive's own text must not end them."""
+    return repr(value).replace("\\", "\\\\").replace('"', '\\"')
+
+
 def _about(traced: Traced) -> str:
     shapes = [
         f"{name}: {str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
         if isinstance(value, torch.Tensor)
-        else f"{name}: {value!r}"
+        else f"{name}: {_in_a_docstring(value)}"
         for name, value in zip(traced.input_names, traced.flat, strict=True)
     ]
     further = [

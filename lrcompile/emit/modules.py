@@ -15,7 +15,7 @@ from torch import fx, nn
 from lrcompile.graph.graph import is_container, storage_id
 from lrcompile.nn.linear import TransposedLinear
 
-_SINGLE = frozenset(("kernel_size", "stride", "padding", "dilation", "output_padding", "normalized_shape"))
+_SINGLE = frozenset(("kernel_size", "stride", "padding", "dilation", "output_padding"))
 _PAGE = 100
 
 
@@ -106,7 +106,9 @@ def _module(source: ModuleSource, module: nn.Module, path: str, place: str, inde
     for name, kind, tensor in _own_tensors(module):
         if name not in made or made[name].shape != tensor.shape:
             raise UnknownModuleError(f"{path}: {constructor} makes no {name} of shape {tuple(tensor.shape)}")
-        _store(source, kind, tensor, f"{path}.{name}", place, name)
+        is_new = _store(source, kind, tensor, f"{path}.{name}", place, name)
+        if is_new and kind == "parameter" and not tensor.requires_grad:
+            source._ties.append(f"{_attribute(place, name)}.requires_grad_(False)")
         del made[name]
     source._ties += [f"{place}.{name} = None" for name in made]
     for name, child in _children(module).items():
@@ -130,7 +132,7 @@ def _container(source: ModuleSource, module: nn.Module, path: str, place: str, i
     if style == "nn.Sequential":
         return _call("nn.Sequential(", items, ")", indent)
     if style == "nn.ModuleList" and len(items) > 1 and set(items) == {items[0]} != {"nn.Module()"}:
-        return _call("nn.ModuleList(", [f"{items[0]} for _ in range({len(items)})"], ")", indent, comma="")
+        return _call("nn.ModuleList([", [f"{items[0]} for _ in range({len(items)})"], "])", indent, comma="")
     if style == "nn.ModuleList":
         return _call("nn.ModuleList([", items, "])", indent)
     held = {**tensors, **children}
@@ -157,7 +159,7 @@ def _tensor_entries(source: ModuleSource, module: nn.Module, path: str, place: s
         dtype = "" if tensor.dtype == torch.float32 else f", dtype={tensor.dtype}"
         empty = f"torch.empty({sizes}{dtype})"
         if kind == "parameter":
-            yield name, f"nn.Parameter({empty}{'' if tensor.is_floating_point() else ', requires_grad=False'})"
+            yield name, f"nn.Parameter({empty}{'' if tensor.requires_grad else ', requires_grad=False'})"
         else:
             yield name, f"nn.Buffer({empty}{'' if kind == 'buffer' else ', persistent=False'})"
 
@@ -222,6 +224,8 @@ def _constructor(module: nn.Module) -> str:
 def _plain(name: str, value: Any) -> Any:
     if name == "bias":
         return bool(value) if isinstance(value, bool) else value is not None
+    if name == "normalized_shape":
+        return value[0] if len(value) == 1 else value
     if name in _SINGLE and isinstance(value, tuple) and value and value == value[:1] * len(value):
         return value[0]
     if value is not None and not isinstance(value, bool | int | float | str | tuple):

@@ -134,6 +134,10 @@ def lower(
     """
     bfloat16 = any(tensor.dtype == torch.bfloat16 for tensor in gm.state_dict().values())
     opset = opset or (BFLOAT16_OPSET if bfloat16 else OPSET)
+    if bfloat16 and opset < BFLOAT16_OPSET:
+        raise InputError(
+            f"opset {opset} has no convolutions and pooling of bfloat16; give --opset {BFLOAT16_OPSET} or a later one"
+        )
     notes: list[str] = []
     outputs = _tensors(output_names, pytree.tree_leaves(list(gm.graph.output_node().args)), "output", notes)
     inputs = _tensors(input_names, pytree.tree_leaves((args, dict(kwargs))), "input", notes)

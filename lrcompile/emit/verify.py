@@ -22,7 +22,7 @@ from lrcompile.emit.widen import widen_onnx, widen_tensor, widen_torch
 from lrcompile.errors import VerificationError
 from lrcompile.frontend.archives import first_line
 from lrcompile.frontend.export import batch_size
-from lrcompile.frontend.trace import run
+from lrcompile.frontend.trace import at_other_batch, run
 from lrcompile.graph.verify import is_float, relative_error, rounded_error
 
 ORT_ERRORS = tuple(
@@ -114,9 +114,8 @@ def emitted_error(
     size = batch_size(flat)
     there = [(f"at sizes {_listed(other)}", f"at {_listed(flat)}", other) for other in others]
     if dynamic_batch and size is not None:
-        count = 3 if size != 3 else 2
-        more = [resized(value, count) for value in flat]
-        there.append((f"at batch size {count}", f"at batch size {size}", more))
+        more = at_other_batch(gm, flat, size)
+        there.append((f"at batch size {batch_size(more)}", f"at batch size {size}", more))
     errors = [error]
     for where, here, other in there:
         try:
@@ -133,14 +132,6 @@ def emitted_error(
 
 def _listed(flat: Sequence[Any]) -> str:
     return ", ".join(str(list(value.shape)) for value in flat if isinstance(value, torch.Tensor))
-
-
-def resized(value: Any, size: int) -> Any:
-    """The input with `size` rows along axis 0: its own, repeated, each repetition rolled along the last axis."""
-    if not isinstance(value, torch.Tensor) or value.dim() == 0:
-        return value
-    rows = [(value[i % len(value)], i // len(value)) for i in range(size)]
-    return torch.stack([row.roll(shift, -1) if row.dim() else row for row, shift in rows])
 
 
 def _native(model: str | Path | bytes, gm: fx.GraphModule, flat: Sequence[Any]) -> onnxruntime.InferenceSession | None:

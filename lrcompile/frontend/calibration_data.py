@@ -28,6 +28,7 @@ _EXPECTED = (
     "or pkg.mod:loader, which returns batches"
 )
 _PICKLE_ADVICE = "save the inputs as a dict of names to tensors with torch.save, as .npz or as .safetensors"
+MOST_BATCHES = 64  # of a loader, which may have no end
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +69,12 @@ class CalibrationData:
 
 
 def load_calibration(
-    text: str, input_names: Sequence[str], batch: int, *, max_batches: int | None = 64, optional: Sequence[str] = ()
+    text: str,
+    input_names: Sequence[str],
+    batch: int,
+    *,
+    max_batches: int | None = MOST_BATCHES,
+    optional: Sequence[str] = (),
 ) -> CalibrationData:
     """Reads calibration data from a file or from a loader named `pkg.mod:loader`; the content decides, not the suffix.
 
@@ -96,7 +102,7 @@ def calibration_from(
     batch: int,
     source: str = "python",
     *,
-    max_batches: int | None = 64,
+    max_batches: int | None = MOST_BATCHES,
     optional: Sequence[str] = (),
 ) -> CalibrationData:
     """Makes calibration data of what Python holds: a dict of arrays, an array, or an iterable of batches.

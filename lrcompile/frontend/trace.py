@@ -166,6 +166,26 @@ def run(gm: fx.GraphModule, flat: Sequence[Any]) -> tuple[Any, ...]:
     return tuple(pytree.tree_leaves(result))
 
 
+def at_other_batch(gm: fx.GraphModule, flat: Sequence[Any], size: int) -> list[Any]:
+    """Inputs of `size` samples with three or two, or with twice as many where the graph takes multiples of a number."""
+    few = [resized(value, 3 if size != 3 else 2) for value in flat]
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            run(gm, few)
+    except Exception:  # whatever a reshape raises for a size that it does not take
+        return [resized(value, 2 * size) for value in flat]
+    return few
+
+
+def resized(value: Any, size: int) -> Any:
+    """The input with `size` rows along axis 0: its own, repeated, each repetition rolled along the last axis."""
+    if not isinstance(value, torch.Tensor) or value.dim() == 0:
+        return value
+    rows = [(value[i % len(value)], i // len(value)) for i in range(size)]
+    return torch.stack([row.roll(shift, -1) if row.dim() else row for row, shift in rows])
+
+
 def _exported(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[ExportedProgram, OpenAxes, str | None]:

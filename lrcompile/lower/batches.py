@@ -18,7 +18,7 @@ def model_batches(traced: Traced, calibration: CalibrationData | None) -> list[t
     """Flat inputs to run the graph on: the calibration batches, or the example inputs alone."""
     if calibration is None:
         return [traced.flat]
-    if traced.io_rank is not None:
+    if traced.output_shapes:  # set where inputs and outputs are folded
         batches = tuple({name: folded_io(value) for name, value in batch.items()} for batch in calibration.batches)
         calibration = replace(calibration, batches=batches)
     named = list(zip(traced.input_names, traced.flat, strict=True))

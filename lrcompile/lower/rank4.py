@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from lrcompile.errors import InputError, VerificationError
 from lrcompile.frontend.export import batch_size
-from lrcompile.frontend.trace import Traced, run
+from lrcompile.frontend.trace import Traced, at_other_batch, run
 from lrcompile.graph.graph import Graph, aten, propagate, prune
 from lrcompile.graph.verify import rounded_error
 from lrcompile.lower.folded import RANK, CannotLowerError, Folded, Lowering, identity, merged
@@ -166,10 +166,7 @@ def _other_batch(traced: Traced) -> tuple[Any, ...]:
     size = batch_size(traced.flat)
     if not traced.dynamic_batch or size is None:
         return traced.flat
-    count = 1 if size > 1 else 2
-    return tuple(
-        torch.cat([value] * 2)[:count] if isinstance(value, Tensor) and value.dim() else value for value in traced.flat
-    )
+    return tuple(at_other_batch(traced.graph.gm, traced.flat, size))
 
 
 def _lowered(traced: Traced, other: tuple[Any, ...], fold_io: bool) -> Graph:
@@ -207,6 +204,11 @@ def _larger(value: Any, other: Any) -> Any:
 
 def _lengths(here: Any, there: Any) -> Any:
     if isinstance(here, Tensor):
+        if here.dim() != there.dim():
+            raise InputError(
+                "the model squeezes its batch away at the example's batch size, and cannot be lowered to rank "
+                f"{RANK}: give another --batch"
+            )
         return tuple((int(a), int(b)) for a, b in zip(here.shape, there.shape, strict=True))
     if isinstance(here, list | tuple):
         return [_lengths(a, b) for a, b in zip(here, there, strict=True)]

@@ -1,0 +1,173 @@
+"""Models that are unusual to write: frames in the batch, norms of equal sizes, tables of integers, hostile names."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import lrcompile
+from lrcompile import Budget
+from lrcompile.cli import run
+from lrcompile.emit.folder import _in_a_docstring, load_folder
+from lrcompile.emit.write import write_text
+from lrcompile.errors import InputError
+
+EXACT = Budget(max_error=0.0)
+FRAMES = 4
+
+
+@pytest.fixture(autouse=True)
+def cwd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+
+
+def compiled(model: nn.Module, *x: Tensor, **options: Any) -> lrcompile.Result:
+    return lrcompile.compile(model.eval(), x, target="rpi5", budget=EXACT, **options)
+
+
+class Shifted(nn.Module):
+    """Frames are part of the batch, which therefore is a multiple of their number (temporal shift)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x).relu().view(-1, FRAMES, 8, *x.shape[2:])
+        y = torch.cat([y[:, 1:], y[:, :1]], 1).reshape(-1, 8, *x.shape[2:])
+        return self.head(y.mean((2, 3))).view(-1, FRAMES, 5).mean(1)
+
+
+@pytest.mark.parametrize("options", [{}, {"max_rank": 4}], ids=["any rank", "rank 4"])
+@pytest.mark.parametrize("videos", [2, 3])
+def test_frames_in_the_batch(videos: int, options: dict[str, Any]) -> None:
+    model = Shifted()
+    result = compiled(model, torch.randn(videos * FRAMES, 3, 6, 6), **options)
+    for path in ("out.onnx", "out.pt2", "out/"):
+        assert result.save(path).verification["torch_vs_original"] is not None
+    other = torch.randn(3 * FRAMES, 3, 6, 6)
+    session = ort.InferenceSession("out.onnx", providers=["CPUExecutionProvider"])
+    (got,) = session.run(None, {"x": other.numpy()})
+    with torch.no_grad():
+        np.testing.assert_allclose(got, model(other).numpy(), rtol=1e-4, atol=1e-5)
+
+
+class Squeezed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv3d(3, 8, 3, padding=1), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(functional.adaptive_avg_pool3d(self.conv(x), 1).squeeze())
+
+
+def test_a_squeeze_of_all_axes_in_rank_4() -> None:
+    model, x = Squeezed(), torch.randn(2, 3, 4, 6, 6)
+    torch.testing.assert_close(compiled(model, x, max_rank=4).model(x), model(x), rtol=1e-4, atol=1e-5)
+    with pytest.raises(InputError, match=r"squeezes its batch away .* give another --batch"):
+        compiled(model, x[:1], max_rank=4)
+
+
+def test_layer_norms_of_equal_sizes() -> None:
+    model = nn.Sequential(nn.LayerNorm((8, 8)), nn.LayerNorm((8, 8), elementwise_affine=False), nn.LayerNorm(8))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.uniform_(0.5, 1.5)
+    x = torch.randn(2, 3, 8, 8)
+    compiled(model, x).save("out/")
+    torch.testing.assert_close(load_folder(Path("out"))(x), model(x))
+
+
+class Deep(nn.Module):
+    """A list of equal layers under a long name, which takes more than a line."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.depthwise_convolutions_of_blocks = nn.ModuleList(
+            nn.Conv2d(64, 64, 3, padding=1, groups=64, bias=False) for _ in range(12)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.depthwise_convolutions_of_blocks:
+            x = layer(x).relu()
+        return x
+
+
+def test_a_long_line_of_equal_layers() -> None:
+    model, x = Deep(), torch.randn(1, 64, 5, 5)
+    compiled(model, x).save("out/")
+    torch.testing.assert_close(load_folder(Path("out"))(x), model(x))
+
+
+class Frozen(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.randint(0, 9, (10, 4)))
+        self.positions = nn.Embedding.from_pretrained(torch.randn(10, 4), freeze=True)
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(functional.embedding(x, self.table).float() + self.positions(x))  # type: ignore[arg-type]
+
+
+def test_what_is_not_trained_stays_so() -> None:
+    model, x = Frozen(), torch.randint(0, 10, (2, 3))
+    compiled(model, x).save("out/")
+    loaded = load_folder(Path("out"))
+    torch.testing.assert_close(loaded(x), model(x))
+    trained = {name.rpartition(".")[0] for name, p in loaded.named_parameters() if p.requires_grad}
+    assert trained == {"layer"}
+
+
+@pytest.mark.parametrize("text", ['""";import os;os.system("touch ran");"""', '\\"', "\\", "plain", 'ends with "'])
+def test_a_text_does_not_end_the_docstring_that_tells_of_it(text: str) -> None:
+    (statement,) = ast.parse(f'"""Inputs:\n\n{_in_a_docstring(text)}\n"""').body
+    assert isinstance(statement, ast.Expr)
+    assert isinstance(statement.value, ast.Constant)
+    assert repr(text) in statement.value.value
+
+
+@pytest.mark.parametrize("opset", [18, 21])
+def test_opsets_that_have_no_convolutions_of_bfloat16(opset: int) -> None:
+    model, x = nn.Conv2d(3, 4, 3), torch.randn(1, 3, 8, 8)
+    with pytest.raises(InputError, match="give --opset 22 or a later one"):
+        compiled(model, x, dtype="bf16", opset=opset).save("out.onnx")
+    assert not Path("out.onnx").exists()
+    compiled(model, x, dtype="bf16", opset=22).save("out.onnx")
+
+
+def test_an_io_rank_that_folds_nothing_takes_calibration_data() -> None:
+    model, x = nn.Sequential(nn.Conv3d(3, 4, 3), nn.ReLU()), torch.randn(8, 3, 4, 6, 6)
+    given = lrcompile.calibration_from({"input": torch.randn(32, 3, 4, 6, 6)}, ["input"], 8)
+    for io_rank in (4, 5):
+        assert compiled(model, x, io_rank=io_rank, calibration=given).plan.io_rank == io_rank
+
+
+def test_a_report_to_a_pipe_and_to_a_device() -> None:
+    torch.export.save(torch.export.export(nn.Linear(4, 4).eval(), (torch.randn(2, 4),)), "net.pt2")
+    assert run(["net.pt2", "--target", "rpi5", "--report-json", "/dev/null"]) == 0
+    read, write = os.pipe()
+    found: list[str] = []
+
+    def listen() -> None:
+        with os.fdopen(read) as file:
+            found.append(file.read())
+
+    listener = threading.Thread(target=listen)
+    listener.start()
+    write_text(f"/proc/self/fd/{write}", json.dumps({"a": 1}))
+    os.close(write)
+    listener.join(10)
+    assert json.loads(found[0]) == {"a": 1}
