@@ -102,7 +102,7 @@ def parsed_option(kind: type, name: str, option: str, text: str) -> dict[str, An
         raise InputError(f"{setting}: {_unknown(f'option of {name}', option, known)}")
     try:
         return {option: _parsed(text.strip(), get_type_hints(kind)[option])}
-    except ValueError as error:
+    except (NameError, ValueError) as error:  # types that a plugin imports for its type checker alone have no names
         raise InputError(f"{setting}: {error}") from error
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -209,6 +209,36 @@ def test_where_nothing_is_cut_a_latency_in_the_interval_is_kept(prepared: lrcomp
         choice, measured = confirm(machine, problem, Choice((), p.graph, 0.0), budget, asked)  # type: ignore[arg-type]
         assert bool(choice.candidates) == cut
         assert ("in the interval" in (measured.remark or "")) != cut
+
+
+@dataclass
+class Cleaned:
+    """Stands for a `Reference` of a model that exact clean-up makes faster by a tenth."""
+
+    traced: object
+    asked: int = 0
+    share: float = 1.0
+
+    def measure(self, graph: Graph, seconds: float = 0.0) -> Measured:
+        self.asked += 1
+        return Measured(Cost(1.0), Cost(0.9))
+
+
+def test_what_clean_up_gains_counts_towards_a_latency() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()).eval()
+    prepared = lrcompile.prepare_model(model, (torch.randn(2, 3, 16, 16),), target="rpi5")
+    assert prepared.canonical
+    machine = Cleaned(prepared.traced)
+    here = replace(prepared, reference=machine, original=prepared.base)  # type: ignore[arg-type]
+    result = lrcompile.solve(here, lrcompile.Budget(max_error=0.0, speedup=1.05))
+    assert pytest.approx(result.report.latency_ms["speedup"]) == 1 / 0.9
+    assert machine.asked == 2  # the clean-up, once for all budgets, and the choice
+    lrcompile.solve(here, lrcompile.Budget(max_error=0.0, speedup=1.08))
+    assert machine.asked == 3
+    with pytest.raises(BudgetError, match="reachable range"):
+        lrcompile.solve(here, lrcompile.Budget(max_error=0.0, speedup=1.2))
+    lrcompile.solve(here, lrcompile.Budget(max_error=0.0))
+    assert machine.asked == 4  # without a limit on latency the clean-up is not measured alone
 
 
 def test_a_latency_that_is_not_reached_as_measured_is_an_error(prepared: lrcompile.Prepared) -> None:

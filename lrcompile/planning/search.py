@@ -487,5 +487,5 @@ def _unreachable_together(problem: Problem, pool: _Pool, error_limit: float) -> 
     measured, limit = measure.value(applied(problem, candidates, picked).error), measure.value(error_limit)
     return (
         f"the limits cannot be met together: size and latency as asked need a {measure.label} of about "
-        f"{measured:.3g}, more than the --max-error of {limit:.3g}; allow more error, or ask for less"
+        f"{measured:.3g}, more than the {limit:.3g} that rewrites may take; allow more --max-error, or ask for less"
     )
