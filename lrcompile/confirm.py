@@ -206,7 +206,7 @@ def _within(
 
     def spent(choice: Choice, measured: Measured) -> float:
         """The share of the latency allowed."""
-        uncut = budget.int8 and all(candidate.exact for candidate in choice.candidates)
+        uncut = measured.int8 and all(candidate.exact for candidate in choice.candidates)
         ratio = left_open(measured.ratio, measured.least) if uncut else measured.ratio
         return ratio / allowed(measured)
 

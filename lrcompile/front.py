@@ -69,7 +69,8 @@ def tradeoff(
 
 def budgets(prepared: Prepared, widest: Budget, points: int) -> list[Budget]:
     """Exact rewrites alone, then speed-ups at equal steps of latency, up to the fastest within the widest budget."""
-    problem, original_s = prepared.problem(widest), prepared.original.latency_s
+    problem = replace(prepared.problem(widest), base=prepared.cleaned)
+    original_s = prepared.original.latency_s
     free, exact = replace(widest, max_error=None), replace(widest, max_error=0.0)
     slowest_s = strategy_of(exact).reach_s(problem, exact)
     if widest.max_error is None:

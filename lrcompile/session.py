@@ -38,6 +38,7 @@ if TYPE_CHECKING:  # fitting imports what a compile does without
     from lrcompile.devices.calibrate import Calibration, Progress
 
 DEFAULT_TARGET = "v100"
+MOST_LEARNED = 100_000  # batches of a loader that a recovery learns from, as it may have no end
 OF_RECOVERY = "recover."  # begins the options that are of no pass, but of a recovery
 
 
@@ -312,11 +313,17 @@ def _check_replay(request: Request, plan: Plan | None) -> None:
             f"{option} has no meaning with --plan, whose rewrites are applied as they are; leave it out, or compile "
             "without --plan"
         )
-    if request.target is not None and request.target != plan.target:
+    if request.target is not None and not _same_target(request.target, plan.target):
         raise InputError(
             f"the plan was made for --target {plan.target}, got --target {request.target}; leave it out, or compile "
             "without --plan"
         )
+
+
+def _same_target(one: str, other: str) -> bool:
+    """Whether two words name one profile, which may be a path."""
+    both_paths = one.endswith(".toml") and other.endswith(".toml")
+    return one == other or (both_paths and Path(one).resolve() == Path(other).resolve())
 
 
 def _check_quantize(request: Request) -> None:
@@ -339,7 +346,7 @@ def _quantization(request: Request, asked: _Asked, original: Traced | None = Non
 
 def _learned(request: Request, asked: _Asked) -> tuple[CalibrationData, Tensor | None]:
     """What a recovery trains on: inputs, and labels if there are any."""
-    data = _calibration(request, asked.source, request.recover_data, max_batches=None) or asked.options["calibration"]
+    data = _calibration(request, asked.source, request.recover_data, MOST_LEARNED) or asked.options["calibration"]
     if data is None:
         raise InputError("--recover has no inputs to learn from; give --calib, or --recover-data, which it alone reads")
     return data, load_labels(request.labels) if request.labels is not None else None

@@ -200,11 +200,16 @@ def test_a_latency_that_is_more_than_met_buys_accuracy() -> None:
 
 
 def test_where_nothing_is_cut_a_latency_in_the_interval_is_kept(prepared: lrcompile.Prepared) -> None:
-    """A hundredth more speed than integers alone have is no reason to cut; without an interval it is."""
-    for spread, cut in ((0.004, False), (0.0, True)):
+    """A hundredth more speed than integers alone have is no reason to cut; without an interval, or in float, it is."""
+
+    class Integers(Machine):
+        def measure(self, graph: Graph, seconds: float = 0.0) -> Measured:
+            return replace(super().measure(graph, seconds), int8=True)
+
+    for kind, spread, cut in ((Integers, 0.004, False), (Integers, 0.0, True), (Machine, 0.004, True)):
         p, budget = prepared, lrcompile.Budget(speedup=1 / 0.495, int8=True)
         problem = Problem(p.graph, p.pricing.candidates, p.passes, p.context, p.evaluator, p.base, p.original.latency_s)
-        machine = Machine(p, lambda split: 0.5 - 0.01 * len(split), p.original.latency_s, spread, share=0.5)
+        machine = kind(p, lambda split: 0.5 - 0.01 * len(split), p.original.latency_s, spread, share=0.5)
         asked = lrcompile.Budget(speedup=1.0)
         choice, measured = confirm(machine, problem, Choice((), p.graph, 0.0), budget, asked)  # type: ignore[arg-type]
         assert bool(choice.candidates) == cut

@@ -18,7 +18,7 @@ import onnxscript.optimizer
 import torch
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedNodesPass
 from onnx_ir.tensor_adapters import TorchTensor
-from torch import fx
+from torch import fx, nn
 from torch.export import ExportedProgram
 from torch.onnx._internal.exporter import _core as exporter
 from torch.onnx._internal.exporter._registration import ONNXRegistry
@@ -130,11 +130,11 @@ def lower(
     `opset` is 20 unless given, or 22 where a weight is bfloat16; from 23 on attention is one operator.
 
     Raises:
-        InputError: torch cannot express the graph in ONNX.
+        InputError: torch cannot express the graph in ONNX, or the opset its operators in their type.
     """
     bfloat16 = any(tensor.dtype == torch.bfloat16 for tensor in gm.state_dict().values())
     opset = opset or (BFLOAT16_OPSET if bfloat16 else OPSET)
-    if bfloat16 and opset < BFLOAT16_OPSET:
+    if bfloat16 and opset < BFLOAT16_OPSET and any(_slides(gm, node) for node in gm.graph.nodes):
         raise InputError(
             f"opset {opset} has no convolutions and pooling of bfloat16; give --opset {BFLOAT16_OPSET} or a later one"
         )
@@ -334,3 +334,11 @@ def _fresh(name: str, taken: set[str]) -> str:
         result = f"{name}_{count}"
     taken.add(result)
     return result
+
+
+def _slides(gm: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a node is a convolution or a pooling."""
+    if node.op == "call_module":
+        return isinstance(gm.get_submodule(str(node.target)), nn.modules.conv._ConvNd)
+    name = str(getattr(node.target, "overloadpacket", ""))
+    return "conv" in name or "pool" in name

@@ -223,7 +223,8 @@ def _einsum(node: fx.Node) -> OpDesc:
     y = _value(node)
     inputs, _, output = equation.partition("->")
     names = inputs.split(",")
-    if len(operands) != 2 or not output or "." in equation or any(map(_repeats, names)):
+    is_product = len(operands) == 2 and bool(set(names[0]) & set(names[1]) - set(output))  # something is summed over
+    if not is_product or not output or "." in equation or any(map(_repeats, names)):
         return _plain("elementwise", node, 1.0)
     sizes = [dict(zip(name, x.shape, strict=True)) for name, x in zip(names, operands, strict=True)]
     a, b = sizes

@@ -73,7 +73,8 @@ def check_exact(
     """
     limit = rounding(context.dtype)
     if error > limit and context.dtype in HALVES:
-        limit = max(limit, OF_WEIGHTS * _of_rounded_weights(graph, evaluator))
+        of_weights = _of_rounded_weights(graph, evaluator)
+        limit = max(limit, OF_WEIGHTS * of_weights) if math.isfinite(of_weights) else limit
     if error <= limit:
         return
     culprit = _first_beyond(limit, graph, rewrites, passes, context, evaluator)

@@ -149,14 +149,15 @@ class Plan:
         if fingerprint != self.fingerprint:
             raise PlanError(
                 f"the plan was made for another model: its fingerprint is {self.fingerprint[:12]}…, this model's is "
-                f"{fingerprint[:12]}…; give the original model with the same --dtype and --batch, or make a new plan"
+                f"{fingerprint[:12]}…; give the original model with the same --dtype, --input and --batch, or make a "
+                "new plan"
             )
         if calibration != self.calibration:
             had = f"calibration data {self.calibration[:12]}…" if self.calibration else "no calibration data"
             got = f"calibration data {calibration[:12]}…" if calibration else "none"
             raise PlanError(
                 f"the plan was made with {had}, got {got}; the factors depend on them: give the same --calib and "
-                "--batch as then"
+                "--batch as then, and the same --input"
             )
 
 

@@ -390,10 +390,15 @@ def or_as_it_was(choice: Choice, original: Graph, budget: Budget, dtype: str) ->
         BudgetError: the original does not keep the limits on size or latency.
     """
     limit, lossy = budget.error_limit, not all(rewrite.exact for rewrite in choice.rewrites)
-    rounding = budget.exact_only and math.isfinite(choice.error)  # it is infinite where whole numbers are others
-    if limit is None or rounding or lossy or choice.untouched or choice.error <= limit:
+    turned = not math.isfinite(choice.error)  # whole numbers of an output
+    if limit is None or (budget.exact_only and not turned) or lossy or choice.untouched or choice.error <= limit:
         return choice
     if any((budget.size, budget.speedup, budget.max_latency_s)):
+        if turned:
+            raise BudgetError(
+                "exact rewrites alone change whole numbers of an output, by rounding; leave out --max-error, or the "
+                "other limits"
+            )
         got, most = (budget.measure_in_use.value(root) for root in (choice.error, limit))
         raise BudgetError(
             f"exact rewrites alone round to an error of {got:.3g} in {dtype}, above the {most:.3g} that rewrites may "

@@ -288,7 +288,8 @@ def _why_kept(candidates: Sequence[Candidate], budget: Budget) -> str:
     if least.exact:
         return f"up to {ratio:.2f}× faster, but not beside what was chosen"
     why = "outside the error budget" if budget.error_limit is not None else "not needed, or better spent elsewhere"
-    why = why if budget.max_drop is None else "more than the metric allows"
+    if budget.max_drop is not None:
+        why = "more than the metric allows" if budget.max_error is None else "more than the limits allow"
     return f"up to {ratio:.2f}× faster, but the layer's error is {least.error:.2g} or more: {why}"
 
 

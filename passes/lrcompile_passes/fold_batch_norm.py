@@ -33,8 +33,6 @@ from lrcompile_passes.affine import (
 )
 from lrcompile_passes.layers import cannot_rebuild
 
-_OTHER_AXIS = "batch norm normalizes axis 1, and the {} features are another axis"
-
 
 @dataclass(frozen=True)
 class FoldBatchNorm(Pass):
@@ -97,12 +95,17 @@ def _cannot_fold(graph: Graph, site: Site, context: Context) -> str | None:
     if not all(isinstance(norm, BATCH_NORMS) and norm.running_mean is not None and not norm.training for norm in norms):
         return "batch norm uses the statistics of the batch"
     if any(feature_axis(site.module, len(shape(node))) != 1 for node in site.nodes):
-        return _OTHER_AXIS.format("linear layer's" if isinstance(site.module, nn.Linear) else "convolution's")
+        return _of_other_axis(site)
     weight: Any = site.module.weight
     if not weight.is_floating_point():
         return None
     reason = out_of_range(*after(site.module, of_batch_norm(norms[0], context), context), weight.dtype)
     return reason or _cancels(site.module, norms[0], context)
+
+
+def _of_other_axis(site: Site) -> str:
+    whose = "linear layer" if isinstance(site.module, nn.Linear) else "convolution"
+    return f"batch norm normalizes axis 1, and the {whose}'s features are another axis"
 
 
 def _cancels(layer: Any, norm: Any, context: Context) -> str | None:
@@ -150,7 +153,7 @@ def _ahead(
     reason = cannot_absorb(graph, node, found, shifts, owner_map)
     for site in found:
         if feature_axis(site.module, len(shape(node))) != 1:
-            reason = reason or _OTHER_AXIS.format("linear layer's")
+            reason = reason or _of_other_axis(site)
         weight: Any = site.module.weight
         reason = reason or out_of_step(affine.shift if shifts else None, weight.dtype)
         reason = reason or out_of_range(*before(site.module, affine, context), weight.dtype)
