@@ -51,10 +51,9 @@ class Shifted(nn.Module):
 
 
 @pytest.mark.parametrize("options", [{}, {"max_rank": 4}], ids=["any rank", "rank 4"])
-@pytest.mark.parametrize("videos", [2, 3])
-def test_frames_in_the_batch(videos: int, options: dict[str, Any]) -> None:
+def test_frames_in_the_batch(options: dict[str, Any]) -> None:
     model = Shifted()
-    result = compiled(model, torch.randn(videos * FRAMES, 3, 6, 6), **options)
+    result = compiled(model, torch.randn(2 * FRAMES, 3, 6, 6), **options)
     for path in ("out.onnx", "out.pt2", "out/"):
         assert result.save(path).verification["torch_vs_original"] is not None
     other = torch.randn(3 * FRAMES, 3, 6, 6)
