@@ -138,10 +138,12 @@ class Prepared:
         return replace(self.base, latency_s=self.base.latency_s * ratio)
 
     def problem(self, budget: Budget, drop: DropLimit | None = None) -> Problem:
-        """What is searched for a budget."""
+        """What is searched for a budget; where that limits the latency, what clean-up gains counts towards it."""
+        original_s = self.original.latency_s
+        base = self.cleaned if math.isfinite(budget.latency_limit_s(original_s)) else self.base
         return Problem(
             self.graph, self.pricing.candidates, self.passes, self.context,
-            self.evaluator.measured_in(budget.measure_in_use), self.base, self.original.latency_s,
+            self.evaluator.measured_in(budget.measure_in_use), base, original_s,
             self.clock.progress, drop,
         )  # fmt: skip
 
@@ -279,8 +281,6 @@ def solve(prepared: Prepared, budget: Budget) -> Result:
     p, clock = prepared, prepared.clock
     drop = DropLimit.of(p.metric, budget)
     problem = p.problem(budget, drop.kept_back() if drop and p.reference else drop)
-    if math.isfinite(budget.latency_limit_s(problem.original_s)):
-        problem = replace(problem, base=p.cleaned)
     asked, reference = budget, p.reference
     with clock("choose"):
         if budget.int8:

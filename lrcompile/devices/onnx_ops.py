@@ -21,7 +21,7 @@ from lrcompile.devices.onnx_graph import (
     tensor_of,
 )
 from lrcompile.devices.onnx_recurrent import lower_gru, lower_lstm
-from lrcompile.graph.graph import TRANSPOSED_CONVS
+from lrcompile.graph.graph import ALL_CONVS, TRANSPOSED_CONVS
 
 ModuleHandler = Callable[[Builder, fx.Node, Any, str], str]
 FunctionHandler = Callable[[Builder, fx.Node, Arguments], Value]
@@ -102,7 +102,7 @@ def _identity_module(b: Builder, node: fx.Node, module: nn.Module, x: str) -> st
 
 MODULES: Sequence[tuple[Any, ModuleHandler]] = (
     (nn.Linear, _linear),
-    ((nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED_CONVS), _convolution),
+    (ALL_CONVS, _convolution),
     ((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), _batch_norm),
     (nn.LayerNorm, _layer_norm_module),
     (nn.Embedding, _embedding_module),

@@ -18,7 +18,7 @@ import onnxscript.optimizer
 import torch
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedNodesPass
 from onnx_ir.tensor_adapters import TorchTensor
-from torch import fx, nn
+from torch import fx
 from torch.export import ExportedProgram
 from torch.onnx._internal.exporter import _core as exporter
 from torch.onnx._internal.exporter._registration import ONNXRegistry
@@ -30,6 +30,7 @@ from lrcompile.errors import InputError
 from lrcompile.frontend.archives import first_line
 from lrcompile.frontend.export import OpenAxes, batch_size, export, input_values
 from lrcompile.frontend.trace import Traced
+from lrcompile.graph.graph import ALL_CONVS, submodule
 
 OPSET = 20
 BFLOAT16_OPSET = 22
@@ -339,6 +340,6 @@ def _fresh(name: str, taken: set[str]) -> str:
 def _slides(gm: fx.GraphModule, node: fx.Node) -> bool:
     """Whether a node is a convolution or a pooling."""
     if node.op == "call_module":
-        return isinstance(gm.get_submodule(str(node.target)), nn.modules.conv._ConvNd)
+        return isinstance(submodule(gm, node.target), ALL_CONVS)
     name = str(getattr(node.target, "overloadpacket", ""))
     return "conv" in name or "pool" in name

@@ -172,7 +172,7 @@ def at_other_batch(gm: fx.GraphModule, flat: Sequence[Any], size: int) -> list[A
     if not any("//" in text for node in gm.graph.nodes for text in node.meta.get("sizes", ())):
         return few  # nothing is divided, as export knew the sizes
     try:
-        with torch.no_grad(), warnings.catch_warnings():
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             run(gm, few)
     except Exception:  # whatever a reshape raises for a size that it does not take

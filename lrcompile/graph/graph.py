@@ -19,6 +19,7 @@ from lrcompile.graph.rewrite import JSON, Refusal, Rewrite
 aten = torch.ops.aten
 TRANSPOSED_CONVS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 """Their weights have inputs first."""
+ALL_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED_CONVS)
 
 
 @dataclass(frozen=True, eq=False)

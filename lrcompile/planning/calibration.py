@@ -13,12 +13,11 @@ from torch.utils import _pytree as pytree
 
 from lrcompile.errors import InputError, LrcompileError, PlanError
 from lrcompile.frontend.archives import first_line
-from lrcompile.graph.graph import Graph
+from lrcompile.graph.graph import ALL_CONVS, Graph
 from lrcompile.memory import in_pieces, is_out_of_memory, samples_in
 from lrcompile.planning.moments import Moments, Window, moments
 
 HELD_OUT = 4  # one batch in so many is kept for judging
-CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 _NO_MEMORY = (
@@ -149,7 +148,7 @@ def _wanted(graph: Graph) -> tuple[dict[fx.Node, dict[int | Window, None]], dict
     wanted: dict[fx.Node, dict[int | Window, None]] = {}
     rows: dict[fx.Node, int] = {}
     readers: dict[str, str] = {}
-    for site in graph.modules_of(nn.Linear, nn.Embedding, *CONVS):
+    for site in graph.modules_of(nn.Linear, nn.Embedding, *ALL_CONVS):
         window = Window.of(site.module)
         for node in site.nodes:
             source = node.args[0]
@@ -232,7 +231,7 @@ class _Sensing(_Collector):
     def see_all(self, batch: Sequence[Any], seed: int, share: float = 1.0) -> None:
         """Runs the batch forward and back; the norm of a whole batch's outputs is guessed from its share."""
         layers = {
-            node: site.module for site in self.graph_of_layers.modules_of(nn.Linear, *CONVS) for node in site.nodes
+            node: site.module for site in self.graph_of_layers.modules_of(nn.Linear, *ALL_CONVS) for node in site.nodes
         }
         self.felt: dict[fx.Node, Tensor] = {}
         self.sensed = {*self.wanted, *layers}

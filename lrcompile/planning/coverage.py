@@ -7,8 +7,7 @@ from collections.abc import Container
 
 from torch import nn
 
-from lrcompile.graph.graph import Graph, shape
-from lrcompile.planning.calibration import CONVS
+from lrcompile.graph.graph import ALL_CONVS, Graph, shape
 from lrcompile.planning.moments import Window
 
 
@@ -19,7 +18,7 @@ def short_of_rows(graph: Graph, paths: Container[str], times: float) -> dict[str
     positions of its input, or the patches that its window sees of it.
     """
     found = {}
-    for site in graph.modules_of(nn.Linear, *CONVS):
+    for site in graph.modules_of(nn.Linear, *ALL_CONVS):
         if site.path not in paths:
             continue
         window = Window.of(site.module)

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from lrcompile.graph.graph import Graph
+from lrcompile.graph.graph import ALL_CONVS, Graph
 from lrcompile.memory import in_pieces, is_out_of_memory, samples_in
-from lrcompile.planning.calibration import CONVS, does_not_run
+from lrcompile.planning.calibration import does_not_run
 
 USUAL = 0.6  # the median over layers that data of the same kind stay below, single images too
 FAR = 3.0  # the same for the layer that is farthest off
@@ -131,7 +131,7 @@ class _Observer(fx.Interpreter):
         self.extra_traceback = False  # fx would write the node and its traceback into a message for the user
         self.axes = {
             site.path: -1 if isinstance(site.module, nn.Linear) else 1
-            for site in graph.modules_of(nn.Linear, *CONVS, *BATCH_NORMS)
+            for site in graph.modules_of(nn.Linear, *ALL_CONVS, *BATCH_NORMS)
         }
         self.sums: dict[str, tuple[float, Tensor, Tensor]] = {}
 

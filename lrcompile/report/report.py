@@ -15,10 +15,9 @@ from lrcompile.errors import PlanError
 from lrcompile.frontend.calibration_data import CalibrationData
 from lrcompile.frontend.trace import Traced
 from lrcompile.graph.describe import describe
-from lrcompile.graph.graph import Graph, parameter_count, weight_bytes
+from lrcompile.graph.graph import ALL_CONVS, Graph, parameter_count, weight_bytes
 from lrcompile.graph.rewrite import Rewrite
 from lrcompile.planning.budget import Budget
-from lrcompile.planning.calibration import CONVS
 from lrcompile.planning.price import Candidate, Pricing
 
 SCHEMA = 1
@@ -136,7 +135,7 @@ def decide(
     decisions = []
     for path, site in graph.sites().items():
         candidates = by_site[path]
-        if not isinstance(site.module, (nn.Linear, nn.Embedding, *CONVS)) and path not in taken:
+        if not isinstance(site.module, (nn.Linear, nn.Embedding, *ALL_CONVS)) and path not in taken:
             continue
         label = operation_label(site.module)
         cost = pricing.node_costs.get(site.nodes[0].name)
@@ -317,7 +316,7 @@ def operation_label(module: nn.Module) -> str:
             return f"Linear {module.in_features}→{module.out_features}"
         case nn.Embedding():
             return f"Embedding {module.num_embeddings}×{module.embedding_dim}"
-    if isinstance(module, CONVS):
+    if isinstance(module, ALL_CONVS):
         kernel = "×".join(map(str, module.kernel_size))
         stride = f" s{module.stride[0]}" if set(module.stride) != {1} else ""
         groups = f" g{module.groups}" if module.groups > 1 else ""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from lrcompile.graph.graph import Graph, Site, aten, owners, shape
 from lrcompile.graph.rewrite import Refusal, Rewrite, Rewriter
@@ -99,8 +99,8 @@ def _cannot_fold(graph: Graph, site: Site, context: Context) -> str | None:
     weight: Any = site.module.weight
     if not weight.is_floating_point():
         return None
-    reason = out_of_range(*after(site.module, of_batch_norm(norms[0], context), context), weight.dtype)
-    return reason or _cancels(site.module, norms[0], context)
+    folded, bias = after(site.module, of_batch_norm(norms[0], context), context)
+    return out_of_range(folded, bias, weight.dtype) or _cancels(norms[0], bias, weight.dtype, context)
 
 
 def _of_other_axis(site: Site) -> str:
@@ -108,20 +108,18 @@ def _of_other_axis(site: Site) -> str:
     return f"batch norm normalizes axis 1, and the {whose}'s features are another axis"
 
 
-def _cancels(layer: Any, norm: Any, context: Context) -> str | None:
+def _cancels(norm: Any, folded: Tensor | None, dtype: torch.dtype, context: Context) -> str | None:
     """Why what a norm takes away is too large to be taken from weights, or None: W′x + b′ cancels where it was exact.
 
-    Rounding grows with γ(μ−b)/√(σ²+ε) over what comes out, which is about √(γ²+β²). Half precision is looked at as a
-    whole, by what all exact rewrites come to.
+    Rounding grows with γ(μ−b)/√(σ²+ε) = β−b′, of the `folded` bias b′ in float64, over what comes out, which is about
+    √(γ²+β²). Half precision is looked at as a whole, by what all exact rewrites come to.
     """
-    mean, var = context.constant(norm.running_mean).double(), context.constant(norm.running_var).double()
-    if layer.weight.dtype in (torch.float16, torch.bfloat16):
+    if folded is None or dtype in (torch.float16, torch.bfloat16):
         return None
-    scale = torch.ones_like(mean) if norm.weight is None else context.constant(norm.weight).double()
-    shift = torch.zeros_like(mean) if norm.bias is None else context.constant(norm.bias).double()
-    away = mean if layer.bias is None else mean - context.constant(layer.bias).double()
-    grown = (scale * away / (var + norm.eps).sqrt()).norm() / torch.hypot(scale, shift).norm().clamp_min(1e-30)
-    times, limit = float(grown), LARGEST_SHIFT.get(layer.weight.dtype, 0.0)
+    scale = torch.ones_like(folded) if norm.weight is None else context.constant(norm.weight).double()
+    shift = torch.zeros_like(folded) if norm.bias is None else context.constant(norm.bias).double()
+    times = float((shift - folded).norm() / torch.hypot(scale, shift).norm().clamp_min(1e-30))
+    limit = LARGEST_SHIFT.get(dtype, 0.0)
     if times <= limit:
         return None
     return f"what the batch norm takes away is {times:.3g} times what it leaves, at most {limit:g}: rounding would show"
