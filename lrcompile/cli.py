@@ -89,7 +89,9 @@ def compile_command(
     io_rank: Annotated[int | None, typer.Option(help="The same for its inputs and outputs.")] = None,
     opset: Annotated[int | None, typer.Option(help="ONNX opset, 18 to 23; 20 if not given.")] = None,
     max_error: Annotated[float | None, typer.Option(help="Largest relative output error.")] = None,
-    measure: Annotated[str, typer.Option(help="What --max-error is of: error, kl (nats) or top1 (share).")] = "error",
+    measure: Annotated[
+        str | None, typer.Option(help="What --max-error is of: error (the default), kl (nats) or top1 (share).")
+    ] = None,
     size: Annotated[str | None, typer.Option(help="Weight size: 0.5, 50% or 12MB.")] = None,
     speedup: Annotated[float | None, typer.Option(help="Least speed-up, such as 1.5.")] = None,
     max_latency: Annotated[str | None, typer.Option(help="Largest latency, such as 12ms.")] = None,
@@ -352,8 +354,12 @@ def explain(
         print_site(console, known[site])
         return
     made = f"{len(loaded.rewrites)} rewrites, chosen by {loaded.budget.strategy_name}"
+    try:
+        table = decision_table([Decision.from_json(item) for item in loaded.sites])
+    except (KeyError, TypeError, ValueError) as error:
+        raise PlanError(f"{plan} is a damaged plan ({type(error).__name__}: {error}); write a new one") from error
     console.print(f"plan for {loaded.target}, {loaded.dtype}, batch {loaded.batch}: {made}")
-    console.print(decision_table([Decision.from_json(item) for item in loaded.sites]))
+    console.print(table)
 
 
 def _option(value: Any) -> str:
@@ -365,8 +371,9 @@ def _option(value: Any) -> str:
 
 def _console() -> Console:
     """Standard output; as wide as the terminal, or wide enough for a table where there is none."""
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=max(console.width, 160), soft_wrap=False)
+    console = Console(highlight=False, markup=False)  # what is printed holds names of users, with brackets
+    wide = max(console.width, 160)
+    return console if console.is_terminal else Console(highlight=False, markup=False, width=wide, soft_wrap=False)
 
 
 def _print_json(data: Any) -> None:

@@ -217,7 +217,7 @@ def prepare_model(
     transforms, problems = _passes(passes)
     torch.manual_seed(seed)
     with clock("trace"):
-        model, args, kwargs, dtype = prepare(model, tuple(args), dict(kwargs or {}), dtype, batch)
+        model, args, kwargs, dtype = prepare(model, args, kwargs, dtype, batch)
         traced = trace(model, args, kwargs)
     with clock("lower"):
         traced = to_rank(traced, target.max_rank if max_rank is None else max_rank, io_rank, rounding(dtype))
@@ -389,7 +389,7 @@ def replay(
     by_name = _with_options({transform.name: transform for transform in transforms}, plan)
     torch.manual_seed(plan.seed)
     with clock("trace"):
-        model, args, kwargs, dtype = prepare(model, tuple(args), dict(kwargs or {}), dtype or plan.dtype, batch)
+        model, args, kwargs, dtype = prepare(model, args, kwargs, dtype or plan.dtype, batch)
         traced = trace(model, args, kwargs)
     with clock("lower"):
         traced = to_rank(traced, plan.max_rank, plan.io_rank, rounding(dtype))

@@ -16,6 +16,7 @@ from lrcompile.compile import Result
 from lrcompile.errors import BudgetError, InputError
 from lrcompile.frontend.calibration_data import CalibrationData
 from lrcompile.graph.graph import Graph, fingerprint
+from lrcompile.graph.verify import is_float
 from lrcompile.lower.batches import model_batches
 from lrcompile.planning.budget import Budget
 from lrcompile.planning.distribution import entering, unlike_calibration, unlike_training
@@ -31,6 +32,7 @@ from lrcompile.recovery.settings import DEFAULT_BATCH, Recovery
 from lrcompile.recovery.train import Progress, train
 
 REFIT_SAMPLES = 1024
+APART = "attention was not compared: the model was not rewritten from its original directly"
 
 
 def recover(
@@ -71,6 +73,10 @@ def recover(
     size = (recovery.batch or DEFAULT_BATCH) if result.traced.dynamic_batch else None
     if size is None and recovery.batch is not None:
         raise InputError("recovery: the model takes batches of one size only, so its batch cannot be set")
+    if size is None and recovery.subset < 1:
+        raise InputError("recovery: the model takes batches of one size only, so no subset of samples can be chosen")
+    if not any(is_float(node.meta.get("val")) for node in teacher.gm.graph.output_node().all_input_nodes):
+        raise InputError("recovery: the outputs are whole numbers alone, which tell of no direction to train in")
     unlike = _unlike(result, data, batches)
     samples = samples_of(batches, labels, size)
     measure = result.plan.budget.measure_in_use
@@ -78,9 +84,9 @@ def recover(
     evaluator = Evaluator(teacher, judging, result.traced.dynamic_batch).measured_in(measure)
     before = evaluator.error(student)
     fitted, refitted = _refitted(lineage, student, samples, evaluator, before) if recovery.refit else (student, ())
-    couple = pair(
-        teacher, fitted, batches[0], lineage.substitutes(student), attention=lineage.direct and recovery.attention > 0
-    )
+    attention = lineage.direct and recovery.attention > 0
+    apart = [APART] if recovery.attention > 0 and not attention else []
+    couple = pair(teacher, fitted, batches[0], lineage.substitutes(student), attention=attention)
     facts = (fingerprint(teacher.gm), fingerprint(fitted.gm), data.digest, _digest(labels), recovery.to_json())
     checkpoint = Checkpoint.of(*facts, folder=checkpoints, outlives=finished is not None)
     if finished is not None:
@@ -114,7 +120,7 @@ def recover(
         recovery=figures,
         verification={**result.report.verification, "torch_vs_original": relative},
         timings_s={**result.report.timings_s, "recover": time.perf_counter() - start},
-        notes=[*result.report.notes, *unlike, *trained.notes, *_remarks(trained.kept_step, refitted)],
+        notes=[*result.report.notes, *unlike, *apart, *trained.notes, *_remarks(trained.kept_step, refitted)],
     )
     planned = {name: value for name, value in figures.items() if name != "seconds"}  # equal runs make equal plans
     plan = replace(result.plan, recovery=planned)

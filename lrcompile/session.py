@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,11 +12,19 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from lrcompile.compile import compile as compile_model
-from lrcompile.emit.write import check_onnx, check_plans_folder, check_writable, placed_whole, write_text
+from lrcompile.emit.write import (
+    check_onnx,
+    check_plans_folder,
+    check_writable,
+    is_device,
+    placed_whole,
+    write_text,
+)  # fmt: skip
 from lrcompile.errors import InputError
 from lrcompile.front import front_figures, tradeoff
 from lrcompile.frontend.calibration_data import MOST_BATCHES, CalibrationData, load_calibration, load_labels
 from lrcompile.frontend.export import batch_size
+from lrcompile.frontend.files import exists
 from lrcompile.frontend.inputs import call_inputs, example_inputs, input_names, parameters, parse_inputs
 from lrcompile.frontend.load import Source, load
 from lrcompile.frontend.trace import Traced
@@ -64,7 +72,7 @@ class Request:
     max_latency: str | None
     eval: str | None
     max_drop: float | None
-    measure: str
+    measure: str | None
     confidence: float | None
     strategy: str | None
     passes: str | None
@@ -89,7 +97,7 @@ class Request:
 
 
 def compile_files(request: Request, progress: Callable[[str, int, int], None]) -> Report | None:
-    """Compiles as asked and writes what was asked for; nothing is written unless all of it succeeds.
+    """Compiles as asked and writes what was asked for, each file whole, once all of the work is done.
 
     None in a process that trains along with another, which writes and reports.
 
@@ -101,6 +109,7 @@ def compile_files(request: Request, progress: Callable[[str, int, int], None]) -
     for path in (request.plan_out, request.report_json):
         if path is not None:
             check_writable(path, text=True)
+    _check_apart(request, {"--out": request.out, "--plan-out": request.plan_out, "--report-json": request.report_json})
     plan = Plan.load(request.plan) if request.plan else None
     _check_replay(request, plan)
     if plan is not None and request.batch is None and not request.inputs:
@@ -151,7 +160,7 @@ class FrontFiles:
 def tradeoff_files(
     request: Request, points: int, files: FrontFiles, progress: Callable[[str, int, int], None]
 ) -> dict[str, Any]:
-    """The front of a model, written where asked; returns its figures. Nothing is written unless all of it succeeds.
+    """The front of a model, written where asked once it is known, each file whole; returns its figures.
 
     Raises:
         LrcompileError: the one of its kinds that says what the user can do.
@@ -163,6 +172,7 @@ def tradeoff_files(
             check_writable(path, text=True)
     if files.plans is not None:
         check_plans_folder(files.plans)
+    _check_apart(request, {"--out": files.out, "--plot": files.plot, "--plans": files.plans})
     budget = _budget(request)
     _recovery(request)  # a front has none: what is said of one is refused
     asked = _asked(request)
@@ -210,7 +220,10 @@ def family_files(request: Request, progress: Callable[[str, int, int], None]) ->
     for path in paths:
         check_writable(path)
     check_writable(manifest, text=True)
+    _check_apart(request, {f"a size of {size:g}": path for size, path in zip(sizes, paths, strict=True)})
     _check_quantize(request)
+    if Processes.here().count > 1:
+        raise InputError("several processes were launched, and each would make a family of its own; run it in one")
     asked = _asked(request)
     data, labels = _learned(request, asked)
     finished: list[Checkpoint] = []
@@ -299,6 +312,21 @@ def _recovery(request: Request) -> Recovery | None:
     return Recovery(**settings)
 
 
+def _check_apart(request: Request, outputs: Mapping[str, str | Path | None]) -> None:
+    """Refuses outputs in one place, or in that of an input; a plan may be written where it was read."""
+    inputs = {name: getattr(request, name) for name in ("model", "plan", "calib", "recover_data", "labels")}
+    taken = {Path(path).resolve(): name for name, path in inputs.items() if path is not None and exists(Path(path))}
+    for name, path in outputs.items():
+        if path is None or is_device(path):
+            continue
+        other = taken.setdefault(Path(path).resolve(), name)
+        if other != name and (other, name) != ("plan", "--plan-out"):
+            other = (
+                other if other.startswith("--") else "the model" if other == "model" else f"--{other.replace('_', '-')}"
+            )
+            raise InputError(f"cannot write {name} {path}: it is the file of {other}; give another path")
+
+
 def _check_replay(request: Request, plan: Plan | None) -> None:
     """Refuses what a replay would do without a word: its plan has decided."""
     if plan is None:
@@ -313,6 +341,9 @@ def _check_replay(request: Request, plan: Plan | None) -> None:
             f"{option} has no meaning with --plan, whose rewrites are applied as they are; leave it out, or compile "
             "without --plan"
         )
+    measure = plan.budget.measure_in_use.name
+    if request.measure not in (None, measure):
+        raise InputError(f"the plan was made with --measure {measure}, got --measure {request.measure}; leave it out")
     if request.target is not None and not _same_target(request.target, plan.target):
         raise InputError(
             f"the plan was made for --target {plan.target}, got --target {request.target}; leave it out, or compile "
@@ -359,6 +390,11 @@ def _calibration(
         return None
     example = batch_size(pytree.tree_leaves((source.args, source.kwargs)))
     required, optional = parameters(source.program)
+    if not required and not optional:
+        raise InputError(
+            f"{source.name} takes no input by name, so data cannot be told apart; save it with torch.export.save and "
+            "give the archive"
+        )
     return load_calibration(path, required, request.batch or example or 8, max_batches=max_batches, optional=optional)
 
 

@@ -194,8 +194,9 @@ def test_a_step_elsewhere_mixes_no_devices(compiled: Result, settings: dict[str,
     for most in (8, 3):
         for part in loss.parts(samples.batch(torch.arange(8)), most):
             part.mean().backward()
-    centralise(parameters)
-    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+    trained = masters.gather(1.0)
+    centralise(trained)
+    torch.nn.utils.clip_grad_norm_(trained, 1.0)
     masters.step(torch.optim.AdamW(masters.weights, 1e-3))
     mean.update()
     with mean.in_place():

@@ -108,7 +108,7 @@ def write_text(path: str | Path, text: str) -> None:
         InputError: the path cannot be written or the disk is full.
     """
     check_writable(path, text=True)
-    if _is_device(path):
+    if is_device(path):
         Path(path).write_text(text, encoding="utf-8")
         return
     path = _real(Path(path))
@@ -156,7 +156,7 @@ def check_plans_folder(path: Path) -> None:
         raise InputError(f"cannot write {path}: no permission to write in {real.parent}; give another path")
 
 
-def _is_device(path: str | Path) -> bool:
+def is_device(path: str | Path) -> bool:
     """Whether a path is neither a file nor a folder, but something else that can be written to, as /dev/stdout."""
     path = Path(path)
     return path.exists() and not path.is_file() and not path.is_dir()
@@ -172,7 +172,7 @@ def check_writable(path: str | Path, *, text: bool = False) -> None:
         InputError: it cannot be; the message says what to do.
     """
     try:
-        if text and _is_device(path):
+        if text and is_device(path):
             if not os.access(path, os.W_OK):
                 raise InputError(f"cannot write {path}: no permission; give another path")
             return

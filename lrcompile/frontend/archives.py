@@ -31,7 +31,8 @@ def open_archive(file: IO[bytes], path: Path) -> torch._C.PyTorchFileReader:
     """
     file.seek(0)
     try:
-        return torch._C.PyTorchFileReader(file)
+        reader = torch._C.PyTorchFileReader(file)
+        names = reader.get_all_records()
     except (RuntimeError, OSError) as error:
         file.seek(0)
         try:
@@ -50,24 +51,28 @@ def open_archive(file: IO[bytes], path: Path) -> torch._C.PyTorchFileReader:
         raise InputError(
             f"{path} is a zip archive without a model (it holds {listed}); expected a model file"
         ) from None
+    if len({name.lower() for name in names}) < len(names):  # the reader finds names without regard to case
+        raise InputError(f"{path} holds records whose names differ in case alone, which torch cannot tell apart")
+    return reader
 
 
 def read_torchscript(file: IO[bytes], path: Path) -> torch.jit.ScriptModule:
     """Reads a TorchScript archive on the CPU.
 
     Its unpickler builds only tensors and TorchScript classes, and its code is TorchScript, not Python; but that code
-    (`__setstate__` runs on loading) can write files through `torch.save`, so operators that reach files are refused.
+    (`__setstate__` runs on loading) can write files through `torch.save`, so operators that reach files are refused,
+    as are attributes with names that would end up in Python source text.
 
     Raises:
-        InputError: the archive is damaged, or its code reads or writes files.
+        InputError: the archive is damaged, its code reads or writes files, or it has attributes with such names.
     """
     reader = open_archive(file, path)
     for record in reader.get_all_records():
-        if record.startswith("code/") and record.endswith(".py"):
-            found = _file_operator(reader.get_record(record))
+        if record.lower().startswith("code/") and record.lower().endswith(".py"):
+            found = _unsafe(reader.get_record(record))
             if found:
                 raise InputError(
-                    f"{path} contains TorchScript code that can reach files ({found} in {record}); "
+                    f"{path} contains TorchScript code that {found} in {record}; "
                     "give a model without it, for example one saved with torch.export.save"
                 )
     file.seek(0)
@@ -79,8 +84,9 @@ def read_torchscript(file: IO[bytes], path: Path) -> torch.jit.ScriptModule:
         raise InputError(f"{path} is a TorchScript archive that cannot be read: {first_line(error)}") from error
 
 
-def _file_operator(source: bytes) -> str | None:
-    """The first use of an operator that reaches files, or of `torch` or `ops` in a way that could hide one."""
+def _unsafe(source: bytes) -> str | None:
+    """What code does that is refused: it uses an operator that reaches files, or `torch` or `ops` in a way that could
+    hide one, or it names an attribute with more than letters, digits and underscores."""
     try:
         tokens = [
             token.string
@@ -88,13 +94,16 @@ def _file_operator(source: bytes) -> str | None:
             if token.type in (tokenize.NAME, tokenize.OP, tokenize.NUMBER, tokenize.STRING)
         ]
     except (tokenize.TokenError, SyntaxError) as error:
-        return f"unreadable source, {first_line(error)}"
-    tokens += [""] * 5
+        return f"cannot be read ({first_line(error)})"
+    tokens += [""] * 6
     for i, token in enumerate(tokens):
+        if token == "__annotations__" and not re.fullmatch(r"""["']\w+["']""", tokens[i + 2]):
+            return f"declares an attribute {tokens[i + 2][:60]}"
         if token not in ("torch", "ops") or (i and tokens[i - 1] == ".") or tokens[i + 1] in (":", "="):
             continue
         length = 3 if token == "torch" else 5
         use = tokens[i : i + length]
-        if use[1::2] != ["."] * (length // 2) or use[-1] in FILE_OPERATORS:
-            return "".join(use)
+        plain = use[1::2] == ["."] * (length // 2) and tokens[i + length] != "."
+        if not plain or use[-1] in FILE_OPERATORS:
+            return f"can reach files ({''.join([*use, *tokens[i + length : i + length + 2]])})"
     return None

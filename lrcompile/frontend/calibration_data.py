@@ -5,22 +5,20 @@ from __future__ import annotations
 import hashlib
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from difflib import get_close_matches
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from lrcompile.errors import InputError
 from lrcompile.frontend.archives import first_line
-from lrcompile.frontend.files import describe, exists, open_input, read_pickle, recognise
+from lrcompile.frontend.files import describe, exists, open_input, read_pickle, read_safetensors, recognise
 from lrcompile.frontend.imports import call, import_attribute, is_attribute_path, working_directory_importable
 
 _EXPECTED = (
@@ -126,11 +124,14 @@ def calibration_from(
         chunks.append(chunk)
     if total == 0:
         raise InputError(f"{source} holds no samples; {_EXPECTED}")
-    batches = tuple(_split(chunks, batch))
+    runs = _runs(chunks)
+    batches = tuple(part for run in runs for part in _split(run, batch))
     if not batches:
-        raise InputError(
-            f"{source} holds {total} samples, fewer than one batch of {batch}; give more, or --batch {total}"
+        most = max(len(next(iter(run.values()))) for run in runs)
+        held = (
+            f"{most} samples" if len(runs) == 1 else f"{total} samples, {most} of them at most with one shape in a row"
         )
+        raise InputError(f"{source} holds {held}, fewer than one batch of {batch}; give more, or --batch {most}")
     return CalibrationData(batches, source, _digest(batches), batch * len(batches))
 
 
@@ -147,7 +148,8 @@ def load_labels(text: str) -> Tensor:
     if isinstance(content, Mapping) and len(content) == 1:
         content = next(iter(content.values()))
     if not _is_array(content):
-        raise InputError(f"{path} holds a {type(content).__name__} of {len(content)} items; {expected}")
+        items = f" of {len(content)} items" if isinstance(content, Sized) else ""
+        raise InputError(f"{path} holds a {type(content).__name__}{items}; {expected}")
     labels = _tensor(content, "labels", str(path))
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool or not labels.dim():
         raise InputError(f"{path} holds {_short(labels.dtype)} of shape {tuple(labels.shape)}; {expected}")
@@ -158,16 +160,13 @@ def load_labels(text: str) -> Tensor:
 
 
 def _read(file: IO[bytes], path: Path) -> Any:
-    head = file.read(8)
+    head = file.read(64)
     file.seek(0)
     if head.startswith(b"\x93NUMPY") or (head.startswith(b"PK\x03\x04") and _is_npz(file)):
         return _read_numpy(file, path)
     form = recognise(file, path)
     if form == "safetensors":
-        try:
-            return load_file(path)
-        except (SafetensorError, OSError, RuntimeError) as error:
-            raise InputError(f"{path} is a safetensors file that cannot be read: {first_line(error)}") from error
+        return read_safetensors(path)
     if form in ("exported", "torchscript"):
         raise InputError(f"{path} holds a model, not calibration data; {_EXPECTED}")
     if form is None:
@@ -207,6 +206,8 @@ def _chunks(data: Any, counts: set[int], source: str, limit: int | None) -> Iter
         yield data
     elif isinstance(data, (list, tuple)) and len(data) in counts - {1} and all(map(_is_array, data)):
         yield tuple(data)
+    elif isinstance(data, tuple) and 0 in counts and len(data) < max(counts) and all(map(_is_array, data)):
+        yield data  # the first of inputs that are all optional
     elif isinstance(data, Iterable) and not isinstance(data, (str, bytes)):
         try:
             with working_directory_importable():
@@ -223,7 +224,8 @@ def _present(raw: Any, required: int, optional: Sequence[str]) -> Sequence[str]:
     """Which of the optional inputs a piece holds: by name, or as many as follow those that are required."""
     if isinstance(raw, Mapping):
         return [name for name in optional if name in raw]
-    return optional[: len(raw) - required] if isinstance(raw, (tuple, list)) and len(raw) > required else ()
+    count = len(raw) if isinstance(raw, (tuple, list)) else 1
+    return optional[: count - required] if count > required else ()
 
 
 def _is_array(value: object) -> bool:
@@ -301,19 +303,16 @@ def _check_samples(chunk: Mapping[str, Tensor], first: int, source: str) -> None
             )
 
 
-def _split(chunks: Sequence[dict[str, Tensor]], size: int) -> Iterator[dict[str, Tensor]]:
-    """Batches of exactly `size` samples; pieces of one shape and dtype are joined, a remainder is dropped."""
-    runs: list[list[dict[str, Tensor]]] = []
-    for chunk in chunks:
-        if runs and _layout(runs[-1][0]) == _layout(chunk):
-            runs[-1].append(chunk)
-        else:
-            runs.append([chunk])
-    for run in runs:
-        joined = {name: torch.cat([chunk[name] for chunk in run]) for name in run[0]}
-        count = len(next(iter(joined.values())))
-        for start in range(0, count - size + 1, size):
-            yield {name: tensor[start : start + size] for name, tensor in joined.items()}
+def _runs(chunks: Sequence[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """Pieces in a row of one shape and dtype, joined."""
+    runs = [list(run) for _, run in groupby(chunks, _layout)]
+    return [{name: torch.cat([chunk[name] for chunk in run]) for name in run[0]} for run in runs]
+
+
+def _split(run: Mapping[str, Tensor], size: int) -> Iterator[dict[str, Tensor]]:
+    """Batches of exactly `size` samples; a remainder is dropped."""
+    for start in range(0, len(next(iter(run.values()))) - size + 1, size):
+        yield {name: tensor[start : start + size] for name, tensor in run.items()}
 
 
 def _layout(chunk: Mapping[str, Tensor]) -> list[Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -14,6 +14,7 @@ from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
 from lrcompile.errors import InputError
+from lrcompile.frontend.archives import first_line
 
 OpenAxes: TypeAlias = tuple[tuple[int, ...], ...]
 """For each flat input the axes of which the size is open."""
@@ -45,6 +46,22 @@ def export(
         if any(max(axes, default=0) for axes in axes):
             reason = "the model fixes sizes that were open"
     return _exported(module, (args, kwargs), None), tuple(() for _ in wanted), reason or None
+
+
+def check_call(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> inspect.BoundArguments:
+    """Inputs by the parameters of `forward`.
+
+    Raises:
+        InputError: `forward` does not take these.
+    """
+    signature = inspect.signature(module.forward)
+    try:
+        return signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise InputError(
+            f"the model does not take these inputs: {error}; forward takes {signature}, got {len(args)} by position"
+            + (f" and {', '.join(kwargs)} by name" if kwargs else "")
+        ) from error
 
 
 def batch_size(flat: Sequence[Any]) -> int | None:
@@ -129,14 +146,13 @@ def _exported(
         ]
         arg_shapes, kwarg_shapes = pytree.tree_unflatten(given, spec)
         # by parameter name, with `*args` as one tuple
-        shapes = inspect.signature(module.forward).bind(*arg_shapes, **kwarg_shapes).arguments
+        shapes = check_call(module, arg_shapes, kwarg_shapes).arguments
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         try:
             return torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
         except Exception as error:  # export raises many types; each means that this model cannot be traced
-            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise InputError(
-                f"torch.export could not trace the model: {type(error).__name__}: {first[:300]}; "
+                f"torch.export could not trace the model: {type(error).__name__}: {first_line(error)}; "
                 "check the inputs (--input), or export it yourself with torch.export.save and give the archive"
             ) from error

@@ -113,7 +113,7 @@ def _check_exported(reader: Any) -> None:
                 ):
                     raise _UnsafeError(f"stores {name} as a pickled object ({file_name})")
     samples = constants.SAMPLE_INPUTS_FILENAME_FORMAT.format("model")
-    if samples in records:
+    if reader.has_record(samples):
         _check_plain(reader, samples)
     _check_value(_bytes_to_dataclass(schema.ExportedProgram, reader.get_record(_MODEL)))
 

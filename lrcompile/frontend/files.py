@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 import pickletools
 import re
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from lrcompile.errors import InputError
 from lrcompile.frontend.archives import first_line, open_archive
@@ -42,8 +45,14 @@ def open_input(path: Path, expected: str) -> IO[bytes]:
         InputError: it is missing (similar names are suggested), a directory, a device, empty or not readable.
     """
     if not exists(path):
-        folder = path.parent
-        names = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
+        folder, names = path.parent, list[str]()
+        try:
+            path.stat()
+        except PermissionError as error:
+            raise InputError(f"{path} cannot be read ({error.strerror}); check its permissions") from error
+        except (OSError, ValueError):  # not there, too long, or no name at all
+            with contextlib.suppress(OSError):
+                names = sorted(p.name for p in folder.iterdir())
         near = get_close_matches(path.name, names, n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(str(folder / n) for n in near)}?" if near else f"expected {expected}"
         raise InputError(f"there is no file {path}; {hint}")
@@ -121,6 +130,18 @@ def exists(path: Path) -> bool:
         return path.exists()
     except (OSError, ValueError):  # too long, or holds a null byte: no such file either way
         return False
+
+
+def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file by name.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, RuntimeError) as error:
+        raise InputError(f"{path} is a safetensors file that cannot be read: {first_line(error)}") from error
 
 
 def read_pickle(file: IO[bytes], path: Path, form: Form, advice: str, trust_pickle: bool = False) -> Any:

@@ -148,6 +148,11 @@ def bind_inputs(names: Sequence[str], given: Mapping[str, Tensor], optional: Seq
     return {name: given[name] for name in expected if name in given}
 
 
+def positional(args: Any) -> tuple[Any, ...]:
+    """Positional inputs: a tensor alone is one of them, not a sequence of its rows."""
+    return (args,) if isinstance(args, Tensor) else tuple(args)
+
+
 def call_inputs(program: Program, given: Mapping[str, Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """(args, kwargs) to call or export the program with, from inputs by name.
 
@@ -170,12 +175,15 @@ def call_inputs(program: Program, given: Mapping[str, Tensor]) -> tuple[tuple[An
         if leading != [name for name in optional if name in bound]:
             raise InputError(f"TorchScript takes inputs by position; give {_listed(required, optional)} without gaps")
         return tuple(bound.values()), {}
-    kinds = {p.kind for p in inspect.signature(program.forward).parameters.values()}
+    taken = inspect.signature(program.forward).parameters.values()
+    kinds = {p.kind for p in taken}
     if inspect.Parameter.VAR_POSITIONAL in kinds and not (required or optional):
         return tuple(given.values()), {}
     if inspect.Parameter.VAR_KEYWORD in kinds:
         optional = (*optional, *(name for name in given if name not in (*required, *optional)))
-    return (), dict(bind_inputs(required, given, optional))
+    bound = bind_inputs(required, given, optional)
+    by_position = [p.name for p in taken if p.kind is p.POSITIONAL_ONLY and p.name in bound]
+    return tuple(bound.pop(name) for name in by_position), bound
 
 
 def parameters(program: Program) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -265,7 +265,7 @@ def _path(
         return called_from
     target = targets.get("weight") or next((t for t in targets.values() if t is not None), None)
     if target is None:
-        if kind.startswith("torch.nn.modules.") and not has_attribute(gm, called_from):
+        if called_from and kind.startswith("torch.nn.modules.") and not has_attribute(gm, called_from):
             return called_from  # a layer without parameters, of which export keeps nothing
         return f"{called_from}.{config[0]}" if called_from else config[0]
     parent, _, leaf = target.rpartition(".")
@@ -278,12 +278,16 @@ def _path(
 
 
 def calling_module(node: fx.Node) -> tuple[str, str]:
-    """Path and class name of the innermost module that the operation ran in, each empty if unknown."""
+    """Path and class name of the innermost module that the operation ran in, each empty if unknown.
+
+    An archive can hold any text as a path, which FX prints into source text: one with more than names is unknown.
+    """
     stack = node.meta.get("nn_module_stack") or {}
     if not stack:
         return "", ""
     path, kind = list(stack.values())[-1]
     path = re.sub(r"@\d+", "", path).removeprefix("L['self'].").removeprefix("L__self__.")
+    path = path if re.fullmatch(r"\w+(\.\w+)*", path) else ""
     return path, kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__qualname__}"
 
 

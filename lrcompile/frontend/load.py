@@ -9,14 +9,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from lrcompile.errors import InputError
 from lrcompile.frontend.archives import first_line, read_torchscript
-from lrcompile.frontend.files import describe, exists, open_input, read_pickle, recognise, some
+from lrcompile.frontend.files import describe, exists, open_input, read_pickle, read_safetensors, recognise, some
 from lrcompile.frontend.imports import call, import_attribute, is_attribute_path
 
 _PICKLE_ADVICE = (
@@ -134,7 +132,13 @@ def _build(text: str) -> Source:
         raise InputError(
             f"{text} returned {_typed(result)}; expected an nn.Module, or (module, args), or (module, args, kwargs)"
         )
-    return Source(result, _kind(result), text, args, kwargs)
+    return _as_given(result, text) if args is None else Source(result, _kind(result), text, args, kwargs)
+
+
+def _as_given(program: nn.Module | ExportedProgram, name: str) -> Source:
+    """With the example inputs that the program itself holds, if any."""
+    args, kwargs = (program.example_inputs if isinstance(program, ExportedProgram) else None) or (None, None)
+    return Source(program, _kind(program), name, args, kwargs)
 
 
 def _kind(program: object) -> Literal["module", "exported", "torchscript"]:
@@ -168,16 +172,15 @@ def _read(path: Path, arch: str | None, trust_pickle: bool) -> Source:
             from lrcompile.frontend.exported import read_exported  # importing torch's exporter takes seconds
 
             program = read_exported(file, path, trust_pickle)
-            args, kwargs = program.example_inputs or (None, None)
-            return Source(program, "exported", path.name, args, kwargs)
+            return _as_given(program, path.name)
         if form == "safetensors":
-            content: Any = _read_safetensors(path)
+            content: Any = read_safetensors(path)
         else:
             content = read_pickle(file, path, form, _PICKLE_ADVICE, trust_pickle)
     if isinstance(content, (nn.Module, ExportedProgram)):
         if arch is not None:
             raise InputError(f"{path} holds a whole model, so --arch {arch} is not needed; leave it out")
-        return Source(content, _kind(content), path.name, None, None)
+        return _as_given(content, path.name)
     state = _state_dict(content, path)
     if arch is None:
         raise InputError(
@@ -191,25 +194,18 @@ def _read(path: Path, arch: str | None, trust_pickle: bool) -> Source:
     return Source(built.program, built.kind, path.name, built.args, built.kwargs)
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError, RuntimeError) as error:
-        raise InputError(f"{path} is a safetensors file that cannot be read: {first_line(error)}") from error
-
-
 # -------------------------------------------------------------------------------------------------- state dicts
 
 
-def _state_dict(content: object, path: Path) -> dict[str, Tensor]:
+def _state_dict(content: Any, path: Path) -> dict[str, Tensor]:
     """The tensors of a checkpoint by name, out of the usual wrappers."""
     if is_state_dict(content):
-        return _without_prefix(content)
+        return dict(content)
     if isinstance(content, Mapping):
         for name in _WRAPPERS:
-            inner = content.get(name)
+            inner: Any = content.get(name)
             if is_state_dict(inner):
-                return _without_prefix(inner)
+                return dict(inner)
             if isinstance(inner, nn.Module):
                 return dict(inner.state_dict())
         raise InputError(
@@ -227,16 +223,18 @@ def is_state_dict(content: object) -> bool:
     return bool(named) and all(isinstance(v, Tensor) for v in named) and all(isinstance(k, str) for k in content)
 
 
-def _without_prefix(state: Any) -> dict[str, Tensor]:
+def _without_prefix(state: dict[str, Tensor], expected: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors by the names that are expected: what wrappers put before all names is taken off until they fit."""
     for prefix in _PREFIXES:
-        if all(k.startswith(prefix) for k in state):
-            return _without_prefix({k.removeprefix(prefix): v for k, v in state.items()})
-    return dict(state)
+        if not state.keys() >= expected.keys() and all(name.startswith(prefix) for name in state):
+            return _without_prefix({name.removeprefix(prefix): v for name, v in state.items()}, expected)
+    return state
 
 
 def _fill(module: nn.Module, state: dict[str, Tensor], path: Path, arch: str) -> None:
     """Loads the tensors into the module, strictly."""
     expected = module.state_dict()
+    state = _without_prefix(state, expected)
     missing = [k for k in expected if k not in state]
     unexpected = [k for k in state if k not in expected]
     differing = [

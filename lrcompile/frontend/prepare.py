@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from lrcompile.frontend.inputs import as_exported, cast_floats, parse_float_dtype, with_batch
+from lrcompile.errors import InputError
+from lrcompile.frontend.inputs import Program, as_exported, cast_floats, parse_float_dtype, positional, with_batch
 from lrcompile.frontend.lift import remove_guards
 from lrcompile.graph.describe import DTYPE_NAMES
 
-Program = nn.Module | ExportedProgram | torch.jit.ScriptModule
-
 
 def prepare(
-    program: Program, args: tuple[Any, ...], kwargs: dict[str, Any], dtype: str | None, batch: int | None
+    program: Program, args: Sequence[Any], kwargs: Mapping[str, Any] | None, dtype: str | None, batch: int | None
 ) -> tuple[Program, tuple[Any, ...], dict[str, Any], str]:
     """(program, args, kwargs, precision) with floating parameters and inputs in `dtype` and `batch` samples.
 
@@ -26,9 +26,12 @@ def prepare(
     it was exported with. The given module is not changed.
 
     Raises:
-        InputError: the precision is unknown, or the batch size cannot be changed.
+        InputError: the precision is unknown or is not computed with, or the batch size cannot be changed.
     """
+    args, kwargs = positional(args), dict(kwargs or {})
     own = _precision(program)
+    if own not in DTYPE_NAMES:
+        raise InputError(f"most weights of the model are {own}, which nothing here computes with; give it in float32")
     wanted = own if dtype is None else parse_float_dtype(dtype)
     if wanted == own and isinstance(program, ExportedProgram):
         args, kwargs = as_exported(program, (args, kwargs))
@@ -38,7 +41,7 @@ def prepare(
         module = _unguarded(program) if isinstance(program, ExportedProgram) else program
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about torch's own deprecated ways
-            program = copy.deepcopy(module).to(wanted)
+            program = copy.deepcopy(module, _computed(module)).to(wanted)
     if batch is not None:
         args, kwargs = with_batch((args, kwargs), batch)
     return program, args, kwargs, DTYPE_NAMES[wanted]
@@ -49,6 +52,12 @@ def _unguarded(program: ExportedProgram) -> fx.GraphModule:
     module: Any = program.module(check_guards=False)
     remove_guards(module)
     return fx.GraphModule(module, module.graph)  # export's own refuses eval()
+
+
+def _computed(module: nn.Module) -> dict[int, Tensor]:
+    """What `deepcopy` takes for weights that hooks compute anew in each call, which torch refuses to copy."""
+    held = (value for part in module.modules() for value in vars(part).values() if isinstance(value, Tensor))
+    return {id(value): value.detach().clone() for value in held if not value.is_leaf}
 
 
 def _precision(program: Program) -> torch.dtype:

@@ -16,9 +16,19 @@ from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
 from lrcompile.errors import InputError, VerificationError
+from lrcompile.frontend.archives import first_line
 from lrcompile.frontend.calls import Call, CodeOfCall, script_signature, signature_of
-from lrcompile.frontend.export import OpenAxes, at_other_sizes, batch_axes, batch_size, export, open_axes
+from lrcompile.frontend.export import (
+    OpenAxes,
+    at_other_sizes,
+    batch_axes,
+    batch_size,
+    check_call,
+    export,
+    open_axes,
+)  # fmt: skip
 from lrcompile.frontend.functionalize import drop_last_writes, functionalize
+from lrcompile.frontend.inputs import positional
 from lrcompile.frontend.lift import lift
 from lrcompile.frontend.weights import compute_weights
 from lrcompile.graph.graph import Graph, propagate
@@ -92,7 +102,7 @@ def _traced(
     args: Sequence[Any],
     kwargs: Mapping[str, Any] | None = None,
 ) -> Traced:
-    args, kwargs = tuple(args), dict(kwargs or {})
+    args, kwargs = positional(args), dict(kwargs or {})
     notes: list[str] = []
     source = program
     if isinstance(program, torch.jit.ScriptModule):
@@ -102,8 +112,9 @@ def _traced(
         raise InputError("the example inputs hold no sample, so no rewrite can be checked; give one or more samples")
     if isinstance(program, ExportedProgram):
         exported, kept = program, open_axes(program)
-        reference: Any = program.module()
+        reference: Any = program.module(check_guards=False)  # guards are source text, of what the inputs hold
     else:
+        check_call(program, args, kwargs)
         kwargs = _as_declared(program, kwargs)
         reference = program
         exported, kept, note = _exported(program, args, kwargs)
@@ -113,7 +124,7 @@ def _traced(
     _check_numbers(expected)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about torch's own deprecated ways
-        gm = functionalize(exported).module()
+        gm = functionalize(exported).module(check_guards=False)
     assert isinstance(gm, fx.GraphModule)
     notes += drop_last_writes(gm)
     compute_weights(gm)
@@ -252,9 +263,8 @@ def _convert_torchscript(program: torch.jit.ScriptModule, args: tuple[Any, ...])
         try:
             return TS2EPConverter(program, args).convert()
         except Exception as error:
-            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise InputError(
-                f"the TorchScript archive could not be converted: {type(error).__name__}: {first[:300]}; "
+                f"the TorchScript archive could not be converted: {type(error).__name__}: {first_line(error)}; "
                 "give the model as a torch.export archive, or as a state dict with --arch"
             ) from error
 
@@ -265,9 +275,8 @@ def _run_reference(reference: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
         try:
             return reference(*args, **kwargs)
         except Exception as error:
-            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise InputError(
-                f"the model does not run on the given inputs: {type(error).__name__}: {first[:300]}"
+                f"the model does not run on the given inputs: {type(error).__name__}: {first_line(error)}"
             ) from error
 
 

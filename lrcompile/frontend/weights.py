@@ -32,6 +32,8 @@ def compute_weights(gm: fx.GraphModule) -> None:
             while path in values or (has_attribute(gm, path) and path not in own):
                 path += "_"
             paths[numbers[node]], values[path] = path, _value(gm, node, known)
+    for node in computed:
+        path = paths[numbers[node]]
         with gm.graph.inserting_before(node):
             stored = gm.graph.create_node("get_attr", path)
         stored.meta = dict(node.meta)

@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 
+HUGE = 1e8
+
 
 def relative_error(expected: Sequence[Any], got: Sequence[Any]) -> float:
     """The largest ‖y − ŷ‖/‖y‖ over the floating-point outputs, without a unit.
 
-    Infinite where an output is NaN, has another shape, or is not floating-point and not equal. Equal infinities, as
-    of masked scores, count as no error.
+    Infinite where an output is NaN, has another shape, or is not floating-point and not equal. What a mask `filled` in,
+    such as infinities of masked scores, is left out.
 
     Raises:
         ValueError: the two have different numbers of outputs.
@@ -31,8 +33,16 @@ def is_float(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex())
 
 
+def filled(expected: torch.Tensor, got: torch.Tensor) -> torch.Tensor:
+    """Where both hold what a mask puts there: the same infinity, or the same huge value, beside which others are none.
+
+    Huge is 1e8 (our reading: -1e9 and the lowest number of a type are common), in half precision half of the largest.
+    """
+    return (expected == got) & (expected.abs() >= min(HUGE, torch.finfo(expected.dtype).max / 2))
+
+
 def squared_difference(expected: torch.Tensor, got: torch.Tensor) -> tuple[float, float]:
-    """(‖y − ŷ‖², ‖y‖²) in double precision, without the positions where both are the same infinity.
+    """(‖y − ŷ‖², ‖y‖²) in double precision, without the positions that a mask `filled` in both.
 
     The first is infinite where an output is NaN, or where types that are not floating-point differ.
     """
@@ -40,9 +50,9 @@ def squared_difference(expected: torch.Tensor, got: torch.Tensor) -> tuple[float
         return (0.0 if torch.equal(expected, got) else math.inf), 1.0
     wide = torch.complex128 if expected.is_complex() or got.is_complex() else torch.float64
     y, other = expected.detach().to(wide), got.detach().to(wide)
-    same_infinity = y.isinf() & (y == other)
-    difference = float((y - other).masked_fill(same_infinity, 0.0).norm()) ** 2
-    size = float(y.masked_fill(same_infinity, 0.0).norm()) ** 2
+    masked = filled(expected.detach(), got.detach())
+    difference = float((y - other).masked_fill(masked, 0.0).norm()) ** 2
+    size = float(y.masked_fill(masked, 0.0).norm()) ** 2
     return (difference, size) if math.isfinite(difference) and math.isfinite(size) else (math.inf, 1.0)
 
 

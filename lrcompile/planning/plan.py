@@ -94,14 +94,14 @@ class Plan:
             return cls(
                 target=data["target"],
                 dtype=data["dtype"],
-                batch=data["batch"],
+                batch=_batch(data["batch"]),
                 fingerprint=data["fingerprint"],
                 calibration=data["calibration"],
                 seed=int(data["seed"]),
                 budget=Budget.from_json(data["budget"]),
                 rewrites=tuple(Rewrite.from_json(item) for item in data["rewrites"]),
                 options={name: dict(options) for name, options in data["options"].items()},
-                sites=[dict(site) for site in data["sites"]],
+                sites=[{**site, "site": str(site["site"])} for site in data["sites"]],
                 max_rank=data.get("max_rank"),
                 io_rank=data.get("io_rank"),
                 opset=data.get("opset"),
@@ -159,6 +159,12 @@ class Plan:
                 f"the plan was made with {had}, got {got}; the factors depend on them: give the same --calib and "
                 "--batch as then, and the same --input"
             )
+
+
+def _batch(size: Any) -> int | None:
+    if size is not None and (type(size) is not int or size < 1):
+        raise ValueError(f"batch is {size!r}")
+    return size
 
 
 def _recovery(figures: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,30 +8,56 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from torch import nn
+from torch import fx, nn
 
-from lrcompile.graph.graph import Graph
+from lrcompile.graph.graph import Graph, has_attribute
 from lrcompile.recovery.settings import Freeze
 
 
-def factors_of(graph: Graph) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """(outer, inner) factors of all splits: matrices and kernels; biases are in neither."""
-    chains: dict[str, list[nn.Module]] = {}
-    for site in graph.sites().values():
+def factors_of(graph: Graph, original: fx.GraphModule) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """(outer, inner) factors of all splits: matrices and kernels; biases are in neither.
+
+    The factors of a split stand where the original has one layer; a first one that was merged with those of others
+    stands where it has nothing.
+    """
+    chains: dict[str, list[nn.Parameter]] = {}
+    merged: dict[str, nn.Parameter] = {}
+    sites = {site.path: site for site in graph.sites().values()}
+    for site in sites.values():
         parent, _, last = site.path.rpartition(".")
-        if last.isdigit() and all("provenance" in node.meta for node in site.nodes):
-            chains.setdefault(parent, []).append(site.module)
-    outer: list[nn.Parameter] = []
+        weight = getattr(site.module, "weight", None)
+        if not last.isdigit() or not _has_layer(original, parent) or not isinstance(weight, nn.Parameter):
+            continue
+        chains.setdefault(parent, []).append(weight)
+        before = _source(site.nodes[0])
+        if last != "0" and f"{parent}.0" not in sites and not has_attribute(original, str(before.target)):
+            first = getattr(sites[str(before.target)].module, "weight", None) if str(before.target) in sites else None
+            if isinstance(first, nn.Parameter):
+                merged[str(before.target)] = first
+    outer: list[nn.Parameter] = [*merged.values()]
     inner: list[nn.Parameter] = []
-    for modules in chains.values():
-        weights = [module.weight for module in modules if isinstance(getattr(module, "weight", None), nn.Parameter)]
-        if len(weights) == 2:
-            inner.append(weights[1])  # type: ignore[arg-type]
-            outer.append(weights[0])  # type: ignore[arg-type]
+    for parent, weights in chains.items():
+        if f"{parent}.0" not in sites:
+            inner += weights[:1]  # of two, the first of which is merged
+        elif len(weights) == 2:
+            inner.append(weights[1])
+            outer.append(weights[0])
         elif len(weights) > 2:
-            outer += [weights[0], weights[-1]]  # type: ignore[list-item]
-            inner += weights[1:-1]  # type: ignore[arg-type]
+            outer += [weights[0], weights[-1]]
+            inner += weights[1:-1]
     return outer, inner
+
+
+def _has_layer(gm: fx.GraphModule, path: str) -> bool:
+    return bool(path) and has_attribute(gm, f"{path}.weight")
+
+
+def _source(node: fx.Node) -> fx.Node:
+    """What computes the value that a layer takes a part of."""
+    node = node.all_input_nodes[0]
+    while node.op == "call_function" and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+    return node
 
 
 def frozen_in(epoch: int, freeze: Freeze, outer: list[nn.Parameter], inner: list[nn.Parameter]) -> list[nn.Parameter]:

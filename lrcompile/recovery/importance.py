@@ -40,7 +40,7 @@ class Importance:
                 value = loss(batch)
                 if batch.labels is not None and loss.scores is not None:
                     value = probabilities_off(loss.scores, batch.labels)
-                    hits.append(right(loss.scores, batch.labels).flatten())
+                    hits.append(right(loss.scores, batch.labels))
                 scores.append(value.cpu())
         accuracy = float(torch.cat(hits).float().mean()) if hits else None
         hard = accuracy is None or accuracy < LEARNED
@@ -51,8 +51,8 @@ class Importance:
         if accuracy is None or not hard:
             return kept, None
         return kept, (
-            f"only {accuracy:.0%} of the training samples are learned: a subset of the hardest would mislead, "
-            f"so {DRAWN:.0%} of it is drawn at random"
+            f"less than {LEARNED:.0%} of the training samples were learned: a subset of the hardest would mislead, "
+            f"so {DRAWN:.0%} of it was drawn at random"
         )
 
 

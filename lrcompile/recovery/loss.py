@@ -25,6 +25,8 @@ class Loss:
         self.recovery = recovery
         self.device = pair.device
         self.scores: Tensor | None = None
+        halves = any(parameter.dtype == torch.float16 for parameter in pair.student.parameters())
+        self.in_bfloat16 = recovery.in_bfloat16 and not halves  # layers of float16 take no values of bfloat16
 
     def __call__(self, batch: Batch, inside: bool = True, scales: Scales | None = None) -> Tensor:
         """[samples]; products in bfloat16, if that is asked for, where gradients are wanted.
@@ -35,7 +37,7 @@ class Loss:
         Raises:
             InputError: a label is no class of the model.
         """
-        low = self.recovery.in_bfloat16 and torch.is_grad_enabled()
+        low = self.in_bfloat16 and torch.is_grad_enabled()
         with torch.autocast(self.device.type, torch.bfloat16) if low else nullcontext():
             return self._of(batch.to(self.device), inside, scales)
 
@@ -86,11 +88,13 @@ def _of_labels(scores: Tensor, labels: Tensor, smoothing: float) -> Tensor:
 
 
 def probabilities_off(scores: Tensor, labels: Tensor) -> Tensor:
-    """‖softmax(scores) − one-hot(labels)‖ of each sample, [samples]: EL2N (arXiv 2107.07075)."""
+    """‖softmax(scores) − one-hot(labels)‖ of each sample, [samples], of what is labelled: EL2N (arXiv 2107.07075)."""
     wanted = nn.functional.one_hot(labels.long().clamp_min(0), scores.shape[-1])
-    return (scores.float().softmax(-1) - wanted).norm(dim=-1).reshape(len(labels), -1).mean(1)
+    off, said = (scores.float().softmax(-1) - wanted).norm(dim=-1), labels != IGNORED
+    return (off * said).reshape(len(labels), -1).sum(1) / said.reshape(len(labels), -1).sum(1).clamp_min(1)
 
 
 def right(scores: Tensor, labels: Tensor) -> Tensor:
-    """Whether the highest score is that of the label, [samples × …]."""
-    return torch.eq(scores.argmax(-1), labels)
+    """Whether the highest score is that of the label, of what is labelled, [labels]."""
+    said = labels != IGNORED
+    return torch.eq(scores.argmax(-1)[said], labels[said])

@@ -34,15 +34,22 @@ class Masters:
         """What the optimiser steps."""
         return [master for _, master in self.pairs]
 
+    def gather(self, scale: float) -> list[nn.Parameter]:
+        """Those of the weights that have gradients, which are the model's own over `scale`."""
+        for parameter, master in self.pairs:
+            if parameter is not master:
+                master.grad = None if parameter.grad is None else parameter.grad.float()
+            if master.grad is not None and scale != 1:
+                master.grad /= scale
+        return [master for master in self.weights if master.grad is not None]
+
     def step(self, optimizer: torch.optim.Optimizer) -> None:
-        """A step by the gradients of the model's weights."""
-        halves = [(parameter, master) for parameter, master in self.pairs if parameter is not master]
-        for parameter, master in halves:
-            master.grad = None if parameter.grad is None else parameter.grad.float()
+        """A step by the gradients that were gathered."""
         optimizer.step()
         with torch.no_grad():
-            for parameter, master in halves:
-                parameter.copy_(master)
+            for parameter, master in self.pairs:
+                if parameter is not master:
+                    parameter.copy_(master)
 
     def put(self, values: Sequence[Tensor]) -> None:
         """Sets weights, in both precisions."""
@@ -73,9 +80,9 @@ def sharpness_aware(parameters: Sequence[nn.Parameter], radius: float, backward:
     The point lies `radius` along the gradients that are there. `backward` computes the loss and its gradients.
     """
     moved = [parameter for parameter in parameters if parameter.grad is not None]
-    norm = torch.stack([p.grad.norm() for p in moved if p.grad is not None]).norm()
+    norm = torch.stack([p.grad.float().norm() for p in moved if p.grad is not None]).norm()
     with torch.no_grad():
-        steps = [p.grad * (radius / (norm + 1e-12)) for p in moved if p.grad is not None]
+        steps = [(p.grad.float() * (radius / (norm + 1e-12))).to(p.dtype) for p in moved if p.grad is not None]
         for parameter, step in zip(moved, steps, strict=True):
             parameter.add_(step)
             parameter.grad = None

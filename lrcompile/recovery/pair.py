@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from lrcompile.graph.graph import Graph
+from lrcompile.graph.verify import filled
 from lrcompile.memory import samples_in
 from lrcompile.recovery.attention import divergence, log_weights_of, same_calls
 from lrcompile.recovery.lineage import Counterparts
@@ -94,7 +95,7 @@ class Pair:
             count = samples_in(batch)
             samples += count
             for held, values in zip(sums, self.expected(batch)[:2], strict=True):
-                squares = [count * _mean_square(y) for y in values]
+                squares = [count * _mean_square(y) if y.is_floating_point() else y.new_ones(()) for y in values]
                 held[:] = [a + b for a, b in zip(held, squares, strict=True)] if held else squares
         return [total / samples for total in sums[0]], [total / samples for total in sums[1]]
 
@@ -116,7 +117,7 @@ class Pair:
             scales = scales and (scales[0], [])
         got, inside, attention = values
         samples = samples_in(batch)
-        known = scales or (list(map(_mean_square, expected[0])), list(map(_mean_square, expected[1])))
+        known: tuple[Sequence[Tensor | None], ...] = scales or ([None] * len(got), [None] * len(inside))
         of_outputs = [
             difference(y, z, samples, outputs, scale)
             for y, z, scale in zip(expected[0], got, known[0], strict=True) if y.is_floating_point()
@@ -170,14 +171,18 @@ def difference(expected: Tensor, got: Tensor, samples: int, form: Outputs, scale
     """How far values are from those expected, a figure for each sample, [samples].
 
     "mse": squared difference over `scale`, the mean square of what is expected; "kl": divergence of the softmax over
-    the last axis, in nats. Where the first axis holds no whole number of values a sample, every sample gets the mean.
+    the last axis, in nats; both without what a mask put into both. Where the first axis holds no whole number of
+    values a sample, every sample gets the mean.
     """
     y, z = expected.float(), got.float()
     if form == "kl":
-        each = nn.functional.kl_div(z.log_softmax(-1), y.log_softmax(-1), log_target=True, reduction="none").sum(-1)
-        scale = torch.tensor(1.0)
+        y, z, scale = y.log_softmax(-1), z.log_softmax(-1), torch.tensor(1.0)
+        y, z = _without(y, z, y.isneginf() & z.isneginf())
+        each = nn.functional.kl_div(z, y, log_target=True, reduction="none").sum(-1)
     else:
-        each, scale = (z - y).square(), _mean_square(y) if scale is None else scale
+        scale = _mean_square(expected) if scale is None else scale
+        y, z = _without(y, z, filled(expected, got))
+        each = (z - y).square()
     if not each.dim() or each.shape[0] % samples:
         return (each.mean() / scale).expand(samples)
     return each.reshape(samples, -1).mean(1) / scale
@@ -193,7 +198,12 @@ def _moved(gm: fx.GraphModule, device: torch.device) -> fx.GraphModule:
 
 
 def _mean_square(y: Tensor) -> Tensor:
-    return y.float().square().mean().clamp_min(1e-12)
+    """Of what no mask put there."""
+    return y.float().masked_fill(filled(y, y), 0.0).square().mean().clamp_min(1e-12)
+
+
+def _without(y: Tensor, z: Tensor, where: Tensor) -> tuple[Tensor, Tensor]:
+    return y.masked_fill(where, 0.0), z.masked_fill(where, 0.0)
 
 
 def _comparable(original: fx.Node, node: fx.Node) -> bool:
@@ -209,7 +219,8 @@ def _observed(gm: fx.GraphModule, nodes: Iterable[fx.Node], calls: Iterable[fx.N
     env: dict[fx.Node, fx.Node] = {}
     outputs = pytree.tree_leaves(new.graph_copy(gm.graph, env))
     weights = [log_weights_of(new, call, env) for call in calls]
-    new.output(([y for y in outputs if isinstance(y, fx.Node)], [env[node] for node in nodes], weights))
+    tensors = [y for y in outputs if isinstance(y, fx.Node) and isinstance(y.meta.get("val"), Tensor)]
+    new.output((tensors, [env[node] for node in nodes], weights))
     return fx.GraphModule(gm, new)
 
 

@@ -60,6 +60,16 @@ class Processes:
         """The mean over the processes of each value."""
         return list(values) if self.count == 1 else self._reduced(torch.tensor(values, dtype=torch.float64)).tolist()
 
+    def take_over(self, tensors: Iterable[Tensor]) -> None:
+        """Puts the first process's values in the place of this one's: libraries of other machines round otherwise."""
+        if self.count == 1:
+            return
+        from accelerate.utils import broadcast
+
+        with torch.no_grad():
+            for tensor in tensors:
+                tensor.copy_(broadcast(tensor.detach().clone()))
+
     def average_gradients(self, parameters: Iterable[nn.Parameter], weight: float) -> None:
         """Puts the mean over the processes, each weighted, in the place of this one's gradients."""
         if self.count == 1:

@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from lrcompile.graph.graph import Graph, owners, shape, storage_id, submodule
 from lrcompile.graph.rewrite import set_module
+from lrcompile.memory import samples_in
 from lrcompile.recovery.lineage import Counterparts
 
 RIDGE = 1e-2  # of the mean of the Gram matrix's diagonal: how strongly weights are held where they are
@@ -38,7 +39,11 @@ def refit(
     targets = fitted_layers(result, known)
     if not targets:
         return result, ()
-    batches = batches[: max(1, int(LIVE_BYTES // (1 + _live_bytes(teacher) + _live_bytes(result))))]
+    larger = samples_in(batches[0]) / samples_in(
+        [node.meta["val"] for node in teacher.nodes if node.op == "placeholder"]
+    )
+    live = larger * (_live_bytes(teacher) + _live_bytes(result))
+    batches = batches[: max(1, int(LIVE_BYTES // (1 + live)))]
     kept = frozenset(original.name for original in targets.values())
     originals = [_Run(teacher.gm, batch, kept) for batch in batches]
     copies = [_Run(result.gm, batch) for batch in batches]

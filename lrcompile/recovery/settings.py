@@ -70,7 +70,9 @@ class Recovery:
             ("smoothing", 0, 0.99), ("subset", 1e-3, 1), ("sam", 0, 10), ("ema", 0, 0.99999),
         ):  # fmt: skip
             value = getattr(self, name)
-            if value is not None and not (isinstance(value, int | float) and low <= value <= high):
+            if value is not None and not (
+                isinstance(value, int | float) and math.isfinite(value) and low <= value <= high
+            ):
                 limits = f"from {low:g} to {high:g}" if math.isfinite(high) else f"of at least {low:g}"
                 raise InputError(f"recovery: {name} is {value!r}; expected a number {limits}")
         choices = (("outputs", Outputs), ("freeze", Freeze), ("device", Where), ("precision", Precision))

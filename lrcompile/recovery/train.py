@@ -39,6 +39,7 @@ TRIAL_STEPS = (20, 50)  # at least and at most
 MOST_ROLLED_BACK = 6
 MARGIN = 1.08  # of the time of a step, for judging and for a machine that slows down
 SAVED_EVERY_S = 60.0
+LOSS_SCALE, SMALLER = 2.0**16, 2.0**4  # of the loss in float16 to begin with, and by how much where it is too large
 
 Progress = Callable[[str, int, int], None]
 Weights = list[Tensor]
@@ -68,6 +69,7 @@ class _State:
     epoch: int = 0
     place: int = 0  # in the epoch
     rate: float = 0.0
+    scale: float = 1.0  # of the loss, for small gradients not to vanish in float16
     seconds: float = 0.0
     began: float = 0.0  # seconds that went before the first step
     rolled_back: int = 0
@@ -120,12 +122,15 @@ class _Training:
         self.samples, self.recovery, self.checkpoint, self.progress = samples, recovery, checkpoint, progress
         self.loss, self.processes, self.enough = Loss(pair, recovery), processes, enough
         self.parameters = [p for p in pair.trained.gm.parameters() if p.is_floating_point()]
-        self.outer, self.inner = factors_of(pair.trained)
+        self.outer, self.inner = factors_of(pair.trained, pair.teacher)
         self.importance = Importance(recovery, samples) if recovery.subset < 1 else None
+        processes.take_over(self.parameters)
         self.masters = Masters(self.parameters)
         self.optimizer = adamw(self.masters.weights, RATES[0])
         self.mean = RunningMean(self.masters, recovery.ema)
         self.state = _State()
+        if any(parameter.dtype == torch.float16 for parameter in self.parameters):
+            self.state.scale = LOSS_SCALE
         self.most = sys.maxsize  # samples that memory lasts for at a time
         self.started = self.saved = time.monotonic()
 
@@ -151,6 +156,10 @@ class _Training:
         if state.step % every and not state.done:
             self._judge()
         self.progress("recover", state.steps, state.steps)
+        if self.importance and state.kept is None:
+            state.notes.append(
+                "subset was of no use: the training ended within its first epoch, which sees all samples"
+            )
         self.masters.put(state.best)
         state.done, state.seconds, self.started = True, self._seconds(), time.monotonic()
         if self.checkpoint and self.processes.first:
@@ -251,7 +260,7 @@ class _Training:
             total = torch.zeros((), device=self.loss.device)
             for part in self.loss.parts(batch, self.most):
                 loss = part.mean() * (len(part) / len(batch))
-                loss.backward()  # type: ignore[no-untyped-call]
+                (loss * self.state.scale).backward()  # type: ignore[no-untyped-call]
                 total = total + loss.detach()
             return total
 
@@ -260,17 +269,21 @@ class _Training:
             self.processes.average_gradients(self.parameters, weight)
             return value
 
-        self._forget_gradients()
-        value = backward()
-        trained = [p for p in self.parameters if p.grad is not None]
-        if self.recovery.sam:
-            sharpness_aware(trained, self.recovery.sam, backward)
-        if self.recovery.centralize:
-            centralise(trained)
-        norm = torch.nn.utils.clip_grad_norm_(trained, LARGEST_GRADIENT)
-        finite = float(torch.isfinite(value) & torch.isfinite(norm))
-        if self.processes.mean([finite])[0] < 1:
-            return False
+        while True:
+            self._forget_gradients()
+            value = backward()
+            if self.recovery.sam:
+                sharpness_aware([p for p in self.parameters if p.grad is not None], self.recovery.sam, backward)
+            trained = self.masters.gather(self.state.scale)
+            if self.recovery.centralize:
+                centralise(trained)
+            norm = torch.nn.utils.clip_grad_norm_(trained, LARGEST_GRADIENT)
+            finite = float(torch.isfinite(value) & torch.isfinite(norm))
+            if self.processes.mean([finite])[0] == 1:
+                break
+            if self.state.scale == 1:
+                return False
+            self.state.scale = max(1.0, self.state.scale / SMALLER)
         for group in self.optimizer.param_groups:
             group["lr"] = self.state.rate * rate
         self.masters.step(self.optimizer)
@@ -310,6 +323,7 @@ class _Training:
         state.rolled_back += 1
         self.masters.put(state.good)
         self.optimizer = adamw(self.masters.weights, RATES[0])
+        self.mean = RunningMean(self.masters, self.recovery.ema)
         state.rate /= 2
         if state.rolled_back < MOST_ROLLED_BACK:
             return True

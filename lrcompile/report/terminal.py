@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from lrcompile.devices.bench import BenchResult
 from lrcompile.report.report import Decision, Report
@@ -103,7 +104,7 @@ def decision_table(sites: Sequence[Decision]) -> Table:
 def print_site(console: Console, site: Mapping[str, Any]) -> None:
     """Prints everything that was considered for one site."""
     chosen = f"{site['pass']} {_options(site['params'])}" if site["pass"] else site["decision"]
-    console.print(f"[bold]{site['site']}[/bold]  {site['op']}: {chosen}")
+    console.print(Text.assemble((site["site"], "bold"), f"  {site['op']}: {chosen}"))
     console.print(f"why       {site['reason']}")
     if not site["alternatives"]:
         return
