@@ -341,9 +341,10 @@ def _check_replay(request: Request, plan: Plan | None) -> None:
             f"{option} has no meaning with --plan, whose rewrites are applied as they are; leave it out, or compile "
             "without --plan"
         )
-    measure = plan.budget.measure_in_use.name
-    if request.measure not in (None, measure):
-        raise InputError(f"the plan was made with --measure {measure}, got --measure {request.measure}; leave it out")
+    if request.measure not in (None, plan.budget.measure):
+        raise InputError(
+            f"the plan was made with --measure {plan.budget.measure}, got --measure {request.measure}; leave it out"
+        )
     if request.target is not None and not _same_target(request.target, plan.target):
         raise InputError(
             f"the plan was made for --target {plan.target}, got --target {request.target}; leave it out, or compile "

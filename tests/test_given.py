@@ -19,6 +19,7 @@ from lrcompile import Budget, calibration_from
 from lrcompile.cli import run
 from lrcompile.devices.profile import load_device
 from lrcompile.errors import BudgetError, InputError, VerificationError
+from lrcompile.frontend.inputs import call_inputs
 from lrcompile.frontend.trace import trace
 from lrcompile.graph.graph import Graph
 from lrcompile.graph.rewrite import Refusal, Rewrite, Rewriter
@@ -368,3 +369,51 @@ def test_heads_of_some_positions_alone_are_refused() -> None:
     found = list(proposals(graph, heads, Context(load_device("rpi5"), "fp32")))
     assert [proposal.reason for proposal in found if isinstance(proposal, Refusal)] == ["only some positions are read"]
     assert all(isinstance(proposal, Refusal) for proposal in found)
+
+
+class ByPlace(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor, /, mask: Tensor) -> Tensor:
+        return self.layer(x) * mask
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs"),
+    [((torch.ones(2, 16),), {}), ((torch.ones(2, 16),) * 3, {}), ((torch.ones(2, 16),), {"msk": torch.ones(2, 16)})],
+)
+def test_inputs_that_forward_does_not_take(args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+    with pytest.raises(InputError, match=r"does not take these inputs.*forward takes \(x"):
+        trace(ByPlace(), args, kwargs)
+
+
+def test_inputs_by_position_alone_can_be_named() -> None:
+    x, mask = torch.randn(2, 16), torch.rand(2, 16)
+    args, kwargs = call_inputs(ByPlace(), {"mask": mask, "x": x})
+    assert (args, kwargs) == ((x,), {"mask": mask})
+    assert trace(ByPlace(), args, kwargs).input_names == ("x", "mask")
+
+
+def test_a_tensor_in_place_of_a_tuple_is_one_input() -> None:
+    x = torch.randn(5, 16)
+    result = lrcompile.compile(nn.Linear(16, 16), x, target="rpi5")  # type: ignore[arg-type]
+    assert torch.equal(result.traced.flat[0], x)
+
+
+def test_weights_of_hooks_in_another_precision() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = nn.utils.weight_norm(nn.Linear(16, 16)).eval()
+    x = torch.randn(4, 16)
+    model(x)  # the hook leaves a weight that is no leaf
+    result = lrcompile.compile(model, (x,), target="rpi5", dtype="fp16")
+    with torch.no_grad():
+        assert torch.allclose(result.model(x.half()).float(), model(x), atol=2e-2)
+
+
+def test_a_precision_that_nothing_computes_with() -> None:
+    model = nn.Linear(16, 16).to(torch.float8_e4m3fn)
+    with pytest.raises(InputError, match="float8_e4m3fn, which nothing here computes with"):
+        lrcompile.compile(model, (torch.randn(4, 16),))

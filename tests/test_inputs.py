@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lrcompile import cli
 from lrcompile.errors import InputError
-from lrcompile.frontend.calibration_data import CalibrationData, calibration_from, load_calibration
+from lrcompile.frontend.calibration_data import CalibrationData, calibration_from, load_calibration, load_labels
 from lrcompile.frontend.inputs import (
     InputSpec,
     bind_inputs,
@@ -438,3 +438,33 @@ def test_an_input_with_the_name_of_a_python_word(tmp_path: Path, monkeypatch: py
     words = "model.pt2 --target rpi5 --calib calib.npz --batch 4 --out model.onnx"
     assert cli.run(words.split()) == 0
     assert [port.name for port in onnx.load("model.onnx").graph.input] == ["input"]
+
+
+def test_inputs_that_are_all_optional_are_taken_by_place(folder: Path) -> None:
+    ids, mask = torch.arange(8), torch.ones(8)
+    named = {"ids": ids, "mask": mask}
+    for given in ((ids, mask), [(ids, mask)], named):
+        data = calibration_from(given, [], 4, optional=["ids", "mask", "types"])
+        assert [list(batch) for batch in data.batches] == [["ids", "mask"]] * 2
+    assert list(calibration_from([ids, ids], [], 8, optional=["ids", "mask"]).batches[0]) == ["ids", "mask"]
+    assert len(calibration_from(iter([ids, ids]), [], 4, optional=["ids", "mask"]).batches) == 4
+
+
+def test_pieces_of_which_none_fills_a_batch(folder: Path) -> None:
+    pieces = [torch.ones(4, 2 + i // 2) for i in range(8)]
+    with pytest.raises(InputError, match=r"32 samples, 8 of them at most with one shape.*--batch 8"):
+        calibration_from(pieces, ["x"], 16)
+
+
+def test_pointers_of_git_lfs_are_recognised(folder: Path) -> None:
+    Path("calib.npz").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n")
+    for read in (lambda: load_calibration("calib.npz", ["x"], 4), lambda: load_labels("calib.npz")):
+        with pytest.raises(InputError, match="git lfs pull"):
+            read()
+
+
+@pytest.mark.parametrize("value", [3, None, 0.5])
+def test_labels_that_are_no_array(folder: Path, value: object) -> None:
+    torch.save(value, "l.pt")
+    with pytest.raises(InputError, match=f"holds a {type(value).__name__}; expected a .npy"):
+        load_labels("l.pt")

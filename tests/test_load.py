@@ -305,3 +305,35 @@ def test_check_finite() -> None:
             check_finite([("w", bad)])
     with pytest.raises(InputError, match="meta device"):
         check_finite([("w", torch.ones(2, device="meta"))])
+
+
+class Wrapped(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.module = Net()
+
+
+def test_state_dicts_of_a_module_that_is_named_as_wrappers_are(folder: Path) -> None:
+    for prefix in ("", "module.", "_orig_mod."):
+        torch.save({f"{prefix}{name}": value for name, value in Wrapped().state_dict().items()}, "m.pt")
+        source = load("m.pt", arch="test_load:Wrapped")
+        assert isinstance(source.program, torch.nn.Module)
+        assert "module.fc.weight" in source.program.state_dict()
+
+
+def test_programs_of_factories_keep_their_inputs(folder: Path) -> None:
+    (folder / "exports.py").write_text(
+        "import torch\nfrom factories import Net\ndef build(): return torch.export.export(Net(), (torch.ones(2, 3),))\n"
+    )
+    source = load("exports:build")
+    assert source.args is not None
+    assert torch.equal(source.args[0], torch.ones(2, 3))
+    sys.modules.pop("exports", None)
+
+
+def test_a_path_that_may_not_be_looked_at(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(path: Path, **options: object) -> object:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "stat", denied)
+    assert "cannot be read (Permission denied); check its permissions" in refusal("locked/model.pt2")

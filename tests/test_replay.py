@@ -107,3 +107,51 @@ def test_a_recovery_of_a_plan_within_a_measure(capsys: pytest.CaptureFixture[str
     report = json.loads(Path("r.json").read_text())
     assert report["error"]["budget"] == 0.99
     assert report["error"]["batches_judged"] == report["recovery"]["kept_out"]
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--plan-out", "r.json", "--report-json", "r.json"], "--plan-out"),
+        (["--plan-out", "./net.pt2"], "the model"),
+        (["--out", "m.onnx", "--plan-out", "m.onnx"], "--out"),
+        (["--calib", "calib.npz", "--report-json", "calib.npz"], "--calib"),
+    ],
+)
+def test_outputs_are_files_of_their_own(capsys: pytest.CaptureFixture[str], words: list[str], says: str) -> None:
+    archived(torch.float32, 4, is_open=True)
+    np.savez("calib.npz", x=torch.randn(64, WIDTH).numpy())
+    kept = {path: path.read_bytes() for path in Path().iterdir()}
+    assert f"it is the file of {says}" in refused(capsys, "net.pt2", "--target", "rpi5", *words)
+    assert {path: path.read_bytes() for path in Path().iterdir()} == kept
+
+
+def test_a_plan_may_be_written_where_it_was_read() -> None:
+    archived(torch.float32, 4, is_open=True)
+    assert run(["net.pt2", "--target", "rpi5", "--size", "0.6", "--plan-out", "p.json"]) == 0
+    before = Path("p.json").read_bytes()
+    assert run(["net.pt2", "--plan", "p.json", "--plan-out", "p.json"]) == 0
+    assert Path("p.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("change", [{"batch": "8"}, {"batch": 0}, {"sites": [{"op": "Linear"}]}])
+def test_plans_that_were_edited_by_hand(capsys: pytest.CaptureFixture[str], change: dict[str, Any]) -> None:
+    archived(torch.float32, 4, is_open=True)
+    assert run(["net.pt2", "--target", "rpi5", "--size", "0.6", "--plan-out", "p.json"]) == 0
+    Path("p.json").write_text(json.dumps(json.loads(Path("p.json").read_text()) | change))
+    for words in (["net.pt2", "--plan", "p.json"], ["explain", "p.json"]):
+        assert "is a damaged plan" in refused(capsys, *words)
+
+
+def test_a_measure_beside_a_plan_is_that_of_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    archived(torch.float32, 4, is_open=True)
+    assert run(["net.pt2", "--target", "rpi5", "--size", "0.6", "--plan-out", "p.json"]) == 0
+    words = ["net.pt2", "--plan", "p.json", "--measure", "kl", "--max-error", "0.1", "--recover", "4"]
+    assert "made with --measure error, got --measure kl" in refused(capsys, *words)
+
+
+def test_brackets_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    archived(torch.float32, 4, is_open=True)
+    Path("run[v2]").mkdir()
+    assert run(["net.pt2", "--target", "rpi5", "--plan-out", "run[v2]/p.json"]) == 0
+    assert "run[v2]/p.json" in capsys.readouterr().out

@@ -127,3 +127,20 @@ def test_what_is_random_is_not_computed_once() -> None:
             return functional.linear(x, self.weight + 0 * torch.randn_like(self.weight))
 
     assert "aten.linear.default" in {str(node.target) for node in layers(Noisy()).graph.nodes}
+
+
+class TiedAutoencoder(nn.Module):
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+        self.register_parameter(name, nn.Parameter(torch.randn(20, 12)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = functional.normalize(getattr(self, self.name), dim=1)
+        return functional.linear(functional.linear(x, weight).relu(), weight.t())
+
+
+@pytest.mark.parametrize("name", ["weight", "D"])
+def test_a_weight_that_is_computed_of_a_computed_one(name: str) -> None:
+    traced = layers(TiedAutoencoder(name))
+    assert len(called(traced)) == 2

@@ -17,8 +17,8 @@ from lrcompile.recovery.settings import Freeze
 def factors_of(graph: Graph, original: fx.GraphModule) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """(outer, inner) factors of all splits: matrices and kernels; biases are in neither.
 
-    The factors of a split stand where the original has one layer; a first one that was merged with those of others
-    stands where it has nothing.
+    The factors of a split stand where the original has one layer, or nothing where layers were merged before; a first
+    one that was merged with those of others stands where it has nothing.
     """
     chains: dict[str, list[nn.Parameter]] = {}
     merged: dict[str, nn.Parameter] = {}
@@ -26,7 +26,7 @@ def factors_of(graph: Graph, original: fx.GraphModule) -> tuple[list[nn.Paramete
     for site in sites.values():
         parent, _, last = site.path.rpartition(".")
         weight = getattr(site.module, "weight", None)
-        if not last.isdigit() or not _has_layer(original, parent) or not isinstance(weight, nn.Parameter):
+        if not last.isdigit() or _is_container(original, parent) or not isinstance(weight, nn.Parameter):
             continue
         chains.setdefault(parent, []).append(weight)
         before = _source(site.nodes[0])
@@ -48,8 +48,8 @@ def factors_of(graph: Graph, original: fx.GraphModule) -> tuple[list[nn.Paramete
     return outer, inner
 
 
-def _has_layer(gm: fx.GraphModule, path: str) -> bool:
-    return bool(path) and has_attribute(gm, f"{path}.weight")
+def _is_container(gm: fx.GraphModule, path: str) -> bool:
+    return not path or (has_attribute(gm, path) and not has_attribute(gm, f"{path}.weight"))
 
 
 def _source(node: fx.Node) -> fx.Node:
