@@ -23,7 +23,7 @@ demo: $(READY)  ## compile a trained model for a V100 and for this machine, and 
 test: $(READY)  ## run the quick tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
 
-test-all: $(READY) data  ## run every test, slow ones and those on real data too
+test-all: $(READY) data  ## run slow tests and those on real data too (those of large data where it is fetched)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -m ""
 
 lint: $(READY)  ## check style and types

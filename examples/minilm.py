@@ -19,11 +19,12 @@ def model() -> tuple[nn.Module, tuple[Tensor, ...]]:
     return models.minilm(SEQ)
 
 
-def calibration() -> tuple[Tensor, ...]:
-    """(input_ids, attention_mask) of 64 sentences that the accuracy below is not judged on."""
-    return models.tokenise(models.movie_sentences()[0][:64], SEQ)
+def calibration() -> dict[str, Tensor]:
+    """64 sentences that the accuracy below is not judged on."""
+    ids, mask = models.tokenise(models.movie_sentences()[0][:64], SEQ)
+    return {"input_ids": ids, "attention_mask": mask}
 
 
 def accuracy(encoder: nn.Module) -> float:
     """How well a linear probe on the embeddings finds the sign of a sentence's sentiment."""
-    return models.sentiment_accuracy(encoder)
+    return models.sentiment_accuracy(encoder, seq=SEQ)

@@ -5,11 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
+
+from lrcompile.cache import cache_folder
+
+settings.register_profile("tests", deadline=None, derandomize=True)
+settings.load_profile("tests")
+KEPT = ("data", "models")  # what was fetched and trained, which tests read
 
 
-@pytest.fixture(scope="module")
-def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A cache of a file of tests' own, in place of the user's."""
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A cache of the tests' own in place of the user's: what older code left there would hide faults."""
+    place = tmp_path_factory.mktemp("cache")
+    (place / "lrcompile").mkdir()
+    for real in map(cache_folder, KEPT):
+        if real.is_dir():
+            (place / "lrcompile" / real.name).symlink_to(real.absolute())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("XDG_CACHE_HOME", str(place))
         yield

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -33,10 +35,11 @@ def names(model):
 
 
 @pytest.fixture
-def cwd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def cwd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     (tmp_path / "user_metric.py").write_text(MODULE)
     monkeypatch.chdir(tmp_path)
-    return tmp_path
+    yield tmp_path
+    sys.modules.pop("user_metric", None)
 
 
 WORDS = ("user_metric:build", "--input", f"input=float32[256,{WIDTH}]", "--target", TARGET)
@@ -60,6 +63,7 @@ def test_command_line(cwd: Path, capsys: pytest.CaptureFixture[str], net: nn.Mod
     assert f"allowed 0.02; {figures['evaluations']} evaluations of at most 25" in line
 
     (cwd / "user_metric.py").write_text(MODULE.replace("accuracy, ", ""))
+    del sys.modules["user_metric"]
     assert run([*WORDS, "--plan", "plan.json", "--out", "again"]) == 0
     out, err = capsys.readouterr()
     assert line in out.splitlines()

@@ -22,7 +22,6 @@ from lrcompile.recovery.train import _Training
 from tests.panel import randomise
 from tools.bench_planner import macs_target
 
-pytestmark = pytest.mark.usefixtures("cache_folder")
 WIDTH = 64
 
 

@@ -41,8 +41,6 @@ from tests.quantized import (
     outputs,
 )
 
-pytestmark = pytest.mark.usefixtures("cache_folder")
-
 
 @pytest.mark.parametrize("kind", ["free", "tied", "tied, with a bias", "tied, and read besides"])
 def test_tables_are_stored_in_8_bits(kind: str, tmp_path: Path) -> None:

@@ -29,8 +29,6 @@ from tests.quantized import (
     operations,
 )
 
-pytestmark = pytest.mark.usefixtures("cache_folder")
-
 
 def asked_of_int8(size: float, kind: type[nn.Module] = Mlp, **options: Any) -> tuple[Result, CalibrationData]:
     torch.manual_seed(0)

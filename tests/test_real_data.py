@@ -9,12 +9,14 @@ import hashlib
 import shutil
 import subprocess
 import zipfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from lrcompile.cli import run as cli
 from lrcompile.frontend.load import load
 from lrcompile.frontend.trace import run, trace
 from tools import fetch_data, models
@@ -230,3 +232,23 @@ def test_minilm_finds_sentiment() -> None:
     needs_minilm()
     model, _ = models.minilm()
     assert models.sentiment_accuracy(model) > 0.70
+
+
+# ------------------------------------------------------------------------------------------------------- examples
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("example", "target", "metric", "check"),
+    [
+        ("minilm", "v100", "accuracy", needs_minilm),
+        ("efficientnet_lite", "jetson-orin", "agreement", needs_efficientnet),
+    ],
+)
+def test_examples_do_what_they_say(
+    example: str, target: str, metric: str, check: Callable[[], None], tmp_path: Path
+) -> None:
+    check()
+    words = [f"examples.{example}:model", "--calib", f"examples.{example}:calibration", "--target", target]
+    limits = ["--eval", f"examples.{example}:{metric}", "--max-drop", "0.02"]
+    assert cli([*words, *limits, "--out", str(tmp_path / "m.onnx")]) == 0

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from lrcompile.cli import run
 
-pytestmark = pytest.mark.usefixtures("cache_folder")
 WIDTH = 256
 
 

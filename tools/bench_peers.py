@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -144,17 +145,23 @@ def in_int8(bench: Bench, speedup: float) -> Row:
     except BudgetError as problem:
         return Row(INT8, notes=(f"{speedup:.2f}× was asked for: {problem}",))
     count = sum(not rewrite.exact for rewrite in result.plan.rewrites)
-    notes = (f"{figures['layers'] - len(figures['left_float'])} of {figures['layers']} layers in int8, {count} split",)
-    ratio, size = bench.ratio(path, bench.seconds), path.stat().st_size / len(bench.reference)
-    row = Row(INT8, ratio, size, bench.task.judge(int8.as_callable(path)), notes=notes)
+
+    def measured(figures: Mapping[str, Any]) -> Row:
+        kept = figures["layers"] - len(figures["left_float"])
+        notes = (f"{kept} of {figures['layers']} layers in int8, {count} split",)
+        size = path.stat().st_size / len(bench.reference)
+        return Row(INT8, bench.ratio(path, bench.seconds), size, bench.task.judge(int8.as_callable(path)), notes=notes)
+
+    row = measured(figures)
     if not bench.minutes or not count:
         return row
     own = bench.recovered(result, outputs_alone=False)
     try:
-        own.save(path, quantize=quantize, progress=bench.progress)
+        figures = dict(own.save(path, quantize=quantize, progress=bench.progress).quantization or {})
     except BudgetError as problem:
-        return replace(row, notes=(*notes, f"after recovery: {problem}"))
-    return replace(row, after=bench.task.judge(int8.as_callable(path)), steps=steps_of(own))
+        return replace(row, notes=(*row.notes, f"after recovery: {problem}"))
+    trained = measured(figures)  # of the file that was trained: other layers may be in 8 bits there
+    return replace(trained, before=row.before, after=trained.before, steps=steps_of(own))
 
 
 def searched(bench: Bench, name: str, wanted: float, python: Path) -> Row:

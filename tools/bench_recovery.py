@@ -309,10 +309,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except DataMissing as problem:
         print(f"bench_recovery: {problem}", file=sys.stderr)
         return 1
-    more = ""
+    more = f" --steps {options.steps}" if options.table in ("progressive", "device") else ""
+    if options.table != "device":
+        more = f" --seeds {options.seeds}{more}"
     if options.table == "progressive":
-        more = f" --steps {options.steps} --sizes {' '.join(map(str, options.sizes))}"
-    lines += ["", f"    python -m tools.bench_recovery {options.table} --seeds {options.seeds}{more}"]
+        more += f" --sizes {' '.join(map(str, options.sizes))}"
+    lines += ["", f"    python -m tools.bench_recovery {options.table}{more}"]
     if options.out:
         put(
             options.out, f"<!-- {options.table} -->", "\n" + "\n".join(lines) + "\n", f"<!-- end of {options.table} -->"
