@@ -19,7 +19,7 @@ from lrcompile.emit.write import (
     is_device,
     placed_whole,
     write_text,
-)  # fmt: skip
+)
 from lrcompile.errors import InputError
 from lrcompile.front import front_figures, tradeoff
 from lrcompile.frontend.calibration_data import MOST_BATCHES, CalibrationData, load_calibration, load_labels
@@ -314,16 +314,16 @@ def _recovery(request: Request) -> Recovery | None:
 
 def _check_apart(request: Request, outputs: Mapping[str, str | Path | None]) -> None:
     """Refuses outputs in one place, or in that of an input; a plan may be written where it was read."""
-    inputs = {name: getattr(request, name) for name in ("model", "plan", "calib", "recover_data", "labels")}
+    inputs = {
+        "the model": request.model, "--plan": request.plan, "--calib": request.calib,
+        "--recover-data": request.recover_data, "--labels": request.labels,
+    }  # fmt: skip
     taken = {Path(path).resolve(): name for name, path in inputs.items() if path is not None and exists(Path(path))}
     for name, path in outputs.items():
         if path is None or is_device(path):
             continue
         other = taken.setdefault(Path(path).resolve(), name)
-        if other != name and (other, name) != ("plan", "--plan-out"):
-            other = (
-                other if other.startswith("--") else "the model" if other == "model" else f"--{other.replace('_', '-')}"
-            )
+        if other != name and (other, name) != ("--plan", "--plan-out"):
             raise InputError(f"cannot write {name} {path}: it is the file of {other}; give another path")
 
 

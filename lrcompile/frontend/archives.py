@@ -85,8 +85,11 @@ def read_torchscript(file: IO[bytes], path: Path) -> torch.jit.ScriptModule:
 
 
 def _unsafe(source: bytes) -> str | None:
-    """What code does that is refused: it uses an operator that reaches files, or `torch` or `ops` in a way that could
-    hide one, or it names an attribute with more than letters, digits and underscores."""
+    """What code does that is refused, if anything.
+
+    It uses an operator that reaches files, or `torch` or `ops` in a way that could hide one, or it names an attribute
+    with more than letters, digits and underscores.
+    """
     try:
         tokens = [
             token.string

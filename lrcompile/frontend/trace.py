@@ -26,7 +26,7 @@ from lrcompile.frontend.export import (
     check_call,
     export,
     open_axes,
-)  # fmt: skip
+)
 from lrcompile.frontend.functionalize import drop_last_writes, functionalize
 from lrcompile.frontend.inputs import positional
 from lrcompile.frontend.lift import lift

@@ -34,7 +34,7 @@ def is_float(value: Any) -> bool:
 
 
 def filled(expected: torch.Tensor, got: torch.Tensor) -> torch.Tensor:
-    """Where both hold what a mask puts there: the same infinity, or the same huge value, beside which others are none.
+    """Where both hold what a mask puts there: the same infinity, or the same value that dwarfs what is computed.
 
     Huge is 1e8 (our reading: -1e9 and the lowest number of a type are common), in half precision half of the largest.
     """

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 from torch import fx, nn
 
-from lrcompile.graph.graph import Graph, has_attribute
+from lrcompile.graph.graph import Graph, Site, has_attribute
 from lrcompile.recovery.settings import Freeze
 
 
@@ -20,32 +20,35 @@ def factors_of(graph: Graph, original: fx.GraphModule) -> tuple[list[nn.Paramete
     The factors of a split stand where the original has one layer, or nothing where layers were merged before; a first
     one that was merged with those of others stands where it has nothing.
     """
-    chains: dict[str, list[nn.Parameter]] = {}
-    merged: dict[str, nn.Parameter] = {}
     sites = {site.path: site for site in graph.sites().values()}
-    for site in sites.values():
-        parent, _, last = site.path.rpartition(".")
-        weight = getattr(site.module, "weight", None)
-        if not last.isdigit() or _is_container(original, parent) or not isinstance(weight, nn.Parameter):
-            continue
-        chains.setdefault(parent, []).append(weight)
-        before = _source(site.nodes[0])
-        if last != "0" and f"{parent}.0" not in sites and not has_attribute(original, str(before.target)):
-            first = getattr(sites[str(before.target)].module, "weight", None) if str(before.target) in sites else None
-            if isinstance(first, nn.Parameter):
-                merged[str(before.target)] = first
-    outer: list[nn.Parameter] = [*merged.values()]
+    chains: dict[str, list[Site]] = {}
+    for path, site in sites.items():
+        parent, _, last = path.rpartition(".")
+        if last.isdigit() and _weight(site) is not None and not _is_container(original, parent):
+            chains.setdefault(parent, []).append(site)
+    outer: list[nn.Parameter] = []
     inner: list[nn.Parameter] = []
-    for parent, weights in chains.items():
+    merged: dict[str, nn.Parameter] = {}  # one that several splits share counts once
+    for parent, chain in chains.items():
+        weights = [weight for site in chain if (weight := _weight(site)) is not None]
         if f"{parent}.0" not in sites:
-            inner += weights[:1]  # of two, the first of which is merged
+            inner += weights[:1]
+            before = str(_source(chain[0].nodes[0]).target)
+            first = _weight(sites[before]) if before in sites and not has_attribute(original, before) else None
+            if first is not None:
+                merged[before] = first
         elif len(weights) == 2:
             inner.append(weights[1])
             outer.append(weights[0])
         elif len(weights) > 2:
             outer += [weights[0], weights[-1]]
             inner += weights[1:-1]
-    return outer, inner
+    return [*merged.values(), *outer], inner
+
+
+def _weight(site: Site) -> nn.Parameter | None:
+    weight = getattr(site.module, "weight", None)
+    return weight if isinstance(weight, nn.Parameter) else None
 
 
 def _is_container(gm: fx.GraphModule, path: str) -> bool:

@@ -25,8 +25,7 @@ class Loss:
         self.recovery = recovery
         self.device = pair.device
         self.scores: Tensor | None = None
-        halves = any(parameter.dtype == torch.float16 for parameter in pair.student.parameters())
-        self.in_bfloat16 = recovery.in_bfloat16 and not halves  # layers of float16 take no values of bfloat16
+        self.in_float16 = any(parameter.dtype == torch.float16 for parameter in pair.student.parameters())
 
     def __call__(self, batch: Batch, inside: bool = True, scales: Scales | None = None) -> Tensor:
         """[samples]; products in bfloat16, if that is asked for, where gradients are wanted.
@@ -37,7 +36,8 @@ class Loss:
         Raises:
             InputError: a label is no class of the model.
         """
-        low = self.in_bfloat16 and torch.is_grad_enabled()
+        wanted = self.recovery.in_bfloat16 and not self.in_float16  # layers of float16 take no values of bfloat16
+        low = wanted and torch.is_grad_enabled()
         with torch.autocast(self.device.type, torch.bfloat16) if low else nullcontext():
             return self._of(batch.to(self.device), inside, scales)
 

@@ -128,9 +128,7 @@ class _Training:
         self.masters = Masters(self.parameters)
         self.optimizer = adamw(self.masters.weights, RATES[0])
         self.mean = RunningMean(self.masters, recovery.ema)
-        self.state = _State()
-        if any(parameter.dtype == torch.float16 for parameter in self.parameters):
-            self.state.scale = LOSS_SCALE
+        self.state = _State(scale=LOSS_SCALE if self.loss.in_float16 else 1.0)
         self.most = sys.maxsize  # samples that memory lasts for at a time
         self.started = self.saved = time.monotonic()
 
@@ -157,9 +155,7 @@ class _Training:
             self._judge()
         self.progress("recover", state.steps, state.steps)
         if self.importance and state.kept is None:
-            state.notes.append(
-                "subset was of no use: the training ended within its first epoch, which sees all samples"
-            )
+            self._note("subset was of no use: the training ended within its first epoch, which sees all samples")
         self.masters.put(state.best)
         state.done, state.seconds, self.started = True, self._seconds(), time.monotonic()
         if self.checkpoint and self.processes.first:
@@ -202,7 +198,7 @@ class _Training:
             start = time.monotonic()
             self._step(order[0], 0.0)
             taken.append(time.monotonic() - start)
-        self._start_again()
+        self._start_again(self.state.best)
         return self.processes.mean([min(taken[1:])])[0]
 
     def _best_rate(self, order: Sequence[Tensor], length: int) -> float:
@@ -216,11 +212,11 @@ class _Training:
                 rate_now = rate_at((number + 1) / (length + 1))
                 finite = finite and self._step(order[number % len(order)], rate_now)
             losses[rate] = self._judged() if finite else math.inf
-            self._start_again()
+            self._start_again(self.state.best)
         return min(RATES, key=lambda rate: losses[rate] if math.isfinite(losses[rate]) else math.inf)
 
-    def _start_again(self) -> None:
-        self.masters.put(self.state.best)
+    def _start_again(self, weights: Weights) -> None:
+        self.masters.put(weights)
         self.optimizer = adamw(self.masters.weights, RATES[0])
         self.mean = RunningMean(self.masters, self.recovery.ema)
 
@@ -321,9 +317,7 @@ class _Training:
         """Goes back to the last weights that were judged, at half the rate; False when that did not help often."""
         state = self.state
         state.rolled_back += 1
-        self.masters.put(state.good)
-        self.optimizer = adamw(self.masters.weights, RATES[0])
-        self.mean = RunningMean(self.masters, self.recovery.ema)
+        self._start_again(state.good)
         state.rate /= 2
         if state.rolled_back < MOST_ROLLED_BACK:
             return True
@@ -341,8 +335,12 @@ class _Training:
     def _choose_samples(self) -> None:
         if self.importance and self.importance.is_due(self.state.epoch):
             self.state.kept, note = self.importance.choose(self.loss, self.state.epoch)
-            if note and note not in self.state.notes:
-                self.state.notes.append(note)
+            self._note(note)
+
+    def _note(self, text: str | None) -> None:
+        """Says something to the user once: a training that is taken up, or chooses samples again, comes by again."""
+        if text and text not in self.state.notes:
+            self.state.notes.append(text)
 
     def _judge(self) -> None:
         """Keeps the weights if they are the best so far, and as what to go back to if they are finite."""
