@@ -39,6 +39,7 @@ from lrcompile.session import calibrate_file
 from tests.test_analytic import CONV
 
 X86 = load_device("x86-ort")
+H200 = load_device("h200")
 SLOWER = {"peak_flops.fp32": 5e10, "launch_s.conv": 3e-5, "bandwidth_bytes_s": 6e9, "engines.avx2.conv.efficiency": 0.5}
 
 
@@ -95,7 +96,7 @@ def test_operations_are_of_all_families_and_the_same_for_a_seed() -> None:
     drawn = list(islice(operations(3), 300))
     assert drawn == list(islice(operations(3), 300))
     assert {family(op) for op in drawn} == set(WEIGHTS) == set(WIDTHS)
-    assert all(len(features(op, "cpu")) == WIDTHS[family(op) or ""] for op in drawn)
+    assert all(len(features(op, X86)) == WIDTHS[family(op) or ""] for op in drawn)
     assert all(AnalyticCostModel(X86).cost(op).latency_s > 0 for op in drawn)
 
 
@@ -265,8 +266,8 @@ def test_a_gpu_has_features_of_its_own() -> None:
     for op in drawn:
         name = family(op)
         assert name is not None
-        assert len(features(op, "gpu")) == width_of(name, "gpu")
-    aligned, odd = (features(gemm_op(256, n, 512, "bf16"), "gpu") for n in (512, 511))
+        assert len(features(op, H200)) == width_of(name, "gpu")
+    aligned, odd = (features(gemm_op(256, n, 512, "bf16"), H200) for n in (512, 511))
     assert max(abs(a - b) for a, b in zip(aligned, odd, strict=True)) > 2  # another kernel
     assert width_of("gemm-fp64", "gpu") is None is width_of("nothing", "gpu")
 

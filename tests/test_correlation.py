@@ -61,7 +61,7 @@ def test_other_kinds_types_and_axes_are_independent() -> None:
 
 def test_a_calibrated_family_has_the_covariance_of_its_process() -> None:
     a, b = gemm_op(64, 64, 64, "fp32"), gemm_op(64, 72, 64, "fp32")
-    point = np.array([features(a, V100.kind)])
+    point = np.array([features(a, V100)])
     residuals = Residuals(point, np.array([0.1]), np.full(point.shape[1], 8.0), 0.3, 0.01)
     device = replace(V100, residuals={"gemm": residuals})
     model = AnalyticCostModel(device)
@@ -76,8 +76,8 @@ def test_a_calibrated_family_has_the_covariance_of_its_process() -> None:
 def test_what_has_no_family_has_none_of_its_errors() -> None:
     """Transposed and 1-D convolutions are not of the calibrated "conv", though their kind has that name."""
     image = conv_op(CONV, "fp32")
-    point = np.array([features(image, "cpu")])
     x86 = load_device("x86-ort")
+    point = np.array([features(image, x86)])
     device = replace(x86, residuals={"conv": Residuals(point, np.array([0.1]), np.ones(point.shape[1]), 1e-9, 1e-9)})
     model = AnalyticCostModel(device)
     cube = replace(CONV, size_in=(8,) * 3, size_out=(8,) * 3, kernel=(3,) * 3, stride=(1,) * 3, padding=((1, 1),) * 3,

@@ -253,7 +253,7 @@ def trained_examples() -> Iterator[tuple[str, nn.Module, Batches, Batches]]:
 
     The images to calibrate with are none that the vision transformer was trained on: of those it is surer.
     """
-    (_, seen), (_, unseen) = fashion(held_out=True), fashion()
+    (trained_on, seen), (_, unseen) = fashion(held_out=True), fashion()
 
     def batches(data: Tensor) -> Batches:
         return [(part,) for part in data.split(8)]
@@ -261,7 +261,7 @@ def trained_examples() -> Iterator[tuple[str, nn.Module, Batches, Batches]]:
     yield "MiniLM-L6", models.minilm()[0], sentences(0, 64), sentences(5000, 128)
     images = batches(seen[0][:512]), batches(unseen[0][:1024])
     torch.manual_seed(0)
-    yield "perceptron, Fashion-MNIST", learned(perceptron(784, 10, 256, 3), models.fashion_mnist("train"), 2), *images
+    yield "perceptron, Fashion-MNIST", learned(perceptron(784, 10, 256, 3), trained_on, 2), *images
     yield "small CNN, Fashion-MNIST", small_cnn(), *images
     yield "ViT, Fashion-MNIST", trained_on_fashion("vit"), *images
     train, test = (tokens[:, :-1] for tokens in novels.windows())

@@ -97,7 +97,7 @@ class AnalyticCostModel:
         sigma = self.device.sigma_relative[_op_class(op)]
         residuals = None if self.training else self.device.residuals.get(family(op) or "")
         if residuals is not None:
-            correction, sigma = residuals.at(features(op, self.device.kind))
+            correction, sigma = residuals.at(features(op, self.device))
             latency_s *= math.exp(correction)
         sigma_s = sigma * latency_s
         if not self.training:

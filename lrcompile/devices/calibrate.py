@@ -312,7 +312,7 @@ def _worst(device: Device, found: Sequence[Measurement], pool: Sequence[OpDesc])
         if name not in now.residuals:
             return math.inf
         residuals = now.residuals[name]
-        return now.sigma(name) * residuals.at(features(op, device.kind))[1] / residuals.spread
+        return now.sigma(name) * residuals.at(features(op, device))[1] / residuals.spread
 
     return sorted(pool, key=doubt, reverse=True)
 
@@ -394,5 +394,5 @@ def _residuals(device: Device, good: Sequence[Measurement]) -> dict[str, Residua
             found[name].append(m)
     result = {}
     for name, mine in found.items():
-        result[name] = fitted(np.array([features(m.op, device.kind) for m in mine]), _log_errors(device, mine))
+        result[name] = fitted(np.array([features(m.op, device) for m in mine]), _log_errors(device, mine))
     return result

@@ -50,9 +50,7 @@ def _variance(device: Device, name: str | None, group: Sequence[tuple[OpDesc, fl
     residuals = device.residuals.get(name) if name else None
     if residuals is not None:
         latencies = np.array([signed[op][0] for op in ops])
-        covariance = residuals.joint([features(op, device.kind) for op in ops])[1] + residuals.noise**2 * np.eye(
-            len(ops)
-        )
+        covariance = residuals.joint([features(op, device) for op in ops])[1] + residuals.noise**2 * np.eye(len(ops))
         return float(latencies @ covariance @ latencies)
     sigmas = np.array([signed[op][1] for op in ops])
     points = np.array([sizes(op) for op in ops])

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 
+from lrcompile.devices.device import Device
 from lrcompile.graph.op import FUNCTIONS, AttentionShape, ConvShape, GemmShape, OpDesc, RecurrentShape
 
-BLOCK = 16  # channels in a block of ONNX Runtime's convolutions on AVX-512, and a width of its products
 WIDTHS: dict[str, int] = {
-    "gemm": 9, "bmm": 9, "pointwise": 16, "conv": 16, "depthwise": 16, "grouped": 17, "volume": 9, "attention": 10,
+    "gemm": 9, "bmm": 9, "pointwise": 18, "conv": 18, "depthwise": 18, "grouped": 19, "volume": 12, "attention": 10,
     "recurrent": 8,
     **dict.fromkeys(FUNCTIONS, 2),
 }  # fmt: skip
@@ -62,26 +62,25 @@ def _base(op: OpDesc) -> str | None:
     return None
 
 
-def features(op: OpDesc, kind: str) -> list[float]:
+def features(op: OpDesc, device: Device) -> list[float]:
     """What an operation's residual depends on, on a CPU or GPU: logarithms of sizes, and conditions that jump."""
-    if kind == "gpu" and op.gemm is not None:
-        return _of_gemm_on_gpu(op.gemm, _vector(op))
-    if kind == "gpu" and op.conv is not None:
-        return [*_of_conv_on_gpu(op.conv, _vector(op)), float(op.dtype == "fp16")]
-    if op.conv is not None:
-        if len(op.conv.kernel) == 3:
-            return _of_volume(op.conv)
-        return [*_of_conv(op.conv), _log2(op.conv.groups)] if _base(op) == "grouped" else _of_conv(op.conv)
+    on_gpu = device.kind == "gpu"
     if op.gemm is not None:
-        return _of_gemm(op.gemm)
+        return _of_gemm_on_gpu(op.gemm, _vector(op)) if on_gpu else _of_gemm(op.gemm, _block(device))
+    if op.conv is not None:
+        if on_gpu:
+            return [*_of_conv_on_gpu(op.conv, _vector(op)), float(op.dtype == "fp16")]
+        of_conv = _of_volume if len(op.conv.kernel) == 3 else _of_conv
+        values = of_conv(op.conv, _block(device), device.units)
+        return [*values, _log2(op.conv.groups)] if _base(op) == "grouped" else values
     if op.attention is not None:
         values = _of_attention(op.attention)
-        return [*values, *_kernel_of_attention(op.attention, _vector(op))] if kind == "gpu" else values
+        return [*values, *_kernel_of_attention(op.attention, _vector(op))] if on_gpu else values
     if op.recurrent is not None:
         return _of_recurrent(op.recurrent)
     row = op.row if op.function in _WITH_ROWS else 1
     values = [_log2(op.weight_bytes + op.activation_bytes), _log2(row)]
-    return [*values, _APART * (row % _ROW_VECTOR > 0)] if kind == "gpu" else values
+    return [*values, _APART * (row % _ROW_VECTOR > 0)] if on_gpu else values
 
 
 def sizes(op: OpDesc) -> list[float]:
@@ -96,19 +95,26 @@ def sizes(op: OpDesc) -> list[float]:
     return [_log2(op.weight_bytes + op.activation_bytes)]
 
 
-def _of_gemm(shape: GemmShape) -> list[float]:
-    """Extents, work, and what is empty in the last of 16 and 32 columns and 12 rows; vectors are another kernel."""
+def _block(device: Device) -> int:
+    """Channels in a block of ONNX Runtime's convolutions, a vector of the CPU; its products are two vectors wide."""
+    return device.alignment_conv["fp32"]
+
+
+def _of_gemm(shape: GemmShape, block: int) -> list[float]:
+    """Extents, work, and what is empty in the last columns and rows; one row is another kernel."""
     work = shape.m * shape.n * shape.k * shape.batch
     extents = [_log2(size) for size in (shape.m, shape.n, shape.k, shape.batch, work)]
-    return [*extents, _empty(shape.n, BLOCK), _empty(shape.n, 2 * BLOCK), _empty(shape.m, 12), float(shape.m == 1)]
+    empty = [_empty(shape.n, block), _empty(shape.n, 2 * block), _empty(shape.m, _rows(block))]
+    return [*extents, *empty, float(shape.m == 1)]
 
 
-def _of_volume(shape: ConvShape) -> list[float]:
-    """Sizes alone: ONNX Runtime unfolds windows and multiplies."""
+def _of_volume(shape: ConvShape, block: int, threads: int) -> list[float]:
+    """Sizes, and how it runs: ONNX Runtime unfolds windows and multiplies."""
     voxels, taps, per_group = math.prod(shape.size_out), math.prod(shape.kernel), shape.channels_in // shape.groups
     work = voxels * shape.batch * shape.channels_out * per_group * taps
     sizes = (voxels, shape.batch, per_group, shape.channels_out, taps, math.prod(shape.stride), shape.groups, work)
-    return [*map(_log2, sizes), float(taps == 1)]
+    empty = _empty(shape.channels_out // shape.groups, _rows(block))
+    return [*map(_log2, sizes), float(_is_product(shape)), float(_is_whole(shape)), _idle(shape, threads), empty]
 
 
 def _of_attention(shape: AttentionShape) -> list[float]:
@@ -127,32 +133,29 @@ def _of_recurrent(shape: RecurrentShape) -> list[float]:
     return [*map(_log2, (*sizes, shape.gates, work))]
 
 
-def _of_conv(shape: ConvShape) -> list[float]:
+def _of_conv(shape: ConvShape, block: int, threads: int) -> list[float]:
     """Sizes, whether channels are laid out in blocks, and what is empty in the last block of channels or pixels.
 
-    Kernels for blocks take up to four of them at a time, and 6 or 14 pixels of a row; without blocks a convolution is a
-    product with pixels as its columns.
+    Kernels for blocks take up to four of them at a time, and 3, 6 or 14 pixels of a row; without blocks a convolution
+    is a product with pixels as its columns.
     """
-    into, out = shape.channels_in, shape.channels_out
-    blocked = float(in_blocks(shape))
+    into, out, row = shape.channels_in, shape.channels_out, shape.size_out[-1]
+    blocked = float(in_blocks(shape, block))
     pixels, taps = math.prod(shape.size_out), math.prod(shape.kernel)
+    work = pixels * shape.batch * into * out // shape.groups * taps
     return [
-        _log2(pixels),
-        _log2(shape.batch),
-        _log2(into),
-        _log2(out),
-        _log2(taps),
-        math.log2(math.prod(shape.stride)),
+        *map(_log2, (pixels, shape.batch, into, out, taps, math.prod(shape.stride), work)),
         blocked,
-        float(into < BLOCK),
-        blocked * _empty(into, BLOCK),
-        blocked * _empty(out, BLOCK),
-        blocked * _log2(_padded(out, 4 * BLOCK) / max(_padded(out, BLOCK), 1)),
-        blocked * _empty(shape.size_out[-1], 14),
-        (1 - blocked) * _empty(pixels, BLOCK),
-        (1 - blocked) * _empty(out, 12),
-        _empty(shape.size_out[-1], 6),
-        _log2(pixels * shape.batch * into * out // shape.groups * taps),
+        float(into < block),
+        blocked * _empty(into, block),
+        blocked * _empty(out, block),
+        blocked * _log2(_padded(out, 4 * block) / max(_padded(out, block), 1)),
+        blocked * _empty(row, 14),
+        _empty(row, _rows(block) // 2),
+        (1 - blocked) * _empty(pixels, 2 * block),
+        (1 - blocked) * _empty(out, _rows(block)),
+        (1 - blocked) * float(_is_whole(shape)),
+        (1 - blocked) * _idle(shape, threads),
     ]
 
 
@@ -189,9 +192,40 @@ def _of_conv_on_gpu(shape: ConvShape, vector: int) -> list[float]:
     return [*map(_log2, sizes), *empty, *jumps, _log2(tiles), _log2(shape.groups), _log2(math.gcd(into, _HALF_TILE))]
 
 
-def in_blocks(shape: ConvShape) -> bool:
-    """Whether ONNX Runtime lays the channels out in blocks: those that come in fours, and few (found by measuring)."""
-    return shape.channels_in % 4 == 0 or shape.channels_in < BLOCK
+def in_blocks(shape: ConvShape, block: int) -> bool:
+    """Whether ONNX Runtime lays the channels out in blocks (read off the graphs that it optimises, 1.32).
+
+    Those that come in fours, and fewer than a block; of groups only whole blocks; of depthwise ones those in fours
+    that have one filter each.
+    """
+    into, out = shape.channels_in // shape.groups, shape.channels_out // shape.groups
+    if shape.groups == 1:
+        return into % 4 == 0 or into < block
+    if into == 1:
+        return out == 1 and shape.groups % 4 == 0
+    return into % block == 0 and out % block == 0
+
+
+def _rows(block: int) -> int:
+    """Rows of a product that MLAS computes together: 6 with AVX2, 12 with AVX-512; half as many pixels in blocks."""
+    return 6 if block <= 8 else 12
+
+
+def _is_product(shape: ConvShape) -> bool:
+    """Whether nothing has to be unfolded before a convolution without blocks is a product."""
+    return set(shape.kernel) == {1} == set(shape.stride) and not any(map(any, shape.padding))
+
+
+def _is_whole(shape: ConvShape) -> bool:
+    """Whether MLAS unfolds one image by one thread, and then multiplies by all: with more filters than pixels."""
+    alone = shape.batch * shape.groups == 1 and not _is_product(shape)
+    return alone and shape.channels_out > math.prod(shape.size_out)
+
+
+def _idle(shape: ConvShape, threads: int) -> float:
+    """What the threads could do while the last image or group is computed: each is computed by one."""
+    parts = shape.batch * shape.groups
+    return _empty(parts, threads) if parts > 1 else 0.0
 
 
 def _empty(size: int, block: int) -> float:
