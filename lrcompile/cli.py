@@ -108,7 +108,7 @@ def compile_command(
         list[str] | None, typer.Option("--option", help="An option of a pass: PASS.OPTION=VALUE; repeat.")
     ] = None,
     skip: Annotated[list[str] | None, typer.Option(help="Glob of sites to leave alone; repeat.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of made-up inputs.")] = 0,
+    seed: Annotated[int | None, typer.Option(help="Seed of made-up inputs.", show_default="0")] = None,
     plan: Annotated[Path | None, typer.Option(help="Replay this plan.")] = None,
     plan_out: Annotated[Path | None, typer.Option(help="Save the plan here.")] = None,
     report_json: Annotated[Path | None, typer.Option(help="Save the report here.")] = None,
@@ -336,7 +336,7 @@ def explain(
     as_json: Json = False,
 ) -> None:
     """Says what a plan decided, and why."""
-    from lrcompile.planning.plan import Plan
+    from lrcompile.planning.plan import Plan, finite
     from lrcompile.report.report import Decision
     from lrcompile.report.terminal import decision_table, print_site
 
@@ -347,16 +347,16 @@ def explain(
         hint = f"did you mean {', '.join(near)}" if near else f"see: lrcompile explain {plan}"
         raise PlanError(f"{plan} has no site {site!r}; {hint}")
     if as_json:
-        _print_json(known[site] if site is not None else json.loads(loaded.dumps()))
+        _print_json(finite(known[site] if site is not None else json.loads(loaded.dumps())))
         return
     console = _console()
-    if site is not None:
-        print_site(console, known[site])
-        return
     made = f"{len(loaded.rewrites)} rewrites, chosen by {loaded.budget.strategy_name}"
     try:
+        if site is not None:
+            print_site(console, Decision.from_json(known[site]))
+            return
         table = decision_table([Decision.from_json(item) for item in loaded.sites])
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise PlanError(f"{plan} is a damaged plan ({type(error).__name__}: {error}); write a new one") from error
     console.print(f"plan for {loaded.target}, {loaded.dtype}, batch {loaded.batch}: {made}")
     console.print(table)

@@ -29,20 +29,20 @@ from lrcompile.frontend.calibration_data import CalibrationData
 from lrcompile.frontend.export import batch_size
 from lrcompile.frontend.prepare import prepare
 from lrcompile.frontend.trace import Traced, trace
-from lrcompile.graph.graph import Graph, fingerprint
+from lrcompile.graph.graph import Graph, fingerprint, weight_bytes
 from lrcompile.graph.rewrite import Rewrite
 from lrcompile.lower.batches import model_batches
 from lrcompile.lower.rank4 import check_rank, to_rank
 from lrcompile.passes import Context, Pass, Stage
 from lrcompile.planning.budget import Budget
 from lrcompile.planning.calibration import Split, collect
-from lrcompile.planning.canonicalize import canonicalize, check_exact, check_finite, rounding
+from lrcompile.planning.canonicalize import canonicalize, check_exact, check_finite, or_as_it_was, rounding
 from lrcompile.planning.distribution import Spread, entering, unlike_training
 from lrcompile.planning.measures import OF_FLOATS, RELATIVE
 from lrcompile.planning.metric import DropLimit, Evaluation, Metric, check_metric
 from lrcompile.planning.plan import Plan
 from lrcompile.planning.price import Pricing, price
-from lrcompile.planning.search import Choice, Problem, or_as_it_was
+from lrcompile.planning.search import Choice, Problem
 from lrcompile.planning.sensitivity import Evaluator, rewritten
 from lrcompile.planning.store import Store
 from lrcompile.planning.strategies import search
@@ -144,7 +144,7 @@ class Prepared:
         return Problem(
             self.graph, self.pricing.candidates, self.passes, self.context,
             self.evaluator.measured_in(budget.measure_in_use), base, original_s,
-            self.clock.progress, drop,
+            self.clock.progress, drop, weight_bytes(self.traced.graph.gm),
         )  # fmt: skip
 
 
@@ -301,7 +301,7 @@ def solve(prepared: Prepared, budget: Budget) -> Result:
     if reference and not choice.untouched:
         with clock("confirm"):
             choice, measured = confirm(reference, replace(problem, drop=drop), choice, budget, asked)
-    untouched = choice.untouched or bool(measured and measured.returned_original)
+    untouched = bool(choice.untouched or (measured and measured.returned_original))
     canonical = () if untouched else p.canonical
     metric = drop.result(None if untouched else choice.rewrites).to_json() if drop else None
     left = {id(candidate) for candidate in choice.candidates}
@@ -412,6 +412,7 @@ def replay(
         measured_error = evaluator.measured_in(plan.budget.measure_in_use).error(graph_after)
         error = measured_error if plan.budget.measure == RELATIVE.name else evaluator.error(graph_after)
     check_rank(graph_after, traced)
+    measured: Measured | None = None
     if target.is_local:
         measured = Reference.of(traced).measure(graph_after)
         latency = latency_figures("measured", measured.before, measured.after)
@@ -432,12 +433,14 @@ def replay(
             *traced.notes,
             *unlike_training(traced.graph, seen, "calibration data"),
             *_replayed(plan),
+            *([measured.remark] if measured and measured.remark else []),
         ),
         rewrites=plan.rewrites,
         settings=_settings(dtype, traced, plan.seed, plan.budget),
         metric=plan.metric,
     )
-    return Result(graph_after.gm, plan, report, traced, seen=seen, replayed=True)
+    made = replace(plan, batch=batch_size(traced.flat), opset=traced.opset, recovery=None)
+    return Result(graph_after.gm, made, report, traced, seen=seen, replayed=True)
 
 
 def _replayed(plan: Plan) -> list[str]:

@@ -9,11 +9,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from lrcompile.compile import Prepared, Result, prepare_model, solve
 from lrcompile.errors import BudgetError, InputError
+from lrcompile.graph.graph import Graph
+from lrcompile.graph.verify import is_float
 from lrcompile.planning.budget import DEFAULT_CONFIDENCE, Budget
 from lrcompile.planning.strategies import search, strategy_of
 from lrcompile.planning.strategies.strategy import Strategy
@@ -63,8 +65,7 @@ def tradeoff(
         except BudgetError:  # not as measured, or not by this strategy: no point there
             continue
     prepared.clock.progress("tradeoff", points, points)
-    limit = math.inf if max_error is None else max_error
-    return undominated([result for result in results if _merits(result)[1] <= limit])
+    return undominated([result for result in results if max_error is None or _within(prepared, result, max_error)])
 
 
 def budgets(prepared: Prepared, widest: Budget, points: int) -> list[Budget]:
@@ -85,6 +86,14 @@ def budgets(prepared: Prepared, widest: Budget, points: int) -> list[Budget]:
     ]
     asked = [exact, *(replace(free, speedup=speedup) for speedup in speedups)]
     return asked if widest.max_error is None else [*asked[:-1], widest]
+
+
+def _within(prepared: Prepared, result: Result, max_error: float) -> bool:
+    """Whether a result keeps a limit on the error, which whole numbers of outputs that differ do not."""
+    outputs = prepared.evaluator.reference[0]
+    if _merits(result)[1] > max_error or all(is_float(y) for y in outputs if isinstance(y, Tensor)):
+        return _merits(result)[1] <= max_error
+    return math.isfinite(prepared.evaluator.error(Graph(result.model, prepared.graph.fake_mode)))
 
 
 def undominated(results: Sequence[Result]) -> list[Result]:

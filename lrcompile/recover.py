@@ -10,17 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from lrcompile.compile import Result
 from lrcompile.errors import BudgetError, InputError
 from lrcompile.frontend.calibration_data import CalibrationData
-from lrcompile.graph.graph import Graph, fingerprint
+from lrcompile.graph.graph import Graph, attribute, fingerprint
 from lrcompile.graph.verify import is_float
 from lrcompile.lower.batches import model_batches
 from lrcompile.planning.budget import Budget
 from lrcompile.planning.distribution import entering, unlike_calibration, unlike_training
-from lrcompile.planning.measures import RELATIVE
+from lrcompile.planning.measures import RELATIVE, Measure
 from lrcompile.planning.sensitivity import Evaluator
 from lrcompile.recovery.checkpoint import Checkpoint
 from lrcompile.recovery.lineage import Lineage
@@ -51,13 +51,13 @@ def recover(
 
     `settings` are the fields of `Recovery`: `recover(result, data, minutes=15)`. `labels` [samples, …] are classes of
     the first output, whose last axis they count on. A tenth of the batches is kept out to judge by; what is judged
-    worse than what was there is not kept, and neither is what the user's metric falls by. A training that was stopped
-    goes on where it was when it is started again; `checkpoints` is the folder that it is kept in until then. Where
-    `finished` is given, a training that has ended is kept too and put there, for the caller to drop when all is
-    written: until then, starting again costs nothing. `original` is what it learns from, where that is not what was
-    compiled, and then it is trained whatever was rewritten: a traced graph, of which outputs alone are compared, or a
-    lineage, which says what values inside are the same. Where memory runs out, steps are made of smaller parts, which
-    gives the same up to rounding.
+    worse than what was there is not kept, and neither is what raises the error above the budget's `max_error`, or lets
+    the user's metric fall. A training that was stopped goes on where it was when it is started again; `checkpoints` is
+    the folder that it is kept in until then. Where `finished` is given, a training that has ended is kept too and put
+    there, for the caller to drop when all is written: until then, starting again costs nothing. `original` is what it
+    learns from, where that is not what was compiled, and then it is trained whatever was rewritten: a traced graph, of
+    which outputs alone are compared, or a lineage, which says what values inside are the same. Where memory runs out,
+    steps are made of smaller parts, which gives the same up to rounding.
 
     Raises:
         InputError: the settings, the data or the labels cannot be used.
@@ -87,7 +87,8 @@ def recover(
     attention = lineage.direct and recovery.attention > 0
     apart = [APART] if recovery.attention > 0 and not attention else []
     couple = pair(teacher, fitted, batches[0], lineage.substitutes(student), attention=attention)
-    facts = (fingerprint(teacher.gm), fingerprint(fitted.gm), data.digest, _digest(labels), recovery.to_json())
+    facts = [data.digest, _digest(labels), recovery.to_json(), measure.name if recovery.until is not None else None]
+    facts += [[fingerprint(graph.gm), _constants(graph.gm)] for graph in (teacher, fitted)]
     checkpoint = Checkpoint.of(*facts, folder=checkpoints, outlives=finished is not None)
     if finished is not None:
         finished.append(checkpoint)
@@ -101,6 +102,8 @@ def recover(
         parameter.requires_grad_(parameter.is_floating_point())
         parameter.grad = None
     after = evaluator.error(couple.trained)
+    if recovery.until is None and _breaks(result.plan.budget, before, after):
+        return _as_it_was(result, _rise(measure, before, after))
     figures = {
         "processes": processes.count, "device": trained.device, "seconds": trained.seconds,
         "steps": trained.steps, "epochs": trained.steps / samples.steps_an_epoch,
@@ -161,11 +164,29 @@ def _held_to_metric(before: Result, after: Result) -> Result:
     value = before.metric.value(("recovered", fingerprint(after.model)), lambda: graph)
     allowed = before.metric.least(before.plan.budget.max_drop or 0.0)
     if value < max(known["after"] - known["noise"], allowed):
-        note = f"recovery let the metric fall from {known['after']:.6g} to {value:.6g}: the weights are as they were"
-        return replace(before, report=replace(before.report, notes=[*before.report.notes, note]))
+        return _as_it_was(before, f"recovery let the metric fall from {known['after']:.6g} to {value:.6g}")
     counts = {name: known[name] + 1 for name in ("evaluations", "most_evaluations")}  # this one is not the search's
     metric = known | counts | {"after": value}
     return replace(after, report=replace(after.report, metric=metric), plan=replace(after.plan, metric=metric))
+
+
+def _breaks(budget: Budget, before: float, after: float) -> bool:
+    """Whether training has raised the root of what a budget was asked to limit, and above that limit."""
+    asked = budget.error_limit if budget.max_error is not None else None
+    return asked is not None and after > max(before, asked)
+
+
+def _rise(measure: Measure, before: float, after: float) -> str:
+    return (
+        f"recovery let the {measure.label} rise from {measure.value(before):.3g} to {measure.value(after):.3g} on what "
+        "it is judged by, above what is allowed"
+    )
+
+
+def _as_it_was(result: Result, why: str) -> Result:
+    """What was compiled, with a note that says why it is not what was trained."""
+    note = f"{why}: the weights are as they were"
+    return replace(result, report=replace(result.report, notes=[*result.report.notes, note]))
 
 
 def _unlike(result: Result, data: CalibrationData, batches: Sequence[Sequence[Any]]) -> list[str]:
@@ -198,9 +219,18 @@ def _remarks(kept_step: int, refitted: Sequence[str]) -> Sequence[str]:
     return ["the weights were recovered: the plan replays the rewrites, not the recovery"]
 
 
-def _digest(labels: Tensor | None) -> list[Any] | None:
-    """What tells labels from others."""
-    if labels is None:
+def _constants(gm: fx.GraphModule) -> list[Any]:
+    """What tells the tensors that a fingerprint leaves out from others: those that are not in the state dict."""
+    saved = gm.state_dict()
+    read = ((str(node.target), attribute(gm, str(node.target))) for node in gm.graph.find_nodes(op="get_attr"))
+    found = {name: value for name, value in (*gm.named_buffers(), *read) if isinstance(value, Tensor)}
+    return [[name, _digest(value)] for name, value in sorted(found.items()) if name not in saved]
+
+
+def _digest(tensor: Tensor | None) -> list[Any] | None:
+    """What tells a tensor from others."""
+    if tensor is None:
         return None
-    data = labels.detach().cpu().contiguous()
-    return [list(data.shape), hashlib.sha256(data.view(torch.uint8).numpy().tobytes()).hexdigest()]
+    data = tensor.detach().cpu().contiguous()
+    held = data.flatten().view(torch.uint8).numpy().tobytes()
+    return [list(data.shape), str(data.dtype), hashlib.sha256(held).hexdigest()]

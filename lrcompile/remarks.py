@@ -27,8 +27,7 @@ def remarks(p: Prepared, budget: Budget, choice: Choice, measured: Measured | No
     if p.metric and p.metric.noise:
         found.append(f"two evaluations of the original differ by {p.metric.noise:.2g}, and so much more may be lost")
     if choice.untouched:
-        what = "make the metric fall further than" if budget.max_drop is not None else "round to an error above what is"
-        found.append(f"exact rewrites alone {what} allowed: the model is as it was")
+        found.append(f"{choice.untouched}: the model is as it was")
         return found
     if measured and budget.int8:
         found.append(

@@ -31,7 +31,7 @@ from lrcompile.frontend.trace import Traced
 from lrcompile.planning.budget import Budget, parse_latency, parse_size
 from lrcompile.planning.measures import RELATIVE
 from lrcompile.planning.metric import Evaluation, check_metric
-from lrcompile.planning.plan import Plan
+from lrcompile.planning.plan import Plan, finite
 from lrcompile.plugins import configure, discover, parsed_option, select
 from lrcompile.progressive import Member, members
 from lrcompile.quantization.quantize import RESERVE, Quantization, check_float32
@@ -40,7 +40,7 @@ from lrcompile.recovery.checkpoint import Checkpoint
 from lrcompile.recovery.processes import Processes
 from lrcompile.recovery.settings import Recovery
 from lrcompile.report.plots import check_plottable, plot_calibration, plot_front
-from lrcompile.report.report import Report, finite
+from lrcompile.report.report import Report
 
 if TYPE_CHECKING:  # fitting imports what a compile does without
     from lrcompile.devices.calibrate import Calibration, Progress
@@ -78,7 +78,7 @@ class Request:
     passes: str | None
     options: tuple[str, ...]
     skip: tuple[str, ...]
-    seed: int
+    seed: int | None
     plan: Path | None
     plan_out: Path | None
     report_json: Path | None
@@ -110,10 +110,12 @@ def compile_files(request: Request, progress: Callable[[str, int, int], None]) -
         if path is not None:
             check_writable(path, text=True)
     _check_apart(request, {"--out": request.out, "--plan-out": request.plan_out, "--report-json": request.report_json})
+    _check_opset(request)
     plan = Plan.load(request.plan) if request.plan else None
     _check_replay(request, plan)
-    if plan is not None and request.batch is None and not request.inputs:
-        request = replace(request, batch=plan.batch)
+    if plan is not None:
+        batch = plan.batch if request.batch is None and not request.inputs else request.batch
+        request = replace(request, batch=batch, seed=plan.seed)
     budget, recovery = until_error(_budget(request), _recovery(request), replayed=plan is not None)
     metric = check_metric(None if request.eval is None else Evaluation.load(request.eval), budget, plan)
     _check_quantize(request)
@@ -212,7 +214,14 @@ def family_files(request: Request, progress: Callable[[str, int, int], None]) ->
         if getattr(request, name) is not None:
             option = "--" + name.replace("_", "-")
             raise InputError(f"--progressive sets the sizes, and makes several plans and reports; leave out {option}")
+    _check_opset(request)
     out = Path(request.out)
+    if out.name in ("", ".."):
+        raise InputError(
+            f"cannot write {request.out}: --progressive writes a file or a folder for each size, whose names begin "
+            "with that of --out, and this has none; give a name, such as --out small.onnx"
+        )
+    budget = _budget(replace(request, size=(request.progressive or "").split(",")[0]))  # each member's own is set later
     folders = request.out.endswith("/") or not out.suffix
     stem, ends = (out.name, "/") if folders else (out.stem, out.suffix)
     manifest = out.with_name(f"{stem}.family.json")
@@ -230,7 +239,7 @@ def family_files(request: Request, progress: Callable[[str, int, int], None]) ->
     family: list[Member] = []
     written: list[dict[str, Any]] = []
     made = members(
-        *asked.inputs, sizes=sizes, recovery=recovery, data=data, labels=labels, budget=_budget(request),
+        *asked.inputs, sizes=sizes, recovery=recovery, data=data, labels=labels, budget=budget,
         finished=finished, progress=progress, **asked.options,
     )  # fmt: skip
     for member, path in zip(made, paths, strict=True):
@@ -239,7 +248,7 @@ def family_files(request: Request, progress: Callable[[str, int, int], None]) ->
         quantize = _quantization(request, asked, family[0].result.traced)
         report = member.result.save(path, quantize=quantize, progress=progress)
         more = {"verification": dict(report.verification), "quantization": report.quantization}
-        written.append({**member.to_json(), "file": Path(path).name, **more})
+        written.append({**member.to_json(), "file": Path(path).name, **more, "notes": list(report.notes)})
     figures = {
         "model": request.model,
         "target": asked.options["target"],
@@ -264,14 +273,18 @@ class _Asked:
 
 def _asked(request: Request) -> _Asked:
     found = discover()
-    passes = configure(found.passes, [word for word in request.options if not word.startswith(OF_RECOVERY)])
-    passes = select(passes, request.passes.split(",")) if request.passes else passes
+    words = [word for word in request.options if not word.startswith(OF_RECOVERY)]
+    passes = configure(found.passes, words)
+    passes = passes if request.passes is None else select(passes, request.passes.split(","))
+    for word in words:
+        if word.partition(".")[0].strip() not in {transform.name for transform in passes}:
+            raise InputError(f"--option {word} is of a pass that --passes {request.passes} leaves out; leave out one")
     source = load(request.model, arch=request.arch, trust_pickle=request.trust_pickle)
     calibration = _calibration(request, source, request.calib)
     args, kwargs = _inputs(request, source, calibration)
     options: dict[str, Any] = {"target": request.target or DEFAULT_TARGET, "calibration": calibration, "passes": passes}
-    names = ("skip", "dtype", "batch", "max_rank", "io_rank", "opset", "seed")
-    options |= {name: getattr(request, name) for name in names}
+    names = ("skip", "dtype", "batch", "max_rank", "io_rank", "opset")
+    options |= {name: getattr(request, name) for name in names} | {"seed": request.seed or 0}
     if request.quantize is not None:
         state = source.program.state_dict  # an exported program's is no method
         values = (state() if callable(state) else state).values()
@@ -305,7 +318,7 @@ def _recovery(request: Request) -> Recovery | None:
             raise InputError(f"{name} belongs to a recovery; give --recover STEPS or --recover-minutes MINUTES too")
     if not asked:
         return None
-    settings: dict[str, Any] = {"steps": request.recover, "minutes": request.recover_minutes, "seed": request.seed}
+    settings: dict[str, Any] = {"steps": request.recover, "minutes": request.recover_minutes, "seed": request.seed or 0}
     for word in words:
         option, _, text = word.partition("=")
         settings |= parsed_option(Recovery, "recover", option.strip(), text)
@@ -345,6 +358,11 @@ def _check_replay(request: Request, plan: Plan | None) -> None:
         raise InputError(
             f"the plan was made with --measure {plan.budget.measure}, got --measure {request.measure}; leave it out"
         )
+    if request.seed not in (None, plan.seed):
+        raise InputError(
+            f"the plan was made with --seed {plan.seed}, got --seed {request.seed}; leave it out, or compile without "
+            "--plan"
+        )
     if request.target is not None and not _same_target(request.target, plan.target):
         raise InputError(
             f"the plan was made for --target {plan.target}, got --target {request.target}; leave it out, or compile "
@@ -356,6 +374,15 @@ def _same_target(one: str, other: str) -> bool:
     """Whether two words name one profile, which may be a path."""
     both_paths = one.endswith(".toml") and other.endswith(".toml")
     return one == other or (both_paths and Path(one).resolve() == Path(other).resolve())
+
+
+def _check_opset(request: Request) -> None:
+    """Refuses before the work what has no operators of ONNX."""
+    if request.opset is not None and request.out is not None and not request.out.endswith(".onnx"):
+        raise InputError(
+            f"--opset {request.opset} is a version of ONNX, got --out {request.out}; leave it out, or give --out with "
+            "a name that ends in .onnx"
+        )
 
 
 def _check_quantize(request: Request) -> None:
@@ -404,7 +431,7 @@ def _inputs(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Example inputs: from --input, else from the model's own archive, else the first calibration batch."""
     if request.inputs:
-        return call_inputs(source.program, example_inputs(parse_inputs(request.inputs), request.seed))
+        return call_inputs(source.program, example_inputs(parse_inputs(request.inputs), request.seed or 0))
     if source.args is not None or source.kwargs is not None:
         return source.args or (), source.kwargs or {}
     if calibration is not None:

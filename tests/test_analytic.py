@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import fx, nn
 
-from lrcompile.devices.analytic import AnalyticCostModel, conv_latency_s, turned
+from lrcompile.devices.analytic import AnalyticCostModel, conv_latency_s, gemm_latency_s, turned
 from lrcompile.devices.cost import CostModel
 from lrcompile.devices.device import Engine, Kernels
 from lrcompile.devices.profile import available_devices, load_device
@@ -27,6 +27,7 @@ from lrcompile.graph.op import (
     gemm_op,
 )
 
+V100 = load_device("v100")
 DEVICES = [load_device(name) for name in available_devices()]
 CONV = ConvShape(8, 64, 128, (28, 28), (28, 28), (3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1))
 ATTENTION = AttentionShape(2, 12, 12, 128, 128, 64)
@@ -266,3 +267,16 @@ def test_volumes_have_no_blocked_channels() -> None:
     unit = {"stride": (1, 1, 1), "padding": ((3, 3),) * 3, "dilation": (1, 1, 1)}
     one, eight = (conv_latency_s(device, ConvShape(1, width, 8, **sizes, **unit), "fp32") for width in (1, 8))
     assert one < eight / 6
+
+
+def test_a_hard_maximum_leaves_small_times_as_they_are() -> None:
+    """Powers of seconds would be zero: 1e-6 to the power of 64."""
+    shape, device = GemmShape(64, 64, 64, 1), replace(V100, norm_exponent=110.0)
+    soft, hard = (gemm_latency_s(one, shape, "fp32") - one.launch_s["gemm"] for one in (V100, device))
+    assert 0 < hard < soft < 3 * hard
+
+
+def test_a_fused_addition_is_as_much_slower_in_a_network_as_others() -> None:
+    op = OpDesc("fused", "fp32", 0, 0, 1e6)
+    alone, among = (AnalyticCostModel(d).cost(op).latency_s for d in (V100, replace(V100, network={"slower": 1.5})))
+    assert among == pytest.approx(1.5 * alone)

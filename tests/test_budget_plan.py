@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lrcompile.cli import run
 from lrcompile.errors import InputError, PlanError
 from lrcompile.graph.rewrite import Rewrite
 from lrcompile.planning.budget import DEFAULT_MAX_ERROR, Budget, parse_latency, parse_size
@@ -73,6 +75,17 @@ def test_budgets_that_mean_nothing_are_refused(wrong: dict[str, Any]) -> None:
         Budget(**wrong)
 
 
+@pytest.mark.parametrize("text", ["150%", "1B", "0.5b", "0kb"])
+def test_shares_and_bytes_are_told_apart(text: str) -> None:
+    with pytest.raises(InputError, match="expected a share such as"):
+        parse_size(text)
+
+
+def test_a_metric_is_for_one_strategy() -> None:
+    with pytest.raises(InputError, match="leave out --max-drop, or use milp"):
+        Budget(max_drop=0.1, strategy="beam")
+
+
 def test_which_limits_are_in_force() -> None:
     assert Budget().error_limit == DEFAULT_MAX_ERROR
     assert Budget(max_error=0.0).error_limit == 0.0
@@ -90,6 +103,17 @@ def test_a_plan_is_read_back_as_it_was_written(tmp_path: Path) -> None:
     path.write_text(PLAN.dumps())
     assert Plan.load(path) == PLAN
     assert Plan.load(path).dumps() == PLAN.dumps()
+
+
+def test_a_plan_holds_no_infinity(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    endless: dict[str, Any] = {"recovery": {"steps": 1, "loss": [math.inf, 1.0]}, "metric": {"after": math.nan}}
+    text = replace(PLAN, sites=[{"site": "fc", "error": math.inf}], **endless).dumps()
+    assert json.loads(text, parse_constant=pytest.fail)["recovery"]["loss"] == [None, 1.0]
+    old = tmp_path / "old.json"
+    old.write_text(text.replace('"error": null', '"error": Infinity'))
+    for words in ((), ("fc",)):
+        assert run(["explain", str(old), *words, "--json"]) == 0
+        assert '"error": null' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", "null", '{"schema": 99}', '{"schema": 1}', "\0", "{"])

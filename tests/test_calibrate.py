@@ -27,11 +27,12 @@ from lrcompile.devices.device import Device
 from lrcompile.devices.features import WIDTHS, family, features, width_of
 from lrcompile.devices.fit import with_figures
 from lrcompile.devices.fusion import describe_all
+from lrcompile.devices.measure import local_device
 from lrcompile.devices.measure_torch import TorchCostModel
 from lrcompile.devices.profile import available_devices, load_device
 from lrcompile.devices.profile_text import profile_text
 from lrcompile.devices.residual import NEAREST, Residuals, _surprise, fitted
-from lrcompile.devices.runtimes import cuda_device
+from lrcompile.devices.runtimes import cuda_device, runtime_here
 from lrcompile.devices.sampling import GPU, GPU_WEIGHTS, WEIGHTS, operations, rows
 from lrcompile.errors import DeviceError
 from lrcompile.graph.op import FUNCTIONS, OpDesc, conv_op, gemm_op
@@ -443,6 +444,40 @@ def test_a_gpu_of_another_size_is_scaled(monkeypatch: pytest.MonkeyPatch) -> Non
     assert device.units == 54
     assert device.peak_flops["fp16"] == pytest.approx(a100.peak_flops["fp16"] / 2)
     assert device.provenance["hardware.units"].startswith("assumed (a100, scaled to 54 units)")
+
+
+def test_a_gpu_of_gamers_has_twice_the_lanes_of_an_a100(monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = SimpleNamespace(multi_processor_count=54, major=8, minor=6)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA RTX A4500")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: facts)
+    assert cuda_device().peak_flops["fp32"] == pytest.approx(load_device("a100").peak_flops["fp32"])
+
+
+def test_pytorch_fuses_nothing_and_takes_any_strides() -> None:
+    device = runtime_here("torch").device
+    assert not device.fuses
+    assert device.lacks == local_device().lacks - {"product_bias", "strided_views"}
+
+
+def test_what_fails_is_left_out_of_a_calibration() -> None:
+    clock = Clock()
+    measured = machine(clock)
+
+    def measure(op: OpDesc, visit: int = 0) -> Cost:
+        if op.attention is not None:
+            clock.now += 0.03
+            raise DeviceError("out of memory")
+        return measured(op, visit)
+
+    found = calibrate(X86, measure, 30.0, clock=clock)
+    assert {family(m.op) for m in found.measurements} == set(WEIGHTS) - {"attention"}
+
+    def fail(op: OpDesc, visit: int = 0) -> Cost:
+        clock.now += 0.03
+        raise DeviceError("no such kernel")
+
+    with pytest.raises(DeviceError, match="no such kernel"):
+        calibrate(X86, fail, 10.0, clock=clock)
 
 
 def test_another_runtime_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -160,6 +160,48 @@ def test_another_precision() -> None:
     torch.testing.assert_close(y.float(), net(X)["y"], rtol=0.05, atol=0.05)
 
 
+@pytest.mark.parametrize("archive", [False, True])
+def test_another_precision_is_of_real_numbers_alone(archive: bool) -> None:
+    class Turned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)
+            self.last.weight = self.first.weight
+            self.register_buffer("turn", torch.polar(torch.ones(4), torch.arange(4.0)))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = torch.view_as_complex(self.first(x).float().unflatten(-1, (4, 2))) * self.turn
+            return self.last(torch.view_as_real(y).flatten(-2).to(self.first.weight.dtype))
+
+    net = Turned().eval()
+    given = torch.export.export(net, (X,)) if archive else net
+    program = prepare(given, (X,), {}, "bf16", None)[0]
+    assert isinstance(program, nn.Module)
+    assert [(p.dtype, p.numel()) for p in program.parameters()] == [(torch.bfloat16, 64)]  # tied weights stay one
+    assert torch.equal(dict(program.named_buffers())["turn"], net.turn)
+
+
+def test_inputs_keep_their_precision_where_the_model_takes_it() -> None:
+    class Clock(nn.Module):
+        def __init__(self, stem: nn.Module) -> None:
+            super().__init__()
+            self.stem, self.head, self.drop = stem, nn.Linear(4, 16), nn.Dropout()
+
+        def forward(self, x: Tensor, seconds: Tensor) -> Tensor:
+            age = (seconds - 1.7e9).float()
+            return self.head(self.drop(self.stem(x).float()) + age)
+
+    seconds = torch.full((4, 1), 1.7e9, dtype=torch.float64) + torch.arange(4).unsqueeze(1)
+    net = Clock(nn.Linear(8, 4).half()).train()
+    for dtype in (None, "fp32"):  # a plan says the second
+        _, args, _, own = prepare(net, (X.half(), seconds), {}, dtype, None)
+        assert (args[0].dtype, args[1].dtype, own) == (torch.float16, torch.float64, "fp32")
+    assert net.drop.training
+    same(as_given(net.eval(), X.half(), seconds)(X.half(), seconds), net(X.half(), seconds))
+    assert prepare(nn.Linear(8, 8), (X.double(),), {}, None, None)[1][0].dtype == torch.float32
+    assert prepare(net, (X.half(), seconds), {}, "bf16", None)[1][1].dtype == torch.bfloat16
+
+
 class Video(nn.Module):
     def __init__(self) -> None:
         super().__init__()

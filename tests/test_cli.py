@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -226,6 +228,9 @@ BAD: list[tuple[tuple[str, ...], int, str]] = [
     (("model.pt", "--target", "v10"), 2, "v100"),
     (("model.pt", "--passes", "low-rank-liner"), 2, "low-rank-linear"),
     (("model.pt", "--opset", "17"), 2, "expected 18 to 23"),
+    (("model.pt", "--passes", ""), 2, "unknown pass ''"),
+    (("model.pt", "--passes=-low-rank-conv", "--option", "low-rank-conv.pairs=3"), 2, "-low-rank-conv leaves out"),
+    (("model.pt", "--eval", "user_net:build", "--max-drop", "0.1", "--strategy", "beam"), 2, "or use milp"),
     (("model.pt", "--option", "low-rank-conv.pears=3"), 2, "did you mean 'pairs'"),
     (("model.pt", "--skip", "nope.*"), 2, "up"),
     (("model.pt", "--tagret", "v100"), 2, "--target"),
@@ -269,6 +274,14 @@ def test_bad_usage_is_one_sentence_and_leaves_nothing(
     assert Path("out.onnx").read_bytes() == b"precious"
 
 
+@pytest.mark.parametrize("out", ["m.pt2", "folder", "m.onnx/"])
+def test_an_opset_is_of_onnx(cwd: Path, capsys: pytest.CaptureFixture[str], out: str) -> None:
+    code, _, err = call(capsys, "model.pt", "--opset", "23", "--out", out)
+    assert code == 2
+    assert f"--opset 23 is a version of ONNX, got --out {out}" in err
+    assert not made(cwd)
+
+
 @pytest.mark.parametrize("out", ["no/such/folder/m.onnx", "m.tflite", "calib.npz/m.onnx"])
 def test_outputs_that_cannot_be_written_are_refused_first(
     cwd: Path, capsys: pytest.CaptureFixture[str], out: str, monkeypatch: pytest.MonkeyPatch
@@ -280,23 +293,36 @@ def test_outputs_that_cannot_be_written_are_refused_first(
     assert not made(cwd)
 
 
-@pytest.mark.parametrize("stage", ["trace", "price", "choose", "emit"])
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def terminate() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize(
+    ("stage", "stopped"),
+    [("trace", interrupt), ("price", interrupt), ("choose", interrupt), ("emit", interrupt), ("emit", terminate)],
+)
 def test_interrupt_leaves_nothing(
-    cwd: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, stage: str
-) -> None:
-    """Ctrl-C in the middle of the work: one line, exit code 130, no output and no temporary file."""
+    cwd: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, stage: str,
+    stopped: Callable[[], None],
+) -> None:  # fmt: skip
+    """Ctrl-C or SIGTERM in the middle of the work: one line, exit code 130, no output and no temporary file."""
     Path("out.onnx").write_bytes(b"precious")
     before = made(cwd)
 
     def interrupted(self: ProgressDisplay, at: str, done: int, total: int) -> None:
         if at == stage:
-            raise KeyboardInterrupt
+            stopped()
 
     monkeypatch.setattr(ProgressDisplay, "__call__", interrupted)
     monkeypatch.setattr(sys, "argv", ["lrcompile", "user_net:build_with_inputs", "--out", "out.onnx"])
     with pytest.raises(SystemExit) as stop:
         main()
     assert stop.value.code == 130
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     assert capsys.readouterr().err.strip() == "lrcompile: interrupted; what was not finished was not written"
     assert made(cwd) == before
     assert Path("out.onnx").read_bytes() == b"precious"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from importlib import import_module
 
 import pytest
 import torch
@@ -262,3 +263,19 @@ def test_groups_are_halved_no_more_often_than_allowed() -> None:
     assert len(asked) == 9
     assert worthwhile((), ratio, 0.9, trials=9) == ()
     assert worthwhile(tuple(range(8)), lambda group: 1.2 if 5 in group else 0.5, 0.9, trials=9) == (0, 1, 2, 3, 4, 6, 7)
+
+
+def test_a_replay_says_that_the_machine_was_busy(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Busy:
+        @classmethod
+        def of(cls, traced: object) -> Busy:
+            return cls()
+
+        def measure(self, graph: Graph) -> Measured:
+            return Measured(Cost(1.0), Cost(1.0), remark="the machine was busy")
+
+    net, x = nn.Linear(8, 8), torch.randn(4, 8)
+    plan = lrcompile.compile(net, (x,), target="v100").plan
+    monkeypatch.setattr(import_module("lrcompile.compile"), "Reference", Busy)
+    result = lrcompile.replay(net, (x,), plan=replace(plan, target="local"))
+    assert "the machine was busy" in result.report.notes

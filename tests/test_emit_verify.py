@@ -10,9 +10,9 @@ import torch
 from onnx import TensorProto, helper
 from torch import nn
 
-from lrcompile.emit.verify import onnx_error, torch_error
+from lrcompile.emit.verify import emitted_error, onnx_error, torch_error
 from lrcompile.errors import VerificationError
-from lrcompile.frontend.trace import resized, trace
+from lrcompile.frontend.trace import at_other_batch, resized, run, trace
 from lrcompile.graph.verify import relative_error
 
 INF, NAN = math.inf, math.nan
@@ -67,8 +67,35 @@ def test_resized_rows_differ_and_stay_within_the_values() -> None:
     assert resized(torch.tensor([[1, 2, 3]]), 3).tolist() == [[1, 2, 3], [3, 1, 2], [2, 3, 1]]
     assert resized(torch.tensor([[1, 2], [3, 4]]), 3).tolist() == [[1, 2], [3, 4], [2, 1]]
     assert resized(torch.tensor([5]), 3).tolist() == [5, 5, 5]
+    assert resized(torch.tensor([[1, 2]]), 2, rolls=False).tolist() == [[1, 2], [1, 2]]
     assert resized(torch.tensor(5), 3).item() == 5
     assert resized(None, 3) is None
+
+
+class Rating(nn.Module):
+    """Looks a user and an item up, each in a table of its own length; one input of both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.user, self.item = nn.Embedding(1000, 4), nn.Embedding(50, 4)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.user(ids[:, 0]) + self.item(ids[:, 1])
+
+
+class Root(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x[:, 1:].sqrt()
+
+
+def test_rows_of_another_batch_are_rolled_where_the_model_takes_that() -> None:
+    ids = torch.tensor([[900, 3]])
+    gm = trace(Rating().eval(), (ids,)).graph.gm
+    assert at_other_batch(gm, (ids,), 1)[0].tolist() == [[900, 3]] * 3
+    assert emitted_error(lambda flat: run(gm, flat), gm, (ids,), dynamic_batch=True) == 0.0
+    x = torch.tensor([[-1.0, 4.0]])
+    assert at_other_batch(trace(Root(), (x,)).graph.gm, (x,), 1)[0].tolist() == [[-1.0, 4.0]] * 3
+    assert at_other_batch(trace(nn.ReLU(), (x,)).graph.gm, (x,), 1)[0].tolist() == [[-1, 4], [4, -1], [-1, 4]]
 
 
 def reshaped(shape: list[int], rows: str | int) -> bytes:

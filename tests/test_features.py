@@ -6,8 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import onnx
-import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
@@ -15,6 +13,7 @@ from lrcompile.devices.features import features, in_blocks
 from lrcompile.devices.measure import local_device
 from lrcompile.devices.profile import load_device
 from lrcompile.graph.op import ConvShape, conv_op, gemm_op
+from tests.optimised import optimised
 
 SHAPE = ConvShape(1, 8, 8, (16, 16), (16, 16), (3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1))
 BLOCK = local_device().alignment_conv["fp32"]
@@ -32,12 +31,7 @@ def is_laid_out(shape: ConvShape, folder: Path) -> bool:
     x, z = (helper.make_tensor_value_info(name, TensorProto.FLOAT, size) for name, size in sizes)
     graph = helper.make_graph(nodes, "one", [x], [z], [numpy_helper.from_array(weight, "w")])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    options = ort.SessionOptions()
-    options.optimized_model_filepath = str(folder / "optimized.onnx")
-    options.log_severity_level = 4
-    ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    optimized = onnx.load(options.optimized_model_filepath)
-    return any(node.op_type == "Conv" and "nchwc" in node.domain for node in optimized.graph.node)
+    return any(node.op_type == "Conv" and "nchwc" in node.domain for node in optimised(model, folder).graph.node)
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4, 12, 20, 32])

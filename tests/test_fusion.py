@@ -7,8 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import onnx
-import onnxruntime as ort
 import pytest
 import torch
 from torch import Tensor, nn
@@ -19,8 +17,8 @@ from lrcompile.devices.cost import Cost, total
 from lrcompile.devices.device import FUSIONS
 from lrcompile.devices.fusion import describe_all
 from lrcompile.devices.profile import load_device
-from lrcompile.emit.onnx import to_onnx
 from lrcompile.frontend.trace import Traced, trace
+from tests.optimised import operators
 
 ALL = frozenset(FUSIONS)
 X86, X86_LACKS = load_device("x86-ort").fuses, load_device("x86-ort").lacks
@@ -236,7 +234,7 @@ class Gated(nn.Module):
 def test_onnx_runtime_fuses_what_the_profile_of_x86_says(traced: Traced, tmp_path: Path) -> None:
     ops = describe_all(traced.graph.gm, X86, X86_LACKS).values()
     left = sum(op.kind not in ("fused", "view") for op in ops)
-    kinds = optimised(traced, tmp_path)
+    kinds = operators(traced, tmp_path)
     copies = sum(kinds[kind] for kind in ("ReorderInput", "ReorderOutput", "Squeeze"))
     assert sum(kinds.values()) - copies == left, kinds
 
@@ -299,7 +297,7 @@ def test_onnx_runtime_has_what_the_profile_of_x86_lacks(
     kinds = Counter(op.kind for op in ops if op.label != "getattr")
     assert kinds["movement"] == movements
     assert kinds["view"] >= views
-    found = optimised(traced, tmp_path)
+    found = operators(traced, tmp_path)
     copies = sum(found[kind] for kind in ("ReorderInput", "ReorderOutput", "Reshape"))
     assert sum(found.values()) - copies == sum(op.kind not in ("fused", "view") for op in ops), found
 
@@ -324,15 +322,3 @@ def test_what_stays_together_in_a_transpose(axes: tuple[int, ...], run: int) -> 
     (op,) = (op for op in describe_all(gm).values() if op.function == "transpose")
     assert op.row == run
     assert op.activation_bytes == (0 if run == 5040 else 8 * 5040)
-
-
-def optimised(traced: Traced, folder: Path) -> Counter[str]:
-    """The operators that ONNX Runtime makes of a model."""
-    model = to_onnx(
-        traced.graph.gm, traced.args, traced.kwargs,
-        input_names=traced.input_names, output_names=traced.output_names, open_axes=traced.open_axes,
-    )  # fmt: skip
-    options = ort.SessionOptions()
-    options.optimized_model_filepath, options.log_severity_level = str(folder / "optimised.onnx"), 4
-    ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    return Counter(node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node)

@@ -269,6 +269,30 @@ def test_a_model_that_makes_much_of_rounding(monkeypatch: pytest.MonkeyPatch) ->
         lrcompile.compile(model, x, target="rpi5", dtype="bf16", budget=Budget(max_error=0.05), passes=passes)
 
 
+class Stem(nn.Module):
+    """A block in half precision, a batch norm or two layers, before more in single precision."""
+
+    def __init__(self, block: nn.Module, width: int) -> None:
+        super().__init__()
+        self.block, self.head = block.half(), nn.Linear(width, 512)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.block(x).float().flatten(1))
+
+
+@pytest.mark.parametrize("kind", ["fold-batch-norm", "compose-linear"])
+def test_exact_rewrites_of_a_block_in_half_precision(kind: str) -> None:
+    norm = nn.BatchNorm2d(8)
+    nn.init.uniform_(norm.running_var, 0.5, 2.0)
+    pair = nn.Sequential(nn.Linear(256, 512), nn.Linear(512, 16))
+    folds = nn.Sequential(nn.Conv2d(3, 8, 3), norm)
+    block, x = (folds, images()) if kind == "fold-batch-norm" else (pair, torch.randn(64, 256))
+    model = Stem(block, block(x).flatten(1).shape[1]).eval()
+    result = lrcompile.compile(model, (x.half(),), target="rpi5", budget=Budget(max_error=0.05))
+    assert result.plan.rewrites[-1].pass_name == kind
+    assert 1e-5 < result.report.error["measured"] < 2e-3
+
+
 class Twins(Map):
     """Classes of two layers that can be merged, which rounds anew."""
 

@@ -55,11 +55,11 @@ def test_the_splits_are_those_of_their_seed() -> None:
 
 
 def test_a_step_beside_the_alignment_costs_what_was_measured() -> None:
-    """Products of an odd width take five to nine times as long, so that ranks have to be multiples of eight."""
+    """Products of an odd width take five to ten times as long, so that ranks have to be multiples of eight."""
     model = AnalyticCostModel(H200)
     prices = [model.cost(op_of(["gemm", "bf16", [8192, n, 2048, 1, "TN"], True])).latency_s for n in (511, 512, 513)]
-    assert 2 < prices[0] / prices[1] < 8
-    assert 2 < prices[2] / prices[1] < 12
+    assert 5 < prices[0] / prices[1] < 10
+    assert 5 < prices[2] / prices[1] < 10
 
 
 @pytest.mark.slow

@@ -39,7 +39,7 @@ MAY_IMPORT = {
     "quantization": "errors graph devices frontend emit planning report confirm",
     "compile": "errors cache graph devices frontend lower emit passes plugins planning.store planning report confirm "
     "remarks quantization",
-    "front": "errors planning compile",
+    "front": "errors graph planning compile",
     "recovery": "errors memory cache graph",
     "recover": "errors memory graph frontend lower planning recovery compile",
     "progressive": "errors frontend graph planning report recovery compile recover",
@@ -49,7 +49,7 @@ MAY_IMPORT = {
     "__main__": "cli",
     "lrcompile": "errors graph devices frontend passes plugins planning report quantization compile front recovery "
     "recover progressive",
-    "lrcompile_passes": "graph planning.decompose passes",  # what a plugin may know
+    "lrcompile_passes": "errors graph planning.decompose passes",  # what a plugin may know
 }
 
 # A cycle that import time does not see: the rewriter infers shapes, which a graph knows, inside a function.

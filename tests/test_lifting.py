@@ -133,3 +133,19 @@ def test_a_decoder_layer_is_cut() -> None:
     result = lrcompile.compile(model, (x, memory), target="rpi5", budget=Budget(size=0.7))
     assert any("multihead_attn" in site for rewrite in result.plan.rewrites for site in rewrite.site)
     assert result.report.model["weight_bytes_after"] <= 0.7 * result.report.model["weight_bytes_before"]
+
+
+def test_a_batch_norm_of_more_axes_than_there_are_modules_for() -> None:
+    class Wide(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm3d(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            n = self.norm
+            return functional.batch_norm(n(x).unsqueeze(-1), n.running_mean, n.running_var, n.weight, n.bias)
+
+    model, x = Wide().eval(), torch.randn(2, 3, 2, 2, 2)
+    graph = trace(model, (x,)).graph
+    assert [site.path for site in graph.modules_of(nn.BatchNorm3d)] == ["norm"]
+    torch.testing.assert_close(run(graph.gm, [x])[0], model(x))

@@ -259,6 +259,26 @@ def test_fixed_batch() -> None:
     assert rank_of(to_rank(traced, 4, 4, 1e-5).graph) <= 4
 
 
+def test_half_precision_may_differ_by_what_rounding_does() -> None:
+    model, x = nn.Sequential(nn.Conv3d(4, 8, 3), nn.Conv3d(8, 4, 3)).eval(), torch.randn(2, 4, 5, 6, 6)
+    with pytest.raises(VerificationError, match="lowered to rank 4 differs"):
+        to_rank(trace(model, (x,)), 4, None, 1e-9)
+    half = trace(model.half(), (x.half(),))
+    assert rank_of(to_rank(half, 4, None, 1e-9).graph, inside=True) <= 4
+
+
+def test_indices_of_another_batch_stay_in_their_tables() -> None:
+    class Rated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.users, self.items, self.conv = nn.Embedding(9, 8), nn.Embedding(4, 8), nn.Conv3d(1, 2, 1)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.conv((self.users(ids[:, 0]) + self.items(ids[:, 1])).reshape(-1, 1, 2, 2, 2))
+
+    assert rank_of(to_rank(trace(Rated(), (torch.tensor([[8, 3]]),)), 4, 4, 1e-5).graph) <= 4
+
+
 class Odd(nn.Module):
     """A layer, and something after it that has no form of rank 4."""
 

@@ -54,6 +54,20 @@ def test_random_models_are_refused() -> None:
         lrcompile.compile(Net(lambda y: y + torch.rand_like(y)), (X,), target="v100")
 
 
+@pytest.mark.parametrize(
+    ("use", "operator"),
+    [
+        (lambda y: y[y > 0].sum()[None], "aten.index.Tensor"),
+        (lambda y: y.nonzero().float().sum()[None], "aten.nonzero.default"),
+        (lambda y: torch.masked_select(y, y > 0).sum()[None], "aten.masked_select.default"),
+        (lambda y: y * (y > 0).sum().item(), "aten.item.default"),
+    ],
+)
+def test_sizes_that_depend_on_values_are_refused(use: Callable[[torch.Tensor], torch.Tensor], operator: str) -> None:
+    with pytest.raises(InputError, match=f"^0: {operator} makes sizes or numbers of the values that it gets"):
+        lrcompile.compile(nn.Sequential(Net(use)), (X,), target="v100")
+
+
 def test_constant_outputs() -> None:
     assert lrcompile.compile(Net(torch.zeros_like), (X,), target="v100").report.error["measured"] == 0.0
 

@@ -185,6 +185,12 @@ def test_options_are_set_by_words() -> None:
         ("remove-identity.pairs=1", "available: none"),
         ("merge-pointwise.through=dorp", "expected one of '', 'drop', 'move', got 'dorp'"),
         ("low-rank-conv.pairs=many", "expected a whole number, got 'many'"),
+        ("low-rank-conv.pairs=0", "low-rank-conv.pairs is 0; expected 1 or more: give --option low-rank-conv.pairs=1"),
+        ("merge-pointwise.pairs=-1", "merge-pointwise.pairs is -1; expected 1 or more"),
+        ("branch-tucker.pairs=0", "branch-tucker.pairs is 0; expected 1 or more"),
+        ("branch-tucker.groups=2,0", "branch-tucker.groups is 0; expected 1 or more"),
+        ("low-rank-embedding.smoothing=-5", "low-rank-embedding.smoothing is -5.0; expected 0 or more"),
+        ("low-rank-embedding.smoothing=nan", "low-rank-embedding.smoothing is nan; expected 0 or more"),
         ("factorize-conv3d.parallel=maybe", "expected one of 'true', 'false', got 'maybe'"),
     ],
 )

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 from torch.fx import Interpreter
 
@@ -19,6 +20,7 @@ from lrcompile.errors import BudgetError, InputError
 from lrcompile.planning.decompose import spectrum
 from lrcompile.recovery.lineage import Lineage
 from lrcompile.recovery.train import _Training
+from lrcompile.report.terminal import print_family
 from tests.panel import randomise
 from tools.bench_planner import macs_target
 
@@ -103,7 +105,9 @@ def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     manifest = json.loads(Path("small.family.json").read_text())
     assert [member["file"] for member in manifest["members"]] == ["small-0.7.onnx", "small-0.5.onnx"]
     assert [member["parent"] for member in manifest["members"]] == [1.0, 0.7]
+    assert shown.out.count("the weights were recovered") == 1
     for member in manifest["members"]:
+        assert any("the weights were recovered" in note for note in member["notes"])
         assert Path(member["file"]).exists()
         assert member["verification"]["onnx_vs_torch"] < 1e-4
     for words, says in (
@@ -111,6 +115,8 @@ def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
         (["--progressive", "0.5,0.7", "--out", "x.onnx", "--recover", "5"], "expected falling shares"),
         (["--progressive", "0.5", "--out", "x.onnx", "--recover", "5", "--size", "0.5"], "leave out --size"),
         (["--progressive", "half", "--out", "x.onnx", "--recover", "5"], "expected a share"),
+        (["--progressive", "0.5", "--out", "./", "--recover", "5"], "cannot write ./: --progressive writes a file"),
+        (["--progressive", "0.5", "--out", "..", "--recover", "5"], "give a name, such as --out small.onnx"),
     ):
         assert run([*common, *words]) == 2
         assert says in " ".join(capsys.readouterr().err.split())
@@ -245,3 +251,39 @@ def test_later_members_learn_values_inside_and_are_fitted_anew() -> None:
     assert figures[1] is not None
     assert figures[1]["values_inside"] > figures[0]["values_inside"] > 0
     assert figures[1]["refitted"]
+
+
+def member_of(size: float, notes: list[str]) -> dict[str, Any]:
+    latency, int8 = {"after": 1.0, "kind": "analytic"}, {"written": "int8"}
+    return {
+        "size": size, "parent": 1.0, "weight_bytes": 1e6, "operations": 3, "latency_ms": latency, "recovery": None,
+        "error": {"measured": 0.1}, "file": f"m-{size}.onnx", "quantization": int8, "notes": notes,
+    }  # fmt: skip
+
+
+def test_what_holds_for_all_members_is_noted_once(capsys: pytest.CaptureFixture[str]) -> None:
+    made = [member_of(0.7, ["of all", "of one"]), member_of(0.5, ["of all"])]
+    print_family(Console(width=160), {"members": made, "notes": ["of plugins"], "manifest": "m.family.json"})
+    text = capsys.readouterr().out
+    assert "m-0.7.onnx (int8)" in text
+    assert "size 0.7  of one" in text
+    assert [line.split(maxsplit=1)[1] for line in text.splitlines() if line.startswith("note")] == [
+        "of plugins",
+        "of all",
+    ]
+
+
+def test_a_measure_needs_no_limit_beside_sizes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.export.save(torch.export.export(net(), (torch.randn(8, WIDTH),)), "net.pt2")
+    np.savez("calib.npz", x=torch.randn(64, WIDTH).numpy())
+
+    def reached(*given: Any, budget: Budget, **options: Any) -> None:
+        raise InputError(f"in {budget.measure}")
+
+    monkeypatch.setattr("lrcompile.session.members", reached)
+    words = "net.pt2 --calib calib.npz --progressive 0.7,0.5 --recover 5 --measure kl --out s.onnx"
+    assert run(words.split()) == 2
+    assert capsys.readouterr().err == "lrcompile: in kl\n"

@@ -21,7 +21,7 @@ import lrcompile
 from lrcompile import Budget, Quantization, calibration_from
 from lrcompile.cli import run
 from lrcompile.emit.int8 import STATIC, Quantizable, Quantizer, quantizable
-from lrcompile.errors import InputError, VerificationError
+from lrcompile.errors import BudgetError, InputError, VerificationError
 from lrcompile.planning.measures import MEASURES, OF_FLOATS
 from lrcompile.quantization import quantize as decisions
 from lrcompile.quantization.layers import LayerSearch
@@ -175,14 +175,10 @@ def test_the_whole_error_counts_and_the_rewrites_leave_room(tmp_path: Path) -> N
     assert Budget(max_error=0.1, reserve=0.5).error_limit == pytest.approx(0.1 / 2**0.5)
     assert Budget(max_error=0.1, reserve=0.5, measure="kl").whole_limit == pytest.approx(0.1**0.5)
     result, given = compiled(Mlp, 0.2)
-    louder = compiled(Louder)[0].traced  # so that the rewrites seem to have taken all of the budget
-    report = result.save(tmp_path / "out.onnx", quantize=Quantization(given, original=louder))
-    figures = report.quantization
-    assert figures is not None
-    assert figures["written"] == "float"
-    assert figures["error"] is None
-    assert operations(tmp_path / "out.onnx")["MatMulInteger"] == 0
-    assert any("over 0.2" in note and "float model is written" in note for note in report.notes)
+    louder = compiled(Louder)[0].traced  # so that the rewrites seem to have taken more than the budget
+    with pytest.raises(BudgetError, match=r"over 0\.2 .*float model has a relative output error of 0\.\d+ itself"):
+        result.save(tmp_path / "out.onnx", quantize=Quantization(given, original=louder))
+    assert not list(tmp_path.iterdir())
     loose = Quantization(given, max_error=1.0, original=louder)
     wider = result.save(tmp_path / "out.onnx", quantize=loose).quantization
     assert wider is not None

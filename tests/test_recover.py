@@ -22,6 +22,7 @@ from lrcompile import Budget, Recovery, Result
 from lrcompile.cli import run
 from lrcompile.errors import InputError
 from lrcompile.recovery import train as training
+from lrcompile.recovery.checkpoint import Checkpoint
 from lrcompile.recovery.loss import Loss
 from lrcompile.recovery.optimise import Masters, RunningMean, centralise
 from lrcompile.recovery.pair import Pair, _moved, independent
@@ -112,6 +113,28 @@ def test_a_damaged_checkpoint_is_as_none(compiled: Result, tmp_path: Path, monke
     file.write_bytes(file.read_bytes()[:100])
     whole = recovered(compiled, tmp_path / "other")
     assert same(weights(whole), weights(recovered(compiled, tmp_path)))
+
+
+def test_a_cache_that_cannot_be_used_costs_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    below = Checkpoint(tmp_path / "file" / "a.pt")
+    below.save({"step": 1})
+    below.drop()
+
+    def closed(path: Path) -> bool:
+        raise PermissionError(path)
+
+    monkeypatch.setattr(Path, "is_file", closed)
+    assert below.load() is None
+
+
+def test_what_a_killed_write_left_is_removed_in_time(tmp_path: Path) -> None:
+    old, new = tmp_path / "old.tmp", tmp_path / "new.tmp"
+    for path in (old, new):
+        path.write_text("")
+    os.utime(old, (0, 0))
+    Checkpoint(tmp_path / "a.pt").save({"step": 1})
+    assert {path.name for path in tmp_path.iterdir()} == {"a.pt", "new.tmp"}
 
 
 # --------------------------------------------------------------------------------------------- what is compared

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import lrcompile
 from lrcompile import Budget, Result
 from lrcompile.cli import run
 from lrcompile.planning.sensitivity import Evaluator
+from lrcompile.recovery.checkpoint import Checkpoint
 from tests.recovered import WIDTH, data, net
 
 
@@ -106,6 +108,55 @@ def test_what_the_metric_falls_by_is_not_kept(tmp_path: Path, monkeypatch: pytes
     assert after.model is before.model
     assert after.report.metric == before.report.metric
     assert any("recovery let the metric fall from" in note for note in after.report.notes)
+
+
+def test_an_error_alone_holds_after_a_training_too(split: Result, tmp_path: Path) -> None:
+    """Labels of other classes than the model's: the loss falls, and the error rises."""
+    limit = figures(recovered(split, tmp_path, steps=0))["error"][0] * 1.01
+    before = replace(split, plan=replace(split.plan, budget=Budget(max_error=limit)))
+    with torch.no_grad():
+        others = (torch.cat([net()(batch["x"]) for batch in data().batches]).argmax(-1) + 1) % 5
+    wrong: dict[str, Any] = {"labels": others, "teacher": 0.0, "steps": 60}
+    after = recovered(before, tmp_path, **wrong)
+    assert after.model is before.model
+    assert after.report.error == before.report.error
+    assert any("recovery let the relative output error rise from 0." in note for note in after.report.notes)
+    for taken in (split, replace(split, plan=replace(split.plan, budget=Budget()))):  # nothing was asked of the error
+        assert figures(recovered(taken, tmp_path, **wrong))["error"][1] > limit
+
+
+def kept_in(result: Result, tmp_path: Path) -> Path:
+    """The file of a training that has nothing to do."""
+    found: list[Checkpoint] = []
+    lrcompile.recover(result, data(), checkpoints=tmp_path, finished=found, steps=0, until=10.0, refit=False)
+    return found[0].path
+
+
+def test_what_is_limited_tells_a_training_from_others(split: Result, tmp_path: Path) -> None:
+    in_kl = replace(split, plan=replace(split.plan, budget=Budget(size=0.6, measure="kl")))
+    assert kept_in(split, tmp_path) != kept_in(in_kl, tmp_path)
+
+
+class Shifted(nn.Module):
+    """Adds what no state dict holds."""
+
+    def __init__(self, shift: float) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.down = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.register_buffer("shift", torch.tensor(shift), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.maximum(self.up(x), self.shift))
+
+
+def test_constants_tell_a_training_from_others(tmp_path: Path) -> None:
+    x = torch.randn(8, WIDTH)
+    one, other = (
+        lrcompile.compile(Shifted(shift).eval(), (x,), target="rpi5", budget=Budget(size=0.6)) for shift in (0.0, 1e-3)
+    )
+    assert (one.plan.fingerprint, one.plan.rewrites) == (other.plan.fingerprint, other.plan.rewrites)
+    assert kept_in(one, tmp_path) == kept_in(one, tmp_path) != kept_in(other, tmp_path)
 
 
 @pytest.fixture

@@ -11,7 +11,18 @@ import torch
 
 from tools import recover_heads
 from tools.fetch_data import DataMissing, ensure
-from tools.recover_heads import CLAIMED, VARIANTS, Recovery, SmallViT, Task, grouped, page, recover, trained_base
+from tools.recover_heads import (
+    CLAIMED,
+    VARIANTS,
+    Recovery,
+    SmallViT,
+    Task,
+    grouped,
+    mean,
+    page,
+    recover,
+    trained_base,
+)
 
 
 @pytest.fixture
@@ -78,9 +89,9 @@ def test_page_says_which_readings_hold() -> None:
 
 
 @functools.cache
-def recovered(name: str, start: str, teacher: str) -> Recovery:
-    """A variant after an epoch, from the base of the first seed, which is trained if it is not in the cache."""
-    return recover(_fashion(), name, start, 0, teacher)
+def recovered(name: str, start: str, teacher: str, seed: int = 0) -> Recovery:
+    """A variant after an epoch, from the base of a seed, which is trained if it is not in the cache."""
+    return recover(_fashion(), name, start, seed, teacher)
 
 
 @functools.cache
@@ -101,11 +112,15 @@ def fashion(one_thread: None) -> None:
 @pytest.mark.usefixtures("fashion")
 @pytest.mark.parametrize("name", CLAIMED)
 def test_an_epoch_brings_grouped_heads_near_the_base(name: str) -> None:
-    """From the base's own scores; on labels GQA-3 stays 0.2 points short: see docs/recovery.md."""
-    found = recovered(name, "mean", "base")
-    print(f"{name}: base {found.base:.2f} %, untrained {found.before:.2f} %, after an epoch {found.after:.2f} %")
-    assert found.base > 88
-    assert found.after >= found.base - CLAIMED[name]
+    """From the base's own scores, on average of three seeds: one accuracy has a standard error of 0.3 points.
+
+    On labels GQA-3 stays 0.2 points short: see docs/recovery.md.
+    """
+    seeds = [recovered(name, "mean", "base", seed) for seed in range(3)]
+    for found in seeds:
+        print(f"{name}: base {found.base:.2f} %, untrained {found.before:.2f} %, after an epoch {found.after:.2f} %")
+        assert found.base > 88
+    assert mean(found.after - found.base for found in seeds) >= -CLAIMED[name]
 
 
 @pytest.mark.slow

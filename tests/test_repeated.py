@@ -42,6 +42,7 @@ from lrcompile.graph.op import (
     gemm_op,
     recurrent_op,
 )
+from tests.optimised import optimised
 
 X86 = load_device("x86-ort")
 CONV = ConvShape(2, 16, 32, (9, 9), (5, 5), (3, 3), (2, 2), ((1, 1), (1, 1)), (1, 1))
@@ -88,11 +89,8 @@ def test_convolutions_of_images_stay_in_blocks(name: str, tmp_path: Path) -> Non
     """However often they run, values are laid out once and restored once, and each is one kernel."""
     graph = repeated(OPS[name], 5)
     assert graph is not None
-    options = session_options()
-    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
-    model = lower_region(graph, dynamic_batch=False).model().SerializeToString()
-    ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    found = Counter(node.op_type for node in onnx.load(tmp_path / "optimised.onnx").graph.node)
+    model = optimised(lower_region(graph, dynamic_batch=False).model(), tmp_path)
+    found = Counter(node.op_type for node in model.graph.node)
     assert found == {"Conv": 5, "ReorderInput": 1, "ReorderOutput": 1, "MatMul": 1}
 
 
@@ -123,6 +121,24 @@ def test_as_many_bytes_are_moved_as_described(function: Function) -> None:
     read = sum(value.numel() for value in values if value.numel() >= op.row)
     moved = read if function == "reduce" else read + sum(results)
     assert 4 * moved == pytest.approx(op.weight_bytes + op.activation_bytes, rel=0.01)
+
+
+def test_every_transpose_moves_something() -> None:
+    drawn = [op for op in islice(operations(1), 3000) if op.function == "transpose"]
+    assert {1} < {op.row for op in drawn}
+    for op in drawn:
+        graph = repeated(op, 1)
+        assert graph is not None
+        moved = [node for node in graph.graph.nodes if node.target is torch.ops.aten.transpose.int]
+        assert [min(node.args[0].meta["val"].shape[:2]) > 1 for node in moved] == [True]
+
+
+def test_a_norm_of_a_sum_is_measured_as_one(tmp_path: Path) -> None:
+    op = next(op for op in operations(1) if family(op) == "skip_layer_norm" and op.activation_bytes < 1e5)
+    graph = repeated(op, 2)
+    assert graph is not None
+    model = optimised(lower_region(graph, dynamic_batch=False).model(), tmp_path)
+    assert Counter(node.op_type for node in model.graph.node) == {"MatMul": 1, "SkipLayerNormalization": 2}
 
 
 def test_alone_there_is_nothing_but_the_operation() -> None:

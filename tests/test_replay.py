@@ -93,6 +93,7 @@ def test_sites_of_a_plan_that_are_damaged(how: str, capsys: pytest.CaptureFixtur
     Path("bad.json").write_text(json.dumps(damaged(json.loads(Path("p.json").read_text()), how)))
     assert "is damaged" in refused(capsys, "net.pt2", "--plan", "bad.json", "--out", "out.onnx")
     assert "is damaged" in refused(capsys, "explain", "bad.json")
+    assert "is damaged" in refused(capsys, "explain", "bad.json", "up")
     assert not Path("out.onnx").exists()
 
 
@@ -154,3 +155,25 @@ def test_brackets_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) ->
     Path("run[v2]").mkdir()
     assert run(["net.pt2", "--target", "rpi5", "--plan-out", "run[v2]/p.json"]) == 0
     assert "run[v2]/p.json" in capsys.readouterr().out
+
+
+def test_a_replay_makes_the_inputs_of_its_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    archived(torch.float32, 4, is_open=True)
+    words = ["net.pt2", "--input", "x=float32[4,256]", "--report-json"]
+    assert run([*words, "a.json", "--target", "rpi5", "--size", "0.6", "--seed", "3", "--plan-out", "p.json"]) == 0
+    assert run([*words, "b.json", "--plan", "p.json"]) == 0
+    one, other = (json.loads(Path(name).read_text()) for name in ("a.json", "b.json"))
+    assert one["settings"]["seed"] == other["settings"]["seed"] == 3
+    assert one["error"]["measured"] == other["error"]["measured"]
+    said = refused(capsys, *words, "c.json", "--plan", "p.json", "--seed", "4")
+    assert "made with --seed 3, got --seed 4" in said
+
+
+def test_a_plan_of_a_replay_says_what_that_did() -> None:
+    archived(torch.float32, 4, is_open=True)
+    assert run(["net.pt2", "--target", "rpi5", "--size", "0.6", "--plan-out", "p.json"]) == 0
+    plan = json.loads(Path("p.json").read_text())
+    int8 = {"written": "int8", "left_float": [], "weight_bits": {}}
+    Path("p.json").write_text(json.dumps(plan | {"recovery": {"steps": 3}, "int8": int8}))
+    assert run(["net.pt2", "--plan", "p.json", "--batch", "8", "--opset", "21", "--plan-out", "q.json"]) == 0
+    assert json.loads(Path("q.json").read_text()) == plan | {"batch": 8, "opset": 21}

@@ -17,7 +17,9 @@ from lrcompile.graph.graph import Graph
 from lrcompile.planning import decompose
 from lrcompile.planning.budget import EXACT_ERROR
 from lrcompile.planning.price import Candidate
+from lrcompile.planning.search import search
 from lrcompile.planning.sensitivity import PROBE_ERROR, Evaluator, Sensitivities
+from lrcompile.planning.strategies.strategy import offered
 
 
 def decaying(rows: int, columns: int, slope: float) -> nn.Linear:
@@ -194,3 +196,20 @@ def test_what_is_misjudged_is_found_by_halving() -> None:
     assert sensed.errors[:-3] == before[:-3]
     assert not sensed.look_closer(picked)
     assert sensed.predicted(picked) == pytest.approx(math.hypot(0.3, *[0.01] * 32))
+
+
+def test_a_share_of_size_is_of_the_model_as_given() -> None:
+    class Normed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.norm, self.down = nn.Linear(64, 256, bias=False), nn.BatchNorm1d(256), nn.Linear(256, 64)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.down(self.norm(self.up(x)).relu())
+
+    budget = lrcompile.Budget(size=0.5)
+    problem = lrcompile.prepare_model(Normed().eval(), (X[:64, :64],), target="rpi5").problem(budget)
+    given, cleaned = 4 * (2 * 64 * 256 + 2 * 256 + 64), 4 * (2 * 64 * 256 + 256 + 64)
+    assert problem.bytes_over(budget) == offered(problem, budget).limits.bytes_saved == cleaned - given / 2
+    with pytest.raises(BudgetError, match=r"a size of 0\.001 of the original cannot be reached"):
+        search(problem, lrcompile.Budget(size=0.001))

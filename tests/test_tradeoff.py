@@ -270,3 +270,24 @@ def test_on_this_machine(folder: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert 1 <= len(figures["points"]) <= 3
     assert {point["latency_ms"]["kind"] for point in figures["points"]} == {"measured"}
     assert figures["points"][0]["error"] <= EXACT_ERROR
+
+
+def test_whole_numbers_stay_as_they_are_within_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Classes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scores = stack(256, 2)
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            scores = self.scores(x)
+            return scores, scores.argmax(-1)
+
+    net, x = Classes().eval(), X[:, :256]
+    prepared = lrcompile.prepare_model(net, (x,), target="rpi5")
+    asked = [lrcompile.Budget(max_error=0.0), lrcompile.Budget(speedup=1.3)]
+    monkeypatch.setattr("lrcompile.front.budgets", lambda *given: asked)
+    _, free = lrcompile.tradeoff(prepared, points=2)
+    assert free.report.error["measured"] < 0.5
+    assert not torch.equal(free.model(x)[1], net(x)[1])
+    (only,) = lrcompile.tradeoff(prepared, points=2, max_error=0.5)
+    assert torch.equal(only.model(x)[1], net(x)[1])

@@ -265,6 +265,23 @@ def test_inputs_of_a_layer_that_are_not_finite_are_named(value: float) -> None:
         collect(graph, [(torch.ones(2, 3),)])
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_convolution_of_one_sample_is_not_seen(weighted: bool) -> None:
+    """Without a batch axis the channels are axis 0: axis 1 may be as long as a recording."""
+
+    class First(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.up = nn.Conv1d(2, 3, 3), nn.ConvTranspose1d(3, 2, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.up(self.conv(x[0]))
+
+    x = torch.randn(2, 2, 50)
+    found = collect(common.drawn(First(), x), [(x,)], weighted=weighted)
+    assert (found.grams, found.gradients) == ({}, {})
+
+
 def test_a_layer_on_a_single_row_or_vector() -> None:
     """One row is its own mean: nothing is left of it, and a bias can hold all that any rank loses."""
     torch.manual_seed(0)

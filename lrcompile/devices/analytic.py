@@ -78,6 +78,8 @@ class AnalyticCostModel:
             return Cost()
         if op.kind == "fused":
             latency_s = op.activation_bytes / self.device.bandwidth_bytes_s
+            if not self.training:
+                latency_s *= self.device.network.get("slower", 1.0)
             sigma_s = self.device.sigma_relative["other"] * latency_s
             return Cost(latency_s, sigma_s, op.flops, 0.0, op.activation_bytes)
         directions: tuple[Direction, ...] = ("forward", "data", "weight") if self.training else ("forward",)
@@ -244,15 +246,19 @@ def _product_s(
     compute_s /= device.peak_flops[device.compute_dtype(dtype)]
     operand_bytes = (DTYPE_BYTES[dtype] * batch * k) * (columns * m + rows * n)
     l2_s = (operand_bytes + menu.partial_bytes * (batch * m * n)) / (device.l2_bandwidth_bytes_s * engine.l2_share)
-    p = device.norm_exponent
-    on_chip_s = (compute_s**p + l2_s**p) ** (1 / p) + kernels.split_setup_s * (menu.split > 1)
+    p, longer_s = device.norm_exponent, np.maximum(compute_s, l2_s)
+    on_chip_s = longer_s * ((compute_s / longer_s) ** p + (l2_s / longer_s) ** p) ** (1 / p)
+    on_chip_s += kernels.split_setup_s * (menu.split > 1)
     return _norm(device, float(on_chip_s.min()), dram_s, other_s)
 
 
 def _norm(device: Device, *parts_s: float) -> float:
     """Smooth maximum: parts that overlap hide each other, except near a tie."""
-    p = device.norm_exponent
-    return sum(part**p for part in parts_s) ** (1 / p)
+    p, longest_s = device.norm_exponent, max(parts_s)
+    if not longest_s:
+        return 0.0
+    powers: float = sum((part_s / longest_s) ** p for part_s in parts_s)  # of seconds they would be too small
+    return longest_s * powers ** (1 / p)
 
 
 @dataclass(frozen=True)

@@ -217,21 +217,24 @@ def calibrate(
     """Measures operations until the time is spent, and fits the device to them.
 
     `measure` takes an operation and the number of the visit: each is measured two or three times with others between,
-    so that what disturbs the machine for a while does not decide. The last part of the time goes where predictions of
-    operations left out are worst; they come from `drawn`. `network` measures whole graphs. What is remembered costs no
-    time, so that a calibration goes on where it was stopped.
+    so that what disturbs the machine for a while does not decide; those that fail are left out. The last part of the
+    time goes where predictions of operations left out are worst; they come from `drawn`. `network` measures whole
+    graphs. What is remembered costs no time, so that a calibration goes on where it was stopped.
 
     Raises:
-        DeviceError: there was time for too few measurements, or too many of them were noisy.
+        DeviceError: there was time for too few measurements, too many of them were noisy, or all failed.
     """
-    start, found = clock(), list[Measurement]()
+    start, found, failed = clock(), list[Measurement](), list[DeviceError]()
 
     def add(ops: Sequence[OpDesc], end: float) -> None:
         costs: list[list[Cost]] = [[] for _ in ops]
         for visit in range(VISITS):
             for op, known in zip(ops, costs, strict=True):
-                if clock() - start < end and not (len(known) > 1 and _agree(known)):
-                    known.append(measure(op, visit))
+                if clock() - start < end and len(known) == visit and not (visit > 1 and _agree(known)):
+                    try:
+                        known.append(measure(op, visit))
+                    except DeviceError as problem:  # such as too little memory for it
+                        failed.append(problem)
                     progress("measure", min(round(clock() - start), round(seconds)), round(seconds))
         found.extend(Measurement.of(op, known) for op, known in zip(ops, costs, strict=True) if len(known) > 1)
 
@@ -250,6 +253,8 @@ def calibrate(
             pool = [op for op in pool if op not in taken]
             add(ops, seconds * share)
     measured = [(gm, network(gm).latency_s) for gm in networks(seed)] if network else []
+    if failed and not found:
+        raise failed[-1]
     good = [m for m in found if not m.is_noisy]
     noisy = len(found) - len(good)
     if noisy > MOST_NOISY * len(found):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,6 +14,7 @@ from lrcompile.devices.device import Device
 
 PRIOR = 0.1  # how strongly a figure is held to that of the profile, in a logarithm's standard deviations
 SHARES = ("efficiency", "overlap", "depthwise_efficiency", "misaligned", "few_channels")  # figures that are at most 1
+EXPONENTS = ("norm_exponent",)  # and at least 1
 
 
 def fit(
@@ -24,14 +26,16 @@ def fit(
     logarithms of predicted over measured latency for a device, weighted.
     """
     start = np.array([figure(device, name) for name in names])
-    most = np.array([1.0 if name.rpartition(".")[2] in SHARES else np.inf for name in names])
+    last = [name.rpartition(".")[2] for name in names]
+    least = [1 - math.log(value) if name in EXPONENTS else -np.inf for name, value in zip(last, start, strict=True)]
+    most = np.array([1.0 if name in SHARES else np.inf for name in last])
 
     def changed(x: np.ndarray) -> Device:
         return with_figures(device, dict(zip(names, map(float, start * np.exp(x - 1)), strict=True)))
 
     found = least_squares(
         lambda x: np.concatenate([differences(changed(x)), prior * (x - 1)]), np.ones(len(names)),
-        bounds=(-np.inf, 1 + np.log(most / start)), loss="soft_l1", f_scale=0.1, diff_step=1e-3, max_nfev=40,
+        bounds=(least, 1 + np.log(most / start)), loss="soft_l1", f_scale=0.1, diff_step=1e-3, max_nfev=40,
     )  # fmt: skip
     return changed(found.x)
 

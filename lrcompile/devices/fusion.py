@@ -15,9 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from lrcompile.graph.describe import DTYPE_NAMES, describe
 from lrcompile.graph.graph import submodule
+from lrcompile.graph.nested import nested
 from lrcompile.graph.op import OpDesc
 
 aten = torch.ops.aten
@@ -29,7 +31,10 @@ _ACTIVATIONS = {
 }
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_PIECES = (aten.view, aten.reshape, aten.expand, aten.select, aten.unbind, aten.chunk, aten.split, aten.slice)
+_CUTS = (aten.unbind, aten.chunk, aten.split, aten.split_with_sizes)  # into several pieces
+_PARTS = (*_CUTS, aten.expand, aten.select, aten.slice, aten.narrow)
+_PIECES = (aten.view, aten.reshape, *_PARTS)
+_COPIES = (aten.clone, aten.contiguous, aten.reshape, aten.flatten)
 _ORDER = ("normalization", "addition", "activation")  # each once, and none after a later one
 
 
@@ -52,6 +57,10 @@ def describe_all(gm: fx.GraphModule, fuses: Set[str] = frozenset(), lacks: Set[s
     says how much. A runtime that fuses anything computes what depends on no input once, when it opens the model.
     """
     found = {node.name: describe(gm, node) for node in gm.graph.nodes}
+    for node in gm.graph.nodes:
+        if inner := [describe_all(graph, fuses, lacks) for graph in nested(gm, node)]:
+            dearest = max(inner, key=lambda ops: sum(op.flops for op in ops.values()))  # of branches one is run
+            found |= {f"{node.name}.{name}": op for name, op in dearest.items()}
     if "strided_views" in lacks:
         found |= {node.name: _moved(node, found[node.name]) for node in gm.graph.nodes if node.op == "call_function"}
     if "product_bias" in lacks:
@@ -103,7 +112,17 @@ def _tail(op: OpDesc) -> _Tail:
 
 
 def _moved(node: fx.Node, op: OpDesc) -> OpDesc:
-    """A view that has to be written out: a transpose that is neither part of attention nor of a product."""
+    """A view that has to be written out: a piece, or a transpose that is neither part of attention nor of a product.
+
+    What was written out is not copied again.
+    """
+    packet = getattr(node.target, "overloadpacket", None)
+    if packet in _COPIES:
+        return replace(op, kind="view", activation_bytes=0.0)
+    if packet in _PARTS:
+        sizes = [_bytes_of(node.meta["val"]), _bytes_of(node.args[0].meta["val"])]  # type: ignore[union-attr]
+        whole = sizes[0] == sizes[1] and packet not in _CUTS
+        return op if whole else replace(op, kind="movement", activation_bytes=sizes[0] + min(sizes))
     if op.kind != "view" or op.function != "transpose" or not op.activation_bytes:
         return op
     source: Any = node.args[0]
@@ -192,5 +211,8 @@ def _operands(node: fx.Node) -> Iterator[fx.Node]:
 
 
 def _bytes(node: fx.Node) -> float:
-    value: Any = node.meta["val"]
-    return float(value.numel() * value.element_size())
+    return _bytes_of(node.meta["val"])
+
+
+def _bytes_of(value: Any) -> float:
+    return float(sum(part.numel() * part.element_size() for part in pytree.tree_leaves(value)))

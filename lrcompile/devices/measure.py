@@ -151,6 +151,8 @@ class LocalCostModel:
         timings = timings or self._measured(key, distinct)
         if isinstance(timings, str):
             return self._predicted(timings, _prior().compare(before, after))
+        if len(distinct) == 1:  # what is the same costs the same, to the last bit
+            timings = ((timings[0][0], 0.0),)
         return _with_traffic(before, timings[0]), _with_traffic(after, timings[-1])
 
     def worth_measuring(self, before: fx.GraphModule, after: fx.GraphModule) -> bool:
@@ -240,7 +242,8 @@ def measure(runs: Sequence[Run], clock: Clock = time.perf_counter, waited: Clock
     def attempt(rounds: int) -> tuple[float, list[list[float]]]:
         start, waited_before = clock(), waited()
         samples = _sample(runs, counts, clock, rounds)
-        return min(1.0, (waited() - waited_before) / max(clock() - start, 1e-9)), samples
+        share = (waited() - waited_before) / max(clock() - start, 1e-9)
+        return min(1.0, max(0.0, share)), samples  # threads that ended take what they waited with them
 
     contention, samples = attempt(MAX_ROUNDS)
     poor = contention > CONTENDED or _spread(samples) > UNSETTLED

@@ -19,7 +19,7 @@ from lrcompile.errors import DeviceError
 from lrcompile.graph.op import OpDesc
 
 COPIES = 16  # with weights of their own
-MOST_MEMORY = 1 / 64  # share of the GPU's that weights of all copies take
+MOST_WEIGHTS, MOST_MEMORY = 1 / 64, 1 / 4  # shares of the GPU's that weights of all copies take, and all of them
 GRAPH_S, MOST_LAUNCHES = 1e-3, 400  # how long a graph takes, and how many calls it has at most
 SAMPLES, SAMPLE_S = 9, 2e-3
 SIGMA_FLOOR = 0.005
@@ -45,8 +45,10 @@ class CudaCostModel:
         key = key_of("torch-cuda", torch.__version__, torch.cuda.get_device_name(), repr(op))
         timings = recall(self.cache_dir, key, 1)
         if timings is None:
-            most = MOST_MEMORY * torch.cuda.get_device_properties(0).total_memory
-            copies = max(2, min(COPIES, int(most / max(op.weight_bytes, 1.0))))
+            memory = torch.cuda.get_device_properties(0).total_memory
+            of_weights = MOST_WEIGHTS * memory / max(op.weight_bytes, 1.0)
+            of_all = MOST_MEMORY * memory / max(op.weight_bytes + op.activation_bytes, 1.0)
+            copies = max(2, min(COPIES, int(of_weights), int(of_all)))
             graph = repeated(op, copies, alone=True)
             if graph is None:
                 raise DeviceError(f"operation {op.kind} in {op.dtype} is not measured in PyTorch")

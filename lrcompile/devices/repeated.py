@@ -7,7 +7,6 @@ differ by some copies of the operation have all of that in common.
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -31,6 +30,7 @@ _CONVOLUTIONS: dict[tuple[int, bool], Any] = {
     (1, True): nn.ConvTranspose1d, (2, True): nn.ConvTranspose2d, (3, True): nn.ConvTranspose3d,
 }  # fmt: skip
 _CHANNELLED = (nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_RUNS = 8  # rows that a transpose takes from one place after the other
 _OF_TWO = ("binary", "skip_layer_norm")
 _RECURRENT: dict[int, Callable[..., Any]] = {4: aten.lstm.input, 3: aten.gru.input}
 _CHAINED: dict[str, Callable[..., Any]] = {
@@ -289,7 +289,8 @@ def _recurrents(make: _Maker, shape: RecurrentShape, copies: int) -> None:
 def _functions(make: _Maker, op: OpDesc, copies: int, *, alone: bool) -> None:
     """Whatever only moves data or maps elements, over as many bytes; one takes the result of the one before.
 
-    A transpose is an operator of its own in ONNX; with `alone` a copy of the view that it is in PyTorch.
+    A transpose is an operator of its own in ONNX; with `alone` a copy of the view that it is in PyTorch. Of one row
+    there is none that moves anything: both of its axes have more.
     """
     size = make.dtype.itemsize
     arrays = 1 if op.function == "reduce" else 3 if op.function in _OF_TWO else 2
@@ -299,19 +300,21 @@ def _functions(make: _Maker, op: OpDesc, copies: int, *, alone: bool) -> None:
     if not copies:
         return
     if op.function == "transpose":
-        few = math.gcd(rows, 8) if rows % 8 else 8
+        few = _RUNS if rows >= 2 * _RUNS else 2
         for _ in range(copies):
-            x = make.input(few, max(1, rows // few), row)
-            if rows > 1:
-                x = make.call(aten.transpose.int, x, 0, 1)
-            if rows == 1 or alone:
+            x = make.call(aten.transpose.int, make.input(few, max(2, rows // few), row), 0, 1)
+            if alone:
                 x = make.call(aten.clone.default, x, memory_format=torch.contiguous_format)
             make.output(x)
     elif op.function == "reduce":
         for _ in range(copies):
             make.output(make.call(aten.mean.dim, make.input(max(1, rows), row), [-1]))
     else:
-        shape = {"group_norm": (1, 2 * rows, max(1, row // 2)), "copy": (elements,)}.get(op.function, (rows, row))
+        shape = {
+            "group_norm": (1, 2 * rows, max(1, row // 2)),
+            "copy": (elements,),
+            "skip_layer_norm": (1, rows, row),
+        }.get(op.function, (rows, row))
         x = make.input(*shape)
         other = make.input(*shape) if op.function in _OF_TWO else None
         for _ in range(copies):

@@ -24,6 +24,7 @@ from lrcompile.graph.op import OpDesc
 RUNTIMES = ("onnxruntime", "torch", "torch-compile", "torch-cuda")
 VISITS = 3
 _PROFILES = ("h200", "h100", "a100", "v100", "t4")
+_TWICE_FP32 = ((8, 6), (8, 7), (8, 9))  # units with 128 lanes for fp32, where an A100's have 64
 _BY_CAPABILITY = {(9, 0): "h100", (8, 0): "a100", (7, 5): "t4", (7, 0): "v100"}
 
 
@@ -63,8 +64,7 @@ def runtime_here(name: str) -> Runtime:
     compiled = name == "torch-compile"
     calls = [TorchCostModel(folder, compiled) for folder in folders]
     version = f"PyTorch {torch.__version__}, {'compiled' if compiled else 'eager'}"
-    alone = replace(device, fuses=frozenset())  # what is measured are kernels of their own
-    return Runtime(alone, described.format(version), lambda op, visit: calls[visit].cost(op))
+    return Runtime(_eager(device), described.format(version), lambda op, visit: calls[visit].cost(op))
 
 
 def _of_cuda(visits: list[CudaCostModel]) -> Runtime:
@@ -74,10 +74,17 @@ def _of_cuda(visits: list[CudaCostModel]) -> Runtime:
             "calibrate another --runtime"
         )
     version = f"PyTorch {torch.__version__}, cuDNN {torch.backends.cudnn.version()}, CUDA graphs"
+    device = _eager(cuda_device())
+    native = tuple(name for name in GPU.dtypes if name not in device.computed_as)  # others run on another engine
     return Runtime(
-        cuda_device(), f"{torch.cuda.get_device_name()}, {version}", lambda op, visit: visits[visit].cost(op),
-        partial(operations, sizes=GPU, weights=GPU_WEIGHTS),
+        device, f"{torch.cuda.get_device_name()}, {version}", lambda op, visit: visits[visit].cost(op),
+        partial(operations, sizes=replace(GPU, dtypes=native), weights=GPU_WEIGHTS),
     )  # fmt: skip
+
+
+def _eager(device: Device) -> Device:
+    """The device with PyTorch, where kernels are those of single operators, which add biases and take any strides."""
+    return replace(device, fuses=frozenset(), lacks=device.lacks - {"product_bias", "strided_views"})
 
 
 def cuda_device() -> Device:
@@ -90,6 +97,8 @@ def cuda_device() -> Device:
         return replace(device, residuals={}, network={})
     source = f"assumed ({device.name}, scaled to {units} units)"
     scaled = {dtype: rate * units / device.units for dtype, rate in device.peak_flops.items()}
+    if (facts.major, facts.minor) in _TWICE_FP32 and device.name == "a100":
+        scaled["fp32"] *= 2
     places = {"hardware.units", *(f"dtype.{dtype}.peak" for dtype in scaled)}
     provenance = {**device.provenance, **dict.fromkeys(places, source)}
     return replace(device, units=units, peak_flops=scaled, residuals={}, network={}, provenance=provenance)

@@ -188,6 +188,9 @@ def _moving(dice: _Dice, function: Any) -> OpDesc:
     count = _any(rng, 1 << 7, dice.sizes.values)
     row = min(count, _any(rng, 4, 4096))
     rows = max(1, count // row)
+    if function == "transpose":  # rows come in whole runs, and a quarter are of single values, as of images
+        row = 1 if row < 24 else row
+        rows = max(2, count // row // 8) * 8
     values = {"binary": 3, "skip_layer_norm": 3, "reduce": 1}.get(function, 2) * row * rows
     return OpDesc("elementwise", dtype, row * rows, 0, DTYPE_BYTES[dtype] * values, function=function, row=row)
 

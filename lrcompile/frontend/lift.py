@@ -91,23 +91,27 @@ def _describe(gm: fx.GraphModule, node: fx.Node) -> tuple[Config, list[Any], dic
             config = ("layer_norm", tuple(shape), eps)
             return _parametrised(gm, config, [x], {"weight": weight, "bias": bias}, _make_layer_norm)
         case aten.batch_norm.default:
-            x, weight, bias, mean, var, training, momentum, eps, _ = _arguments(node, 9)
-            if training:
-                return None
-            slots = {"weight": weight, "bias": bias, "running_mean": mean, "running_var": var}
-            axes = node.args[0].meta["val"].dim() - 2  # type: ignore[union-attr]
-            return _parametrised(gm, ("batch_norm", axes, momentum, eps), [x], slots, _make_batch_norm)
+            x, *stored, training, momentum, eps, _ = _arguments(node, 9)
+            return None if training else _describe_batch_norm(gm, x, stored, momentum, eps)
         case aten._native_batch_norm_legit_no_training.default:
-            x, weight, bias, mean, var, momentum, eps = _arguments(node, 7)
-            slots = {"weight": weight, "bias": bias, "running_mean": mean, "running_var": var}
-            axes = node.args[0].meta["val"].dim() - 2  # type: ignore[union-attr]
-            return _parametrised(gm, ("batch_norm", axes, momentum, eps), [x], slots, _make_batch_norm)
+            x, *stored, momentum, eps = _arguments(node, 7)
+            return _describe_batch_norm(gm, x, stored, momentum, eps)
         case aten.dropout.default:
             x, p, train = _arguments(node, 3)
             if train:
                 return None
             return ("dropout", p), [x], {}, lambda config: nn.Dropout(config[1])
     return _describe_conv(gm, node)
+
+
+def _describe_batch_norm(
+    gm: fx.GraphModule, x: fx.Node, stored: list[Any], momentum: float, eps: float
+) -> tuple[Config, list[Any], dict[str, str | None], Any] | None:
+    axes = x.meta["val"].dim() - 2
+    if axes not in _BATCH_NORMS:
+        return None
+    slots = dict(zip(("weight", "bias", "running_mean", "running_var"), stored, strict=True))
+    return _parametrised(gm, ("batch_norm", axes, momentum, eps), [x], slots, _make_batch_norm)
 
 
 def _describe_conv(gm: fx.GraphModule, node: fx.Node) -> tuple[Config, list[Any], dict[str, str | None], Any] | None:
@@ -137,6 +141,7 @@ def _describe_conv(gm: fx.GraphModule, node: fx.Node) -> tuple[Config, list[Any]
     return None
 
 
+_BATCH_NORMS = {0: nn.BatchNorm1d, 1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}  # by axes of positions
 _CONVS = {
     aten.conv1d.default: 1,
     aten.conv1d.padding: 1,
@@ -369,8 +374,7 @@ def _make_batch_norm(
     running_var: torch.Tensor,
 ) -> nn.Module:
     _, axes, momentum, eps = config
-    kind = {0: nn.BatchNorm1d, 1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}[axes]
-    module = kind(running_mean.shape[0], eps=eps, momentum=momentum, affine=weight is not None)
+    module = _BATCH_NORMS[axes](running_mean.shape[0], eps=eps, momentum=momentum, affine=weight is not None)
     _assign(module, weight, bias)
     module.running_mean, module.running_var = running_mean, running_var
     return module

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
@@ -29,10 +31,10 @@ from lrcompile.frontend.export import (
 )
 from lrcompile.frontend.functionalize import drop_last_writes, functionalize
 from lrcompile.frontend.inputs import positional
-from lrcompile.frontend.lift import lift
+from lrcompile.frontend.lift import calling_module, lift
 from lrcompile.frontend.weights import compute_weights
 from lrcompile.graph.graph import Graph, propagate
-from lrcompile.graph.verify import relative_error
+from lrcompile.graph.verify import is_float, relative_error
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,13 +87,21 @@ def trace(
         InputError: the model cannot be exported or does not run on the inputs.
         VerificationError: the lifted graph differs from the model (a fault of lrcompile).
     """
-    if isinstance(program, ExportedProgram | torch.jit.ScriptModule):
+    with in_eval_mode(program):
         return _traced(program, args, kwargs)
+
+
+@contextmanager
+def in_eval_mode(program: nn.Module | ExportedProgram | torch.jit.ScriptModule) -> Iterator[None]:
+    """Puts a module in eval mode for a while; archives stay in the one that they were saved in."""
+    if isinstance(program, ExportedProgram | torch.jit.ScriptModule):
+        yield
+        return
     training = [module for module in program.modules() if module.training]
     with suppress(NotImplementedError):  # the modules of exported programs have one mode
         program.eval()
     try:
-        return _traced(program, args, kwargs)
+        yield
     finally:
         for module in training:
             module.training = True
@@ -120,7 +130,7 @@ def _traced(
         exported, kept, note = _exported(program, args, kwargs)
         if note:
             notes.append(note)
-    expected = _run_reference(reference, *pytree.tree_map(_copied, (args, kwargs)))
+    expected = _run_reference(reference, *pytree.tree_map(copied, (args, kwargs)))
     _check_numbers(expected)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about torch's own deprecated ways
@@ -143,13 +153,13 @@ def _traced(
     gm.recompile()
     gm.eval()
     others = tuple(_accepted(reference, at_other_sizes(exported, flat), (args, kwargs)))
-    graph = propagate(gm, flat)
+    graph = _shaped(gm, flat)
     try:
         _check_same(expected, run(gm, flat), "the lifted graph")
         for other, result in others:
             _check_same(result, run(gm, other), "the lifted graph at other sizes")
     except VerificationError as error:
-        again = pytree.tree_leaves(_run_reference(reference, *pytree.tree_map(_copied, (args, kwargs))))
+        again = pytree.tree_leaves(_run_reference(reference, *pytree.tree_map(copied, (args, kwargs))))
         if not relative_error(pytree.tree_leaves(expected), again) <= 1e-3:
             raise InputError(
                 "the model gives different outputs for the same inputs, so no rewrite can be checked; "
@@ -170,6 +180,19 @@ def _traced(
     )
 
 
+def _shaped(gm: fx.GraphModule, flat: tuple[Any, ...]) -> Graph:
+    """The graph with shapes, as `propagate` makes it; raises InputError where a shape depends on values."""
+    try:
+        return propagate(gm, flat)
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        node = next((node for node in gm.graph.nodes if node.meta.get("unbacked_bindings")), None)
+        layer = calling_module(node)[0] if node else ""
+        raise InputError(
+            f"{layer or 'the model'}: {node.target if node else error.func} makes sizes or numbers of the values that "
+            "it gets, so that nothing after it has a latency; mask values in its place, or move it out of the model"
+        ) from error
+
+
 def run(gm: fx.GraphModule, flat: Sequence[Any]) -> tuple[Any, ...]:
     """The flat outputs of a lifted graph for flat inputs."""
     with torch.no_grad():
@@ -178,25 +201,39 @@ def run(gm: fx.GraphModule, flat: Sequence[Any]) -> tuple[Any, ...]:
 
 
 def at_other_batch(gm: fx.GraphModule, flat: Sequence[Any], size: int) -> list[Any]:
-    """Inputs of `size` samples with three or two, or with twice as many where the graph takes multiples of a number."""
-    few = [resized(value, 3 if size != 3 else 2) for value in flat]
-    if not any("//" in text for node in gm.graph.nodes for text in node.meta.get("sizes", ())):
-        return few  # nothing is divided, as export knew the sizes
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            run(gm, few)
-    except Exception:  # whatever a reshape raises for a size that it does not take
-        return [resized(value, 2 * size) for value in flat]
-    return few
+    """Inputs of `size` samples with three or two, or with twice as many where the graph takes multiples of a number.
+
+    Repeated rows are rolled, so that they differ, unless the graph does not run on those, as where columns are indices
+    of different tables, or makes NaN of them.
+    """
+    few = 3 if size != 3 else 2
+    divides = any("//" in text for node in gm.graph.nodes for text in node.meta.get("sizes", ()))
+    sizes = (few, 2 * size) if divides else (few,)  # where nothing is divided, export knew the sizes
+    inputs: list[Any] = []
+    for count, rolls in itertools.product(sizes, (True, False)):
+        inputs = [resized(value, count, rolls) for value in flat]
+        if _takes(gm, inputs):
+            break
+    return inputs
 
 
-def resized(value: Any, size: int) -> Any:
-    """The input with `size` rows along axis 0: its own, repeated, each repetition rolled along the last axis."""
+def _takes(gm: fx.GraphModule, flat: Sequence[Any]) -> bool:
+    """Whether a graph runs on inputs, and makes no NaN of them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            outputs = run(gm, flat)
+        except Exception:  # whatever an operation raises for values or sizes that it does not take
+            return False
+    return not any(is_float(value) and bool(value.isnan().any()) for value in outputs)
+
+
+def resized(value: Any, size: int, rolls: bool = True) -> Any:
+    """The input with `size` rows along axis 0: its own, repeated, and if it `rolls` also rolled along the last axis."""
     if not isinstance(value, torch.Tensor) or value.dim() == 0:
         return value
     rows = [(value[i % len(value)], i // len(value)) for i in range(size)]
-    return torch.stack([row.roll(shift, -1) if row.dim() else row for row, shift in rows])
+    return torch.stack([row.roll(shift, -1) if rolls and row.dim() else row for row, shift in rows])
 
 
 def _exported(
@@ -218,14 +255,14 @@ def _accepted(
     """The first inputs at other sizes that the model takes, with its outputs; nothing if it takes none."""
     spec = pytree.tree_structure(inputs)
     for flat in candidates:
-        args, kwargs = pytree.tree_unflatten(list(map(_copied, flat)), spec)
+        args, kwargs = pytree.tree_unflatten(list(map(copied, flat)), spec)
         with suppress(InputError):
             yield flat, _run_reference(reference, args, kwargs)
             return
 
 
-def _copied(value: Any) -> Any:
-    """The model may write to its inputs, which are still needed."""
+def copied(value: Any) -> Any:
+    """A copy of an input: the model may write to it, and it is still needed."""
     return value.clone() if isinstance(value, torch.Tensor) else value
 
 

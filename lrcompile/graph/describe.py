@@ -59,7 +59,7 @@ def describe(gm: fx.GraphModule, node: fx.Node) -> OpDesc:
         return _transpose(node)
     if packet in (aten.to, aten._to_copy) and _dtype(_value(node.args[0])) == _dtype(_value(node)):
         return _plain("view", node, 0.0)
-    if packet in _RESHAPES and _is_repeated(node.args[0]):
+    if packet in _RESHAPES and _is_copied(node):
         return _plain("movement", node, 0.0)
     kind, per_element = _KINDS.get(packet, ("elementwise", 1.0))
     return replace(_plain(kind, node, per_element), function=_function(packet, node), row=_row(packet, node))
@@ -105,10 +105,23 @@ def _transpose(node: fx.Node) -> OpDesc:
     return replace(_plain("view", node, 0.0), activation_bytes=moved, function="transpose", row=max(1, run))
 
 
-def _is_repeated(source: Any) -> bool:
-    """Whether an input repeats values without holding them, as `expand` does: another shape needs them written out."""
-    value = _value(source)
-    return any(step == 0 and size > 1 for step, size in zip(value.stride(), value.shape, strict=True))
+def _is_copied(node: fx.Node) -> bool:
+    """Whether a new shape needs the values written out: no steps through the memory of the input give it.
+
+    What comes out of attention lies as its readers want it (our reading: fused kernels write the heads side by side).
+    """
+    x, y, source = _value(node.args[0]), _value(node), node.args[0]
+    while getattr(getattr(source, "target", None), "overloadpacket", None) in _TRANSPOSES:
+        source = source.args[0]  # type: ignore[union-attr]
+    if getattr(getattr(source, "target", None), "overloadpacket", None) is aten.scaled_dot_product_attention:
+        return False
+    if node.target.overloadpacket is aten.contiguous:  # type: ignore[union-attr]
+        return not x.is_contiguous()
+    try:
+        torch.empty_strided(x.shape, x.stride(), device="meta").view(y.shape)
+    except RuntimeError:
+        return True
+    return False
 
 
 def _describe_module(module: nn.Module, node: fx.Node) -> OpDesc:
@@ -176,6 +189,8 @@ def _matmul(node: fx.Node) -> OpDesc:
 
 def _linear(node: fx.Node) -> OpDesc:
     x, weight, y = _value(node.args[0]), _value(node.args[1]), _value(node)
+    if weight.dim() < 2:
+        return _plain("reduction", node, 2.0)
     rows = x.numel() // max(1, x.shape[-1])
     return gemm_op(rows, weight.shape[0], weight.shape[1], _dtype(y), label=_name(node))
 
@@ -199,13 +214,12 @@ def _attention(node: fx.Node) -> OpDesc:
 def _recurrent(gates: int) -> Callable[[fx.Node], OpDesc]:
     def describe_recurrent(node: fx.Node) -> OpDesc:
         x = _value(node.args[0])
-        state = pytree.tree_leaves(node.args[1])[0]
-        hidden = _value(state)
+        inner = _value(pytree.tree_leaves(node.args[2])[0]).shape[0] // gates  # a projection makes the state narrower
         layers: Any = node.args[4]
         bidirectional, batch_first = bool(node.args[7]), bool(node.args[8])
         directions = 2 if bidirectional else 1
         batch, steps = (x.shape[0], x.shape[1]) if batch_first else (x.shape[1], x.shape[0])
-        shape = RecurrentShape(batch, steps, x.shape[-1], hidden.shape[-1], layers, directions, gates)
+        shape = RecurrentShape(batch, steps, x.shape[-1], inner, layers, directions, gates)
         weights = [_value(w) for w in pytree.tree_leaves(node.args[2])]
         macs = sum(w.numel() for w in weights if w.dim() == 2) * batch * steps
         outputs = sum(_bytes(v) for v in pytree.tree_leaves(node.meta["val"]))
@@ -241,9 +255,27 @@ def _repeats(name: str) -> bool:
 
 def _convolution(node: fx.Node) -> OpDesc:
     """A convolution on a computed weight: priced as the product of its window matrix."""
+    if node.target.overloadpacket is aten.convolution and node.args[6]:  # type: ignore[union-attr]
+        return _transposed_convolution(node)
     weight, y = _value(node.args[1]), _value(node)
     out, positions = weight.shape[0], y.numel() // max(1, weight.shape[0])
     return gemm_op(positions, out, weight.numel() // max(1, out), _dtype(y), weight=False, label=_name(node))
+
+
+def _transposed_convolution(node: fx.Node) -> OpDesc:
+    """The product that gives every input position its window of the output."""
+    x, weight, y = _value(node.args[0]), _value(node.args[1]), _value(node)
+    into = max(1, weight.shape[0])
+    groups = max(1, y.shape[1 - weight.dim()] // max(1, weight.shape[1]))
+    window = weight.numel() // into
+    return gemm_op(x.numel() // into, window, into // groups, _dtype(y), batch=groups, weight=False, label=_name(node))
+
+
+def _bag(node: fx.Node) -> OpDesc:
+    """Rows of a table, added up: what is read is as many rows as there are indices."""
+    table, indices, y = _value(node.args[0]), _value(node.args[1]), pytree.tree_leaves(node.meta["val"])[0]
+    read = float(indices.numel() * table.shape[-1] * table.element_size())
+    return OpDesc("gather", _dtype(y), 0.0, 0.0, read + _bytes(y), function="copy", row=y.shape[-1], label=_name(node))
 
 
 _SPECIAL: dict[Any, Callable[[fx.Node], OpDesc]] = {
@@ -263,6 +295,12 @@ _SPECIAL: dict[Any, Callable[[fx.Node], OpDesc]] = {
     aten.conv2d: _convolution,
     aten.conv3d: _convolution,
     aten.convolution: _convolution,
+    aten.conv_transpose1d: _transposed_convolution,
+    aten.conv_transpose2d: _transposed_convolution,
+    aten.conv_transpose3d: _transposed_convolution,
+    aten.embedding_bag: _bag,
+    aten._embedding_bag: _bag,
+    aten._embedding_bag_forward_only: _bag,
 }
 
 _RESHAPES = (aten.reshape, aten.flatten, aten.contiguous, aten.clone)
@@ -337,8 +375,8 @@ def _plain(kind: Kind, node: fx.Node, per_element: float) -> OpDesc:
         return OpDesc("view", name, 0.0, 0.0, 0.0, label=_name(node))
     elements = max([v.numel() for v in [*inputs, *outputs]], default=0)
     traffic = float(sum(_bytes(v) for v in [*inputs, *outputs]))
-    if kind == "gather":
-        traffic = 2.0 * sum(_bytes(v) for v in outputs)
+    if kind == "gather":  # of a table only what is looked up is read
+        weights, traffic = [], 2.0 * sum(_bytes(v) for v in outputs)
     return OpDesc(kind, name, per_element * elements, float(sum(map(_bytes, weights))), traffic, label=_name(node))
 
 

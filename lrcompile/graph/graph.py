@@ -346,10 +346,18 @@ def unique_tensors(gm: nn.Module) -> list[torch.Tensor]:
 
 
 def fingerprint(gm: fx.GraphModule) -> str:
-    """SHA-256 of the graph's structure and of every parameter and buffer it uses."""
+    """SHA-256 of the graph's structure, the options of its layers, and every parameter and buffer that is saved.
+
+    What a model computes when it is made (buffers that are not saved, constants) counts by its shape and type alone:
+    its last bits depend on the machine.
+    """
     digest = hashlib.sha256()
     for node in gm.graph.nodes:
         digest.update(f"{node.op} {node.name} {node.target} {node.args} {node.kwargs}\n".encode())
+        if node.op == "call_module":
+            digest.update(f"{submodule(gm, node.target)}\n".encode())
+        elif node.op == "get_attr" and isinstance(value := attribute(gm, node.target), torch.Tensor):
+            digest.update(f"{tuple(value.shape)} {value.dtype}\n".encode())
     for name, tensor in sorted(gm.state_dict().items()):
         data = tensor.detach().cpu().contiguous()
         digest.update(f"{name} {tuple(data.shape)} {data.dtype}\n".encode())

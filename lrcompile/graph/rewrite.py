@@ -112,9 +112,12 @@ class Rewriter:
         raise KeyError(name)
 
     def add_module(self, path: str, module: nn.Module) -> str:
-        """Registers a module under `path`, or under `path_2`, `path_3`… if that is taken; returns the path."""
-        candidate, count = path, 1
-        while _exists(self.graph.gm, candidate):
+        """Registers a module under `path`, or under `path_2`, `path_3`… if that is taken; returns the path.
+
+        In a part of a graph, as rewrites are tried on, what the whole graph has is taken too: `meta["part_of"]`.
+        """
+        gm, candidate, count = self.graph.gm, path, 1
+        while _exists(gm, candidate) or _exists(gm.meta.get("part_of"), candidate):
             count += 1
             candidate = f"{path}_{count}"
         self._put(candidate, module)
@@ -167,7 +170,7 @@ class Rewriter:
         self.created = [n for n in self.created if n is not node]
         self.graph.gm.graph.erase_node(node)
         for argument in arguments:
-            if not argument.users and argument.op not in ("placeholder", "output"):
+            if not argument._erased and not argument.users and argument.op not in ("placeholder", "output"):
                 self.erase(argument)
 
     def put_modules(self, site: Site, modules: Sequence[nn.Module]) -> list[str]:
@@ -223,7 +226,7 @@ def set_module(root: nn.Module, path: str, module: nn.Module) -> None:
     parent._modules[leaf] = module
 
 
-def _exists(root: nn.Module, path: str) -> bool:
+def _exists(root: nn.Module | None, path: str) -> bool:
     value: Any = root
     for part in path.split("."):
         if not hasattr(value, part):

@@ -6,8 +6,9 @@ errors are those of what is emitted. A contract cannot be half kept: what has no
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from lrcompile.errors import InputError, VerificationError
 from lrcompile.frontend.export import batch_size
+from lrcompile.frontend.rounding import of_rounding
 from lrcompile.frontend.trace import Traced, at_other_batch, run
 from lrcompile.graph.graph import Graph, aten, propagate, prune
 from lrcompile.graph.verify import rounded_error
@@ -70,7 +72,7 @@ def to_rank(traced: Traced, max_rank: int | None, io_rank: int | None, limit: fl
 
     Nothing is limited where both are None, and a graph that keeps `max_rank` stays as it is. The result is compared
     with the original on the example inputs and, where the batch is open, at another batch size: its outputs may differ
-    by `limit` (relative).
+    by `limit` (relative), in half precision by what the model makes of rounding.
 
     Raises:
         InputError: a limit is below 4, or an operation has no form of rank 4.
@@ -99,15 +101,22 @@ def to_rank(traced: Traced, max_rank: int | None, io_rank: int | None, limit: fl
     errors = []
     for batch in [traced.flat, *([other] if other is not traced.flat else [])]:
         inputs = [folded_io(value) for value in batch] if fold_io else batch
-        expected = [folded_io(y) for y in run(traced.graph.gm, batch)] if fold_io else run(traced.graph.gm, batch)
+        original = run(traced.graph.gm, batch)
+        expected = [folded_io(y) for y in original] if fold_io else original
         error = rounded_error(expected, run(graph.gm, inputs))
         errors.append(error)
+        if not error <= limit:
+            limit = of_rounding(limit, traced.graph, partial(_error_on, batch, original))
         if not error <= limit:
             raise VerificationError(
                 f"the model lowered to rank 4 differs from the original by {error:.2e} (relative; at most {limit:.0e} "
                 f"expected) at batch size {batch_size(batch)}; this is a fault of lrcompile: leave out --max-rank"
             )
     return replace(result, notes=(*traced.notes, *_notes(traced, fold_io, max(errors))))
+
+
+def _error_on(batch: Sequence[Any], expected: Sequence[Any], graph: Graph) -> float:
+    return rounded_error(expected, run(graph.gm, batch))
 
 
 def _ranks(graph: Graph, inside: bool) -> Iterator[tuple[fx.Node, int]]:

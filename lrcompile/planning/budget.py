@@ -68,6 +68,10 @@ class Budget:
             raise InputError(f"budget int8 is {self.int8!r}; expected True or False")
         if getattr(self.strategy, "name", self.strategy) not in STRATEGY_NAMES:
             raise InputError(f"--strategy {self.strategy!r} is unknown; expected one of {', '.join(STRATEGY_NAMES)}")
+        if self.max_drop is not None and self.strategy_name != STRATEGY_NAMES[0]:
+            raise InputError(
+                f"--strategy {self.strategy_name} does not search by a metric; leave out --max-drop, or use milp"
+            )
 
     @property
     def error_limit(self) -> float | None:
@@ -128,22 +132,28 @@ def parse_size(text: str) -> float:
     """A share ("0.5", "50%") or a number of bytes ("12MB", "300KiB").
 
     Raises:
-        InputError: the text is neither.
+        InputError: the text is neither, or a share of more than all, or so few bytes that they would read as a share.
     """
     match = re.fullmatch(r"\s*([0-9.]+)\s*(%|[kmg]i?b|b)?\s*", text, re.IGNORECASE)
     try:
         number = float(match[1]) if match else math.nan
     except ValueError:
         number = math.nan
+    expected = "expected a share such as 0.5 or 50%, or bytes such as 12MB"
     if match is None or math.isnan(number):
-        raise InputError(f"--size got {text!r}; expected a share such as 0.5 or 50%, or bytes such as 12MB")
+        raise InputError(f"--size got {text!r}; {expected}")
     unit = (match[2] or "").lower()
+    if unit == "%" and number > 100:
+        raise InputError(f"--size got {text!r}, which is more than all of the original; {expected}")
     if unit == "%":
         return number / 100
     if not unit:
         return number
     power = {"b": 0, "k": 1, "m": 2, "g": 3}[unit[0]]
-    return number * (1024 if "i" in unit else 1000) ** power
+    size_bytes = number * (1024 if "i" in unit else 1000) ** power
+    if size_bytes <= 1:
+        raise InputError(f"--size got {text!r}, which leaves no model; {expected}")
+    return size_bytes
 
 
 def parse_latency(text: str) -> float:

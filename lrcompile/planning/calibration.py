@@ -156,12 +156,19 @@ def _wanted(graph: Graph) -> tuple[dict[fx.Node, dict[int | Window, None]], dict
             if isinstance(site.module, nn.Embedding):
                 rows[source] = max(rows.get(source, 0), site.module.num_embeddings)  # of several tables
                 continue
+            if _is_single(site.module, node):
+                continue
             readers.setdefault(source.name, site.path)
             keys = wanted.setdefault(source, {})
-            keys[-1 if isinstance(site.module, nn.Linear) else 1] = None
-            if window is not None and source.meta["val"].dim() == len(window.size) + 2:
+            keys[_axis(site.module)] = None
+            if window is not None:
                 keys[window] = None
     return wanted, rows, readers
+
+
+def _is_single(module: Any, call: fx.Node) -> bool:
+    """Whether a convolution is called on one sample without a batch axis, whose channels are another axis."""
+    return not isinstance(module, nn.Linear) and call.meta["val"].dim() != len(module.kernel_size) + 2
 
 
 def _has_gradients(graph: Graph) -> bool:
@@ -232,7 +239,8 @@ class _Sensing(_Collector):
         """Runs the batch forward and back; the norm of a whole batch's outputs is guessed from its share."""
         layers = {
             node: site.module for site in self.graph_of_layers.modules_of(nn.Linear, *ALL_CONVS) for node in site.nodes
-        }
+            if not _is_single(site.module, node)
+        }  # fmt: skip
         self.felt: dict[fx.Node, Tensor] = {}
         self.sensed = {*self.wanted, *layers}
         chance = torch.Generator().manual_seed(seed)

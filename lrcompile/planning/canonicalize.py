@@ -1,22 +1,26 @@
-"""Exact rewrites that are always welcome, applied until none is left, and checked as they are made."""
+"""Exact rewrites that are always welcome: applied until none is left, checked, undone where they round too much."""
 
 from __future__ import annotations
 
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
-import torch
+from torch import Tensor
 
-from lrcompile.errors import PassError, VerificationError
+from lrcompile.errors import BudgetError, PassError, VerificationError
+from lrcompile.frontend.rounding import of_rounding
+from lrcompile.graph.describe import DTYPE_NAMES
 from lrcompile.graph.graph import Graph, prune
 from lrcompile.graph.rewrite import Refusal, Rewrite
 from lrcompile.passes import Context, Pass, Stage, apply, proposals
+from lrcompile.planning.budget import Budget
+from lrcompile.planning.search import OVER_THE_ERROR, Choice
 from lrcompile.planning.sensitivity import Evaluator, rewritten
 
 ROUNDING = {"fp64": 1e-10, "fp32": 1e-5, "fp16": 2e-3, "bf16": 2e-2}  # relative output error of exact rewrites
 HALVES = ("fp16", "bf16")
-OF_WEIGHTS = 2.0  # times the error of weights rounded once more, which exact rewrites may show in half precision
 MOST_ROUNDS = 20
 
 
@@ -65,37 +69,33 @@ def check_exact(
 ) -> None:
     """Accepts an error within rounding; otherwise finds and names the first rewrite that is not exact.
 
-    In half precision a model may make more of rounding than `ROUNDING` says: then what counts is what it makes of
-    weights that are rounded once more, as those of exact rewrites are.
+    The precision is that of the least precise layer that is rewritten. In half precision a model may make more of
+    rounding than `ROUNDING` says: then what counts is what it makes of weights that are rounded once more, as those of
+    exact rewrites are.
 
     Raises:
         VerificationError: a rewrite that promised equality changed the output.
     """
-    limit = rounding(context.dtype)
-    if error > limit and context.dtype in HALVES:
-        of_weights = _of_rounded_weights(graph, evaluator)
-        limit = max(limit, OF_WEIGHTS * of_weights) if math.isfinite(of_weights) else limit
+    dtype = _least_precise(graph, rewrites, context.dtype)
+    limit = rounding(dtype)
+    if error > limit and dtype in HALVES:
+        limit = of_rounding(limit, graph, lambda moved: evaluator.error(moved, first=1))
     if error <= limit:
         return
     culprit = _first_beyond(limit, graph, rewrites, passes, context, evaluator)
     raise VerificationError(
         f"pass {culprit.pass_name} at {', '.join(culprit.site)} promised an exact rewrite, but the output changed by "
-        f"{error:.2e} (relative; at most {limit:.1g} expected for {context.dtype}); leave it out with "
+        f"{error:.2e} (relative; at most {limit:.1g} expected for {dtype}); leave it out with "
         f"--passes=-{culprit.pass_name} and report it"
     )
 
 
-def _of_rounded_weights(graph: Graph, evaluator: Evaluator) -> float:
-    """The error that moving all weights by up to half of their last digit makes."""
-    moved, drawn = graph.copy(own=True), torch.Generator().manual_seed(0)
-    for module in list(moved.gm.modules()):
-        for name, weight in module._parameters.items():
-            if weight is None or not weight.is_floating_point():
-                continue
-            part = torch.rand(weight.shape, generator=drawn).to(weight.device) - 0.5
-            other = weight.detach().double() * (1 + torch.finfo(weight.dtype).eps * part)
-            module._parameters[name] = torch.nn.Parameter(other.to(weight.dtype), requires_grad=False)
-    return evaluator.error(moved, first=1)
+def _least_precise(graph: Graph, rewrites: Sequence[Rewrite], dtype: str) -> str:
+    """The least precise of a model's precision and those of the layers that are rewritten."""
+    sites = graph.sites()
+    layers: list[Any] = [sites[path].module for rewrite in rewrites for path in rewrite.site if path in sites]
+    weights = [weight for layer in layers if isinstance(weight := getattr(layer, "weight", None), Tensor)]
+    return max((dtype, *(DTYPE_NAMES.get(weight.dtype, dtype) for weight in weights)), key=rounding)
 
 
 def check_finite(
@@ -135,3 +135,28 @@ def _first_beyond(
         trial = evaluator.error(rewritten(graph, rewrites[:middle], passes, context), first=1)
         low, high = (middle, high) if trial <= limit else (low, middle)
     return rewrites[high - 1]
+
+
+def or_as_it_was(choice: Choice, original: Graph, budget: Budget, dtype: str) -> Choice:
+    """The choice, or the original graph where exact rewrites, which round anew, already cost more than is allowed.
+
+    Raises:
+        BudgetError: the original does not keep the limits on size or latency.
+    """
+    limit, lossy = budget.error_limit, not all(rewrite.exact for rewrite in choice.rewrites)
+    turned = not math.isfinite(choice.error)  # whole numbers of an output
+    if limit is None or (budget.exact_only and not turned) or lossy or choice.untouched or choice.error <= limit:
+        return choice
+    if any((budget.size, budget.speedup, budget.max_latency_s)):
+        if turned:
+            raise BudgetError(
+                "exact rewrites alone change whole numbers of an output, by rounding; leave out --max-error, or the "
+                "other limits"
+            )
+        got, most = (budget.measure_in_use.value(root) for root in (choice.error, limit))
+        raise BudgetError(
+            f"exact rewrites alone round to an error of {got:.3g} in {dtype}, above the {most:.3g} that rewrites may "
+            "take; allow more, or compile with --dtype fp32"
+        )
+    why = "exact rewrites alone change whole numbers of an output, by rounding" if turned else OVER_THE_ERROR
+    return Choice((), original.copy(), 0.0, untouched=why)

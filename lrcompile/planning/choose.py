@@ -6,7 +6,7 @@ import math
 import os
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -37,6 +37,24 @@ class Limits:
     error: float = math.inf
     gain_s: float = -math.inf
     bytes_saved: float = -math.inf
+
+
+def thin(candidates: Iterable[Candidate]) -> tuple[Candidate, ...]:
+    """Drops candidates that another on the same footprint beats in latency, size and error alike.
+
+    Errors compare within a family only: what they do to the model is not known yet. Exact candidates beat lossy ones.
+    """
+    groups: dict[frozenset[str], list[Candidate]] = {}
+    for candidate in candidates:
+        groups.setdefault(candidate.footprint, []).append(candidate)
+    return tuple(c for members in groups.values() for c in members if not any(_beats(o, c) for o in members))
+
+
+def _beats(one: Candidate, other: Candidate) -> bool:
+    if not one.exact and one.family != other.family:
+        return False
+    merits = [(-c.gain.latency_s, -c.bytes_saved, c.error) for c in (one, other)]
+    return merits[0] != merits[1] and all(a <= b for a, b in zip(*merits, strict=True))
 
 
 def choose(

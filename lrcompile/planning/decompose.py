@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import combinations
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from lrcompile.planning.moments import Moments
@@ -167,13 +167,14 @@ class Tucker:
         stands, until nothing improves (our reading; finding the best of all is hard).
         """
         energy = self.energy[:rank_out, :rank_in]
-        best, best_kept = (torch.arange(rank_out), torch.arange(rank_in)), -1.0
-        starts = (torch.arange(rank_in) % groups, torch.arange(rank_in) * groups // rank_in)
-        for block_in in starts:
+        out, into = torch.arange(rank_out), torch.arange(rank_in)
+        best, best_kept = (out, into), -1.0
+        starts = (out % groups, into % groups), (out * groups // rank_out, into * groups // rank_in)
+        for block_out, block_in in starts:
             kept = -1.0
             while True:
-                block_out = _dealt(energy, block_in, groups)
-                block_in = _dealt(energy.T, block_out, groups)
+                block_out = _dealt(energy, block_out, block_in, groups)
+                block_in = _dealt(energy.T, block_in, block_out, groups)
                 now = float(energy[block_out.unsqueeze(1) == block_in].sum())
                 if now <= kept * (1 + 1e-12):
                     break
@@ -182,7 +183,7 @@ class Tucker:
                 best, best_kept = (block_out.argsort(stable=True), block_in.argsort(stable=True)), now
         return best
 
-    @property
+    @cached_property
     def energy(self) -> Tensor:
         """The share of ‖W·S‖² at each pair of output and input rank, [S × C]."""
         rows = torch.diff(self.captured, dim=0, prepend=self.captured.new_zeros(1, self.captured.shape[1]))
@@ -243,13 +244,20 @@ def tucker(kernel: Tensor, gram: Tensor | None = None) -> Tucker:
     return Tucker(kernel.detach(), out_basis, onto, back, captured, gram is not None)
 
 
-def _dealt(energy: Tensor, blocks: Tensor, groups: int) -> Tensor:
-    """The block of each row, equally many in each, that keeps most energy; `blocks` are those of the columns."""
-    rows = len(energy)
-    by_block = energy.new_zeros(rows, groups).index_add_(1, blocks, energy)
-    places = by_block.repeat_interleave(rows // groups, dim=1)
-    _, chosen = linear_sum_assignment(places.numpy(), maximize=True)
-    return torch.from_numpy(chosen) // (rows // groups)
+def _dealt(energy: Tensor, blocks: Tensor, others: Tensor, groups: int) -> Tensor:
+    """The block of each row, equally many in each, by which more energy is kept; `others` are those of the columns.
+
+    The rows of two blocks are dealt by how much more they keep in one, which is best for the two, until none gains.
+    """
+    by_block = energy.new_zeros(len(energy), groups).index_add_(1, others, energy)
+    blocks, size, kept = blocks.clone(), len(energy) // groups, -1.0
+    while (now := float(by_block.gather(1, blocks.unsqueeze(1)).sum())) > kept * (1 + 1e-12):
+        kept = now
+        for one, other in combinations(range(groups), 2):
+            (rows,) = torch.where((blocks == one) | (blocks == other))
+            order = (by_block[rows, other] - by_block[rows, one]).argsort(stable=True)
+            blocks[rows[order[:size]]], blocks[rows[order[size:]]] = one, other
+    return blocks
 
 
 def _precision(matrix: Tensor) -> torch.dtype:

@@ -295,6 +295,10 @@ class DropLimit:
             self.asked[key] = self.metric.value(key, graph)
         return self.asked[key]
 
+    def values_of(self, rewrites: Sequence[object]) -> list[float]:
+        """What was evaluated with these rewrites made."""
+        return [value for (_, *made), value in self.asked.items() if made == list(map(str, rewrites))]
+
     def result(self, rewrites: Sequence[object] | None) -> MetricResult:
         """The figures for rewrites that were checked; None stands for the model as given."""
         metric = self.metric

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -48,9 +49,9 @@ class Plan:
     int8: Mapping[str, Any] | None = None
 
     def with_int8(self, figures: Mapping[str, Any] | None) -> Plan:
-        """The plan of a file in 8-bit integers too, by the figures of `Report.quantization`."""
+        """The plan with what was written in 8-bit integers, by the figures of `Report.quantization`: None, nothing."""
         keys = ("written", "left_float", "weight_bits")
-        return self if figures is None else replace(self, int8={key: figures[key] for key in keys})
+        return replace(self, int8=None if figures is None else {key: figures[key] for key in keys})
 
     def dumps(self) -> str:
         """The plan as JSON text; the same plan gives the same text."""
@@ -67,12 +68,12 @@ class Plan:
             "held_out": self.held_out,
             "seed": self.seed,
             "budget": self.budget.to_json(),
-            "metric": None if self.metric is None else dict(self.metric),
+            "metric": None if self.metric is None else finite(self.metric),
             "options": {name: dict(options) for name, options in sorted(self.options.items())},
             "rewrites": [rewrite.to_json() for rewrite in self.rewrites],
-            "recovery": None if self.recovery is None else dict(self.recovery),
+            "recovery": None if self.recovery is None else finite(self.recovery),
             "int8": None if self.int8 is None else dict(self.int8),
-            "sites": list(self.sites),
+            "sites": finite(list(self.sites)),
         }
         return json.dumps(data, indent=1) + "\n"
 
@@ -159,6 +160,17 @@ class Plan:
                 f"the plan was made with {had}, got {got}; the factors depend on them: give the same --calib and "
                 "--batch as then, and the same --input"
             )
+
+
+def finite(value: Any) -> Any:
+    """JSON has no infinity: such figures become null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(k): finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(v) for v in value]
+    return value
 
 
 def _batch(size: Any) -> int | None:

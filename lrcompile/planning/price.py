@@ -415,7 +415,7 @@ def extract(
             set_module(root, node.target, convert(submodule(graph.gm, node.target)))  # type: ignore[arg-type]
     inside = set(ordered)
     new.output(tuple(env[node] for node in ordered if any(user not in inside for user in node.users)))
-    return _unrun(root, new, mode or graph.fake_mode)
+    return _unrun(root, new, mode or graph.fake_mode, graph.gm)
 
 
 def _gain_s(priced: Priced) -> float:
@@ -428,7 +428,7 @@ def _copied(graph: Graph) -> Graph:
     new.output(new.graph_copy(graph.gm.graph, env))
     for old, copied in env.items():
         copied.meta = dict(old.meta)
-    return _unrun(share(graph.gm), new, graph.fake_mode)
+    return _unrun(share(graph.gm), new, graph.fake_mode, graph.gm.meta["part_of"])
 
 
 def _modules_made(trial: _Trial) -> set[Any]:
@@ -436,13 +436,17 @@ def _modules_made(trial: _Trial) -> set[Any]:
     return {n.target for n in trial.graph.nodes if n.op == "call_module" and n.name in trial.created}
 
 
-def _unrun(root: nn.Module, graph: fx.Graph, mode: FakeTensorMode) -> Graph:
-    """A graph over a root's own containers, which fx would copy one by one; its code is not generated."""
+def _unrun(root: nn.Module, graph: fx.Graph, mode: FakeTensorMode, whole: fx.GraphModule) -> Graph:
+    """A graph over a root's own containers, which fx would copy one by one; its code is not generated.
+
+    `whole` is what it is a part of, so that what is made in it gets the name that it would get there.
+    """
     with _use_lazy_graph_module(True):
         gm = fx._lazy_graph_module._make_graph_module(nn.Module().eval(), fx.Graph())
     for table in ("_parameters", "_buffers", "_modules"):
         gm.__dict__[table] = root.__dict__[table]
     gm.graph = graph
+    gm.meta["part_of"] = whole
     return Graph(gm, mode)
 
 

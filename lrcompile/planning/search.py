@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from lrcompile.devices.cost import Cost
@@ -12,7 +12,7 @@ from lrcompile.graph.graph import Graph, weight_bytes
 from lrcompile.graph.rewrite import Rewrite
 from lrcompile.passes import Context, Pass
 from lrcompile.planning.budget import DEFAULT_MAX_ERROR, EXACT_ERROR, Budget
-from lrcompile.planning.choose import Limits, Objective, choose
+from lrcompile.planning.choose import Limits, Objective, choose, thin
 from lrcompile.planning.metric import CHECK, DropLimit
 from lrcompile.planning.price import Candidate
 from lrcompile.planning.sensitivity import MISJUDGED, Evaluator, Sensitivities, rewritten
@@ -27,6 +27,7 @@ MOST_LIMIT = 1e3  # a predicted output error at which nothing is left of the out
 WORTH_A_LOOK = 0.002  # share of the latency below which a gain is not worth an evaluation of the metric
 WORTH_A_STEP = 0.01  # the same for one candidate instead of another
 STEPS_IN_VAIN = 5  # of those, in a row, after which the rest is not looked at
+OVER_THE_ERROR = "exact rewrites alone round to an error above what is allowed"
 CHECKS = 3  # evaluations kept for the choices that hold, of which each needs a second one
 
 
@@ -35,15 +36,15 @@ class Choice:
     """The chosen candidates, the graph with them applied, and its measured output error.
 
     In another measure `error` is the root of that. `relaxed` says that rewrites had to be admitted that do not make the
-    target faster, to reach the size asked for; `untouched` that the graph is the model as given, without exact clean-up
-    either.
+    target faster, to reach the size asked for; `untouched` why the graph is the model as given, without exact clean-up
+    either, and nothing where it is not.
     """
 
     candidates: tuple[Candidate, ...]
     graph: Graph
     error: float
     relaxed: bool = False
-    untouched: bool = False
+    untouched: str = ""
 
     @property
     def rewrites(self) -> tuple[Rewrite, ...]:
@@ -61,7 +62,8 @@ class Problem:
     """Everything a search needs; a new budget on the same problem costs only the solving and the measuring.
 
     `base` prices the graph as it stands; `original_s` is the latency of the model as given, which exact clean-up may
-    have bettered already, and what limits on latency refer to. `drop` limits the user's own metric.
+    have bettered already, and what limits on latency refer to; `original_bytes` are likewise those of its weights, None
+    where that is the graph. `drop` limits the user's own metric.
     """
 
     graph: Graph
@@ -73,6 +75,16 @@ class Problem:
     original_s: float
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None
     drop: DropLimit | None = None
+    original_bytes: float | None = None
+
+    @property
+    def whole_bytes(self) -> float:
+        """Bytes of the weights of the model as given, which shares of size are of."""
+        return float(weight_bytes(self.graph.gm)) if self.original_bytes is None else self.original_bytes
+
+    def bytes_over(self, budget: Budget) -> float:
+        """Bytes of weights to save for a budget's size; negative where the graph has less, or any size will do."""
+        return weight_bytes(self.graph.gm) - budget.bytes_limit(self.whole_bytes)
 
 
 def search(problem: Problem, budget: Budget) -> Choice:
@@ -111,7 +123,7 @@ def _pools(problem: Problem, budget: Budget) -> list[_Pool]:
     """
     base_s, original_s = problem.base.latency_s, problem.original_s
     limit_s, total_bytes = budget.latency_limit_s(original_s), float(weight_bytes(problem.graph.gm))
-    limits = Limits(gain_s=base_s - limit_s, bytes_saved=total_bytes - budget.bytes_limit(total_bytes))
+    limits = Limits(gain_s=base_s - limit_s, bytes_saved=problem.bytes_over(budget))
     allowed = [c for c in problem.candidates if c.exact or not budget.exact_only]
     faster = thin(c for c in allowed if c.p_faster >= budget.confidence and c.gain.latency_s > 0)
     reach = _reach(faster)
@@ -131,12 +143,12 @@ def _pools(problem: Problem, budget: Budget) -> list[_Pool]:
     found = [pool for pool in pools if choose(pool.candidates, [0.0] * len(pool.candidates), limits) is not None]
     if found:
         return found
-    widest = _reach(pools[-1].candidates).bytes_saved
+    widest, whole = _reach(pools[-1].candidates).bytes_saved, problem.whole_bytes
     together = " together with the latency asked for" if limits.bytes_saved <= widest else ""
     means = " by exact rewrites alone" if budget.exact_only else ""
     raise BudgetError(
-        f"a size of {1 - limits.bytes_saved / total_bytes:.3g} of the original cannot be reached{together}{means}: "
-        f"the reachable range is {1 - widest / total_bytes:.3g}–1; ask for a larger --size"
+        f"a size of {(total_bytes - limits.bytes_saved) / whole:.3g} of the original cannot be reached{together}"
+        f"{means}: the reachable range is {(total_bytes - widest) / whole:.3g}–1; ask for a larger --size"
         f"{', or allow a --max-error' if means else ''}"
     )
 
@@ -155,24 +167,6 @@ def _reach(candidates: Sequence[Candidate]) -> Limits:
         gain_s=max(0.0, sum(candidates[i].gain.latency_s for i in most["latency"])),
         bytes_saved=max(0.0, sum(candidates[i].bytes_saved for i in most["size"])),
     )
-
-
-def thin(candidates: Iterable[Candidate]) -> tuple[Candidate, ...]:
-    """Drops candidates that another on the same footprint beats in latency, size and error alike.
-
-    Errors compare within a family only: what they do to the model is not known yet. Exact candidates beat lossy ones.
-    """
-    groups: dict[frozenset[str], list[Candidate]] = {}
-    for candidate in candidates:
-        groups.setdefault(candidate.footprint, []).append(candidate)
-    return tuple(c for members in groups.values() for c in members if not any(_beats(o, c) for o in members))
-
-
-def _beats(one: Candidate, other: Candidate) -> bool:
-    if not one.exact and one.family != other.family:
-        return False
-    merits = [(-c.gain.latency_s, -c.bytes_saved, c.error) for c in (one, other)]
-    return merits[0] != merits[1] and all(a <= b for a, b in zip(*merits, strict=True))
 
 
 def _best(problem: Problem, pool: _Pool, error_limit: float | None) -> Choice | None:
@@ -231,7 +225,7 @@ def _fastest_that_holds(problem: Problem, pool: _Pool, drop: DropLimit, error_li
 
     Errors order the choices: their limit is bisected between one with which the metric holds and one with which it does
     not, first in terms of the model's errors, then in other views of them, in which only what is faster still is
-    evaluated. What is taken has held twice.
+    evaluated. What is taken has held twice; two evaluations are kept for exact rewrites alone, should nothing else.
     """
     sensed = _sensed(problem, pool)
     _well_judged(problem, pool, sensed, replace(pool.limits, error=error_limit or DEFAULT_MAX_ERROR))
@@ -271,8 +265,15 @@ def _fastest_that_holds(problem: Problem, pool: _Pool, drop: DropLimit, error_li
     for picked in last:
         if drop.left > 1 and holds(picked):
             break
+    exact = _exact_picks(pool)
     for picked in sorted((p for p, held in known.items() if held), key=lambda p: -_gain_s(pool, p)):
         if _metric_holds(problem, pool, picked, CHECK):
+            return applied(problem, pool.candidates, picked)
+        if exact and drop.left <= 2:
+            break
+    for picked in exact:
+        possible = _within_error(problem, pool, picked, error_limit)
+        if possible and all(_metric_holds(problem, pool, picked, turn) for turn in (0, CHECK)):
             return applied(problem, pool.candidates, picked)
     return None
 
@@ -360,9 +361,10 @@ def _untouched(problem: Problem, pools: Sequence[_Pool], drop: DropLimit, budget
     Raises:
         BudgetError: the size or latency asked for cannot be had within the drop; the message holds what can.
     """
-    total_bytes, original_s = float(weight_bytes(problem.graph.gm)), problem.original_s
-    if budget.latency_limit_s(original_s) >= original_s and budget.bytes_limit(total_bytes) >= total_bytes:
-        return Choice((), drop.metric.traced.graph.copy(), 0.0, untouched=True)
+    whole, original_s = problem.whole_bytes, problem.original_s
+    if budget.latency_limit_s(original_s) >= original_s and budget.bytes_limit(whole) >= whole:
+        why = _why_not_exact(problem, pools[-1], drop, budget.error_limit)
+        return Choice((), drop.metric.traced.graph.copy(), 0.0, untouched=why)
     pool, base = pools[-1], drop.metric.base
     falls = "falls too far"
     for picked in _accurate(problem, pool, _sensed(problem, pool))[:1]:
@@ -374,7 +376,8 @@ def _untouched(problem: Problem, pools: Sequence[_Pool], drop: DropLimit, budget
     if free is None:
         within = "nothing but the model as it is was found within them"
     else:
-        left = 1 - sum(candidate.bytes_saved for candidate in free.candidates) / total_bytes
+        saved = sum(candidate.bytes_saved for candidate in free.candidates)
+        left = (weight_bytes(problem.graph.gm) - saved) / whole
         ratio = _ratio(original_s, problem.base.latency_s - free.gain_s)
         within = f"within them a speed-up of {ratio} with a size of {left:.3g} of the original was found"
     raise BudgetError(
@@ -383,28 +386,17 @@ def _untouched(problem: Problem, pools: Sequence[_Pool], drop: DropLimit, budget
     )
 
 
-def or_as_it_was(choice: Choice, original: Graph, budget: Budget, dtype: str) -> Choice:
-    """The choice, or the original graph where exact rewrites, which round anew, already cost more than is allowed.
-
-    Raises:
-        BudgetError: the original does not keep the limits on size or latency.
-    """
-    limit, lossy = budget.error_limit, not all(rewrite.exact for rewrite in choice.rewrites)
-    turned = not math.isfinite(choice.error)  # whole numbers of an output
-    if limit is None or (budget.exact_only and not turned) or lossy or choice.untouched or choice.error <= limit:
-        return choice
-    if any((budget.size, budget.speedup, budget.max_latency_s)):
-        if turned:
-            raise BudgetError(
-                "exact rewrites alone change whole numbers of an output, by rounding; leave out --max-error, or the "
-                "other limits"
-            )
-        got, most = (budget.measure_in_use.value(root) for root in (choice.error, limit))
-        raise BudgetError(
-            f"exact rewrites alone round to an error of {got:.3g} in {dtype}, above the {most:.3g} that rewrites may "
-            "take; allow more, or compile with --dtype fp32"
-        )
-    return Choice((), original.copy(), 0.0, untouched=True)
+def _why_not_exact(problem: Problem, pool: _Pool, drop: DropLimit, error_limit: float | None) -> str:
+    """Why not even exact rewrites alone were taken, as it was measured."""
+    picks = [picked for picked in _exact_picks(pool) if _within_error(problem, pool, picked, error_limit)]
+    if not picks:
+        return OVER_THE_ERROR
+    made = ([rewrite for i in picked for rewrite in pool.candidates[i].rewrites] for picked in picks)
+    seen = [value for rewrites in made for value in drop.values_of(rewrites)]
+    if not seen:
+        return "nothing held the metric twice, and no evaluation was left for exact rewrites alone"
+    fell = f"fall from {drop.metric.base:.6g} to {min(seen):.6g}"
+    return f"exact rewrites alone let the metric {fell}, further than allowed"
 
 
 def _exact(problem: Problem, pool: _Pool) -> Choice | None:

@@ -49,14 +49,17 @@ class Choice:
 class Judge:
     """Holds files against the compiled graph and the original, on flat batches.
 
-    `limit` is that on the root of `measure`, against the original if `whole`, else against the compiled graph;
-    `room` is what of it a quantisation may take, were its error to add to that of the rewrites in quadrature.
+    `limit` is that on the root of `measure`, against the original if `whole`, else against the compiled graph; `asked`
+    says that it was given and is no default. `spent` is the same root of the compiled graph against the original, and
+    `room` what of the limit a quantisation may take, were its error to add to that of the rewrites in quadrature.
     """
 
     names: tuple[str, ...]
     measure: Measure
     limit: float
     whole: bool
+    asked: bool
+    spent: float
     room: float
     probed: Sequence[Any]
     judged: Sequence[Sequence[Any]]
@@ -71,6 +74,7 @@ class Judge:
         """The judge of a float file, which lies at the path, by the data of a split; `max_error` overrides a budget."""
         measure = budget.measure_in_use
         limit = budget.whole_limit if max_error is None else measure.root(max_error)
+        asked = max_error is not None or budget.max_error is not None
         compiled = [tensors(run(gm, batch)) for batch in split.judged]
         wanted = [tensors(run(original.graph.gm, batch)) for batch in split.judged]
         spent = measure.root(measure.total(zip(wanted, compiled, strict=True)))
@@ -80,7 +84,7 @@ class Judge:
         names = tuple(port.name for port in open_onnx(path).get_inputs())
         of_probe = tensors(run(gm, split.fitted[0]))
         return cls(
-            names, measure, limit, whole, room, split.fitted[0], split.judged, of_probe, compiled, wanted
+            names, measure, limit, whole, asked, spent, room, split.fitted[0], split.judged, of_probe, compiled, wanted
         )  # fmt: skip
 
     def feeds(self, flat: Sequence[Any]) -> dict[str, Any]:

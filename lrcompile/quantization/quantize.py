@@ -24,7 +24,7 @@ from lrcompile.errors import BudgetError, InputError
 from lrcompile.frontend.calibration_data import CalibrationData
 from lrcompile.frontend.trace import Traced, run
 from lrcompile.graph.graph import weight_bytes
-from lrcompile.planning.budget import Budget
+from lrcompile.planning.budget import EXACT_ERROR, Budget
 from lrcompile.planning.calibration import Split
 from lrcompile.planning.metric import AFTERWARDS, Metric
 from lrcompile.planning.plan import Plan
@@ -78,7 +78,7 @@ def quantizer(
 
     Raises:
         InputError: the model is not in single precision.
-        BudgetError: the file is too large or surely too slow.
+        BudgetError: the file is too large or surely too slow, or the float file, which stays, is over the limit itself.
         PlanError: the plan that is replayed says something of layers that the model has not.
     """
     check_float32([*gm.state_dict().values(), *(t for t in traced.flat if isinstance(t, Tensor))])
@@ -89,8 +89,7 @@ def quantizer(
         original = wanted.original or traced
         judge = Judge.of(path, original, gm, budget, wanted.max_error, split)
         file = _File(
-            path, gm, traced, original, judge.feeds(traced.flat), budget, plan.target == "local", again is not None,
-            progress,
+            path, gm, traced, original, judge, budget, plan.target == "local", again is not None, progress,
         )  # fmt: skip
         with Quantizer(path, [judge.feeds(batch) for batch in split.fitted]) as int8:
             search = LayerSearch(int8, judge, progress)
@@ -154,7 +153,7 @@ class _File:
     gm: fx.GraphModule
     traced: Traced
     original: Traced
-    example: Mapping[str, Any]
+    judge: Judge
     budget: Budget
     local: bool
     decided: bool  # by a plan, whatever is measured now
@@ -164,7 +163,7 @@ class _File:
         """Puts the file of a choice into its place, if that is better.
 
         Raises:
-            BudgetError: size or latency are not as asked for.
+            BudgetError: size or latency, or the error of a float file that stays, are not as asked for.
         """
         if choice.model is None:
             return self._kept(f"not quantised: {choice.reason or 'nothing in the model can be quantised'}", {})
@@ -193,6 +192,7 @@ class _File:
     def _kept(self, why: str, figures: dict[str, Any]) -> Placed:
         """The float file, which is held to the same limits, and was confirmed in integers alone."""
         self._check_size(weight_bytes(self.gm), why)
+        self._check_error(why)
         notes = [f"{why}; the float model is written"]
         if self.local and self.budget.int8:
             measured = self._of_original(self.path)
@@ -204,6 +204,11 @@ class _File:
                 f": {measured.ratio:.3f}× the original's time ({measured.ratio_low:.3f}–{measured.ratio_high:.3f})"
             )
         return {**figures, "written": "float"}, notes
+
+    @cached_property
+    def example(self) -> Mapping[str, Any]:
+        """The example by the names of the file's inputs."""
+        return self.judge.feeds(self.traced.flat)
 
     @cached_property
     def _reference(self) -> bytes:
@@ -218,6 +223,15 @@ class _File:
             raise BudgetError(
                 f"the file has {got / 1e6:.4g} MB of weights, {limit / 1e6:.4g} MB asked for: {why}; allow more error "
                 "with --max-error, or a larger --size"
+            )
+
+    def _check_error(self, why: str) -> None:
+        judge = self.judge
+        if judge.asked and not self.decided and judge.spent > max(judge.limit, EXACT_ERROR):
+            got, most = (judge.measure.value(root) for root in (judge.spent, judge.limit))
+            raise BudgetError(
+                f"{why}, and the float model has a {judge.measure.label} of {got:.3g} itself, above the {most:g} "
+                "allowed: allow that with --max-error, or compile anew within what is allowed"
             )
 
     def _check_latency(self, of_original: BenchResult, why: str) -> None:

@@ -38,9 +38,9 @@ class Checkpoint:
 
     def load(self) -> dict[str, Any] | None:
         """What was saved, or None."""
-        if not self.path.is_file():
-            return None
         try:
+            if not self.path.is_file():
+                return None
             state: dict[str, Any] = torch.load(self.path, map_location="cpu", weights_only=True)
         except Exception:  # torch raises what its readers raise: whatever it is, training starts afresh
             return None
@@ -49,15 +49,16 @@ class Checkpoint:
     def save(self, state: Mapping[str, Any]) -> None:
         """Replaces what was saved; a full or read-only disk costs the chance to go on, nothing else.
 
-        What nothing went on with for a month is removed.
+        What nothing went on with for a month is removed, and so is what an interrupted write left then.
         """
         with suppress(OSError, RuntimeError):
             with put_whole(self.path) as path, path.open("wb") as file:
                 torch.save(dict(state), file)
-            for other in self.path.parent.glob("*.pt"):
+            for other in (*self.path.parent.glob("*.pt"), *self.path.parent.glob("*.tmp")):
                 if time.time() - other.stat().st_mtime > LEFT_S:
                     other.unlink()
 
     def drop(self) -> None:
-        """Forgets what was saved."""
-        self.path.unlink(missing_ok=True)
+        """Forgets what was saved; what cannot be removed stays."""
+        with suppress(OSError):
+            self.path.unlink(missing_ok=True)

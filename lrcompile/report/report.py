@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -11,13 +10,14 @@ from typing import Any
 from torch import nn
 
 from lrcompile.devices.cost import Cost
+from lrcompile.devices.fusion import describe_all
 from lrcompile.errors import PlanError
 from lrcompile.frontend.calibration_data import CalibrationData
 from lrcompile.frontend.trace import Traced
-from lrcompile.graph.describe import describe
 from lrcompile.graph.graph import ALL_CONVS, Graph, parameter_count, weight_bytes
 from lrcompile.graph.rewrite import Rewrite
 from lrcompile.planning.budget import Budget
+from lrcompile.planning.plan import finite
 from lrcompile.planning.price import Candidate, Pricing
 
 SCHEMA = 1
@@ -186,8 +186,8 @@ def model_figures(traced: Traced, after: Graph) -> dict[str, float]:
         "params_after": parameter_count(after.gm),
         "weight_bytes_before": weight_bytes(before.gm),
         "weight_bytes_after": weight_bytes(after.gm),
-        "flops_before": sum(describe(before.gm, node).flops for node in before.nodes),
-        "flops_after": sum(describe(after.gm, node).flops for node in after.nodes),
+        "flops_before": sum(op.flops for op in describe_all(before.gm).values()),
+        "flops_after": sum(op.flops for op in describe_all(after.gm).values()),
         "ops_before": operation_count(before),
         "ops_after": operation_count(after),
     }
@@ -195,8 +195,7 @@ def model_figures(traced: Traced, after: Graph) -> dict[str, float]:
 
 def operation_count(graph: Graph) -> int:
     """How many operations of a graph a device carries out."""
-    calls = (node for node in graph.nodes if node.op in ("call_module", "call_function"))
-    return sum(describe(graph.gm, node).kind != "view" for node in calls)
+    return sum(op.kind != "view" for op in describe_all(graph.gm).values())
 
 
 def error_figures(
@@ -322,14 +321,3 @@ def operation_label(module: nn.Module) -> str:
         groups = f" g{module.groups}" if module.groups > 1 else ""
         return f"{type(module).__name__} {module.in_channels}→{module.out_channels} {kernel}{stride}{groups}"
     return type(module).__name__
-
-
-def finite(value: Any) -> Any:
-    """JSON has no infinity: such figures become null."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(k): finite(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(v) for v in value]
-    return value

@@ -101,26 +101,25 @@ def decision_table(sites: Sequence[Decision]) -> Table:
     return table
 
 
-def print_site(console: Console, site: Mapping[str, Any]) -> None:
+def print_site(console: Console, site: Decision) -> None:
     """Prints everything that was considered for one site."""
-    chosen = f"{site['pass']} {_options(site['params'])}" if site["pass"] else site["decision"]
-    console.print(Text.assemble((site["site"], "bold"), f"  {site['op']}: {chosen}"))
-    console.print(f"why       {site['reason']}")
-    if not site["alternatives"]:
-        return
+    chosen = f"{site.pass_name} {_options(site.params)}" if site.pass_name else site.decision
     table = Table(
         box=None, header_style="bold", pad_edge=False, title="considered, fastest first", title_justify="left"
     )
     table.add_column("rewrites", overflow="fold")
     for name in ("error", "before ms", "after ms", "± ms", "P(faster)", "MB saved"):
         table.add_column(name, justify="right", no_wrap=True)
-    for item in site["alternatives"]:
+    for item in site.alternatives:
         table.add_row(
             "; ".join(item["rewrites"]), _figure(item["error"]), _figure(item["latency_ms_before"], "{:.4f}"),
             _figure(item["latency_ms_after"], "{:.4f}"), _figure(item["sigma_ms"], "{:.4f}"),
             _figure(item["p_faster"], "{:.2f}"), _figure(item["bytes_saved"] / 1e6, "{:.3f}"),
         )  # fmt: skip
-    console.print(table)
+    console.print(Text.assemble((site.site, "bold"), f"  {site.op}: {chosen}"))
+    console.print(f"why       {site.reason}")
+    if site.alternatives:
+        console.print(table)
 
 
 def print_front(console: Console, figures: Mapping[str, Any], asked: int) -> None:
@@ -154,7 +153,7 @@ def print_front(console: Console, figures: Mapping[str, Any], asked: int) -> Non
 
 
 def print_family(console: Console, family: Mapping[str, Any]) -> None:
-    """Prints the members of a family, the largest first."""
+    """Prints the members of a family, the largest first; what holds for all is noted once, at the end."""
     table = Table(box=None, header_style="bold", pad_edge=False)
     for name in ("size", "of", "weights MB", "operations", "latency ms", "error before", "recovered"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -162,12 +161,19 @@ def print_family(console: Console, family: Mapping[str, Any]) -> None:
     for member in family["members"]:
         recovery, latency = member["recovery"], member["latency_ms"]
         errors = ("", f"{member['error']['measured']:.3g}") if recovery is None else map(_figure, recovery["error"])
+        written = f" ({member['quantization']['written']})" if member["quantization"] else ""
         table.add_row(
             f"{member['size']:g}", f"{member['parent']:g}", f"{member['weight_bytes'] / 1e6:.2f}",
-            str(member["operations"]), f"{latency['after']:.4g} {latency['kind']}", *errors, member["file"],
+            str(member["operations"]), f"{latency['after']:.4g} {latency['kind']}", *errors, member["file"] + written,
         )  # fmt: skip
     console.print(table)
-    for note in family["notes"]:
+    first, *others = (member["notes"] for member in family["members"])
+    shared = [note for note in first if all(note in notes for notes in others)]
+    for member in family["members"]:
+        for note in member["notes"]:
+            if note not in shared:
+                console.print(f"size {member['size']:<4g} {note}")
+    for note in (*family["notes"], *shared):
         console.print(f"note      {note}")
     console.print(f"wrote     {family['manifest']} and what it names")
 

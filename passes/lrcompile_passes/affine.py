@@ -100,6 +100,18 @@ def out_of_step(shift: Tensor | None, dtype: torch.dtype) -> str | None:
     return None if most <= limit else f"a shift of {most:.3g} would cancel: at most {limit:g} in {_name(dtype)}"
 
 
+def cancels(what: str, taken: Tensor, left: Tensor, dtype: torch.dtype) -> str | None:
+    """Why what is `taken` away behind a layer cannot go into it, or None: W′x + b′ cancels elsewhere than Wx + b − t.
+
+    Rounding grows with what is taken over what is `left`, about. Half precision is looked at as a whole, by what all
+    exact rewrites come to.
+    """
+    times, limit = float(taken.norm() / left.norm().clamp_min(1e-30)), LARGEST_SHIFT.get(dtype, 0.0)
+    if dtype in (torch.float16, torch.bfloat16) or times <= limit:
+        return None
+    return f"what {what} takes away is {times:.3g} times what it leaves, at most {limit:g}: rounding would show"
+
+
 def rounds_again(scale: Tensor | None, dtype: torch.dtype) -> str | None:
     """Why a scale should not go into weights of half precision, or None: only powers of two leave their digits alone.
 

@@ -19,7 +19,8 @@ from lrcompile.graph.rewrite import Refusal, Rewrite, Rewriter
 from lrcompile.passes import Context, Pass, Stage
 from lrcompile_passes.layers import (
     CONVS,
-    cannot_rebuild,
+    cannot_decompose,
+    check_least,
     conv,
     conv_transpose,
     geometry,
@@ -39,6 +40,10 @@ class BranchTucker(Pass):
     groups: tuple[int, ...] = (2, 4)
     pairs: int = 8
 
+    def __post_init__(self) -> None:
+        check_least(self, "groups", 1)
+        check_least(self, "pairs", 1)
+
     def propose(self, graph: Graph, context: Context) -> Iterator[Rewrite | Refusal]:
         """Every number of branches with the ranks that it divides and that save weights and multiply-adds."""
         if "grouped_conv" in context.device.lacks:
@@ -47,7 +52,7 @@ class BranchTucker(Pass):
         for site in graph.modules_of(*CONVS, *TRANSPOSED_CONVS):
             if is_pointwise(site.module):
                 continue  # its core is a matrix, which the SVD makes diagonal already
-            reason = cannot_split(site) or cannot_rebuild(graph, site, owner_map)
+            reason = cannot_split(site) or cannot_decompose(graph, site, owner_map)
             if reason:
                 yield site.refuse(reason)
                 continue

@@ -31,7 +31,7 @@ from lrcompile_passes.frames import (
     spatial_options,
     time_options,
 )
-from lrcompile_passes.layers import cannot_rebuild, conv
+from lrcompile_passes.layers import cannot_decompose, conv
 
 Modules = list[nn.Module]
 Write = Callable[[Writer, list[str], Any], None]
@@ -53,7 +53,7 @@ class FactorizeConv3d(Pass):
         """Every form that fits the site; the factors at every rank that saves both weights and multiply-adds."""
         owner_map = owners(graph)
         for site in graph.modules_of(nn.Conv3d, nn.ConvTranspose3d):
-            reason = _cannot_fold(graph, site) or cannot_rebuild(graph, site, owner_map)
+            reason = _cannot_fold(graph, site) or cannot_decompose(graph, site, owner_map)
             if reason:
                 yield site.refuse(reason)
                 continue

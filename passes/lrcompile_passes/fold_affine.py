@@ -21,6 +21,7 @@ from lrcompile_passes.affine import (
     LAYERS,
     after,
     before,
+    cancels,
     cannot_absorb,
     feature_axis,
     out_of_range,
@@ -115,6 +116,9 @@ def _after(
             weight, bias = after(module, affine, context)
             kind = module.weight.dtype
             reason = rounds_again(affine.scale, kind) or out_of_range(weight, bias, kind)
+            if affine.shift is not None and bias is not None:
+                left = torch.cat([weight.flatten(), bias])  # of inputs of about one
+                reason = reason or cancels("the constant", affine.shift.expand_as(bias), left, kind)
         if reason is not None:
             yield site.refuse(reason)
             return

@@ -18,11 +18,11 @@ from lrcompile.graph.rewrite import Refusal, Rewrite, Rewriter
 from lrcompile.passes import Context, Pass, Stage
 from lrcompile_passes.affine import (
     BATCH_NORMS,
-    LARGEST_SHIFT,
     LAYERS,
     Affine,
     after,
     before,
+    cancels,
     cannot_absorb,
     feature_axis,
     of_batch_norm,
@@ -109,20 +109,15 @@ def _of_other_axis(site: Site) -> str:
 
 
 def _cancels(norm: Any, folded: Tensor | None, dtype: torch.dtype, context: Context) -> str | None:
-    """Why what a norm takes away is too large to be taken from weights, or None: W′x + b′ cancels where it was exact.
+    """Why what a norm takes away is too large to be taken from weights, or None.
 
-    Rounding grows with γ(μ−b)/√(σ²+ε) = β−b′, of the `folded` bias b′ in float64, over what comes out, which is about
-    √(γ²+β²). Half precision is looked at as a whole, by what all exact rewrites come to.
+    That is γ(μ−b)/√(σ²+ε) = β−b′, of the `folded` bias b′ in float64; what comes out is about √(γ²+β²).
     """
-    if folded is None or dtype in (torch.float16, torch.bfloat16):
+    if folded is None:
         return None
     scale = torch.ones_like(folded) if norm.weight is None else context.constant(norm.weight).double()
     shift = torch.zeros_like(folded) if norm.bias is None else context.constant(norm.bias).double()
-    times = float((shift - folded).norm() / torch.hypot(scale, shift).norm().clamp_min(1e-30))
-    limit = LARGEST_SHIFT.get(dtype, 0.0)
-    if times <= limit:
-        return None
-    return f"what the batch norm takes away is {times:.3g} times what it leaves, at most {limit:g}: rounding would show"
+    return cancels("the batch norm", shift - folded, torch.hypot(scale, shift), dtype)
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from lrcompile.graph.graph import Graph, aten
 from lrcompile.graph.rewrite import Refusal, Rewrite, Rewriter
 from lrcompile.passes import Context, Pass, Stage
+from lrcompile_passes.layers import read_by_strides
 
 RESHAPES = {
     aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints, aten.unflatten.int,
@@ -41,6 +42,10 @@ class FoldLayout(Pass):
                 yield Refusal("", second.name, f"with {first.name} before it: the model's output would be its input")
                 continue
             if not cancels and _composed(first, second) is None:
+                continue
+            reader = next(read_by_strides(second), None)
+            if reader is not None:
+                yield Refusal("", second.name, f"{reader.name} reads it by its strides")
                 continue
             if not cancels and len(first.users) > 1:
                 yield Refusal("", second.name, f"{first.name} before it has {len(first.users)} users")

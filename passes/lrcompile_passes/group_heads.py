@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
+from lrcompile.errors import InputError
 from lrcompile.graph.graph import Graph, aten, owners, shape
 from lrcompile.graph.rewrite import Refusal, Rewrite, Rewriter
 from lrcompile.passes import Context, Pass, Stage
@@ -39,7 +40,7 @@ from lrcompile_passes.attention import (
     recognise,
 )
 from lrcompile_passes.head_groups import INITS, Grouping, error, groupings, shared, similar_order, unusual
-from lrcompile_passes.layers import cannot_rebuild, linear, with_weight
+from lrcompile_passes.layers import cannot_decompose, cannot_rebuild, linear, with_weight
 from lrcompile_passes.positions import packet_of
 
 SAME = 1e-4  # relative error up to which heads that share count as alike
@@ -56,11 +57,13 @@ class GroupHeads(Pass):
     stage = Stage.FACTORIZE
     inits: tuple[str, ...] = ("mean", "similar")
 
-    def propose(self, graph: Graph, context: Context) -> Iterator[Rewrite | Refusal]:
-        """For each attention, every grouping of its heads from every start; the error is that of q, k and v."""
+    def __post_init__(self) -> None:
         unknown = set(self.inits) - set(INITS)
         if unknown:
-            raise ValueError(f"unknown init {', '.join(sorted(unknown))}; known: {', '.join(INITS)}")
+            raise InputError(f"group-heads.inits: unknown init {', '.join(sorted(unknown))}; known: {', '.join(INITS)}")
+
+    def propose(self, graph: Graph, context: Context) -> Iterator[Rewrite | Refusal]:
+        """For each attention, every grouping of its heads from every start; the error is that of q, k and v."""
         owner_map = owners(graph)
         for path, attention in attentions(graph):
             if isinstance(attention, str):
@@ -115,7 +118,7 @@ class GroupHeads(Pass):
 
 
 def _cannot_rebuild(graph: Graph, attention: Attention, owner_map: Mapping[int, frozenset[str]]) -> str | None:
-    reasons = (cannot_rebuild(graph, part.site, owner_map) for part in attention.parts)
+    reasons = (cannot_decompose(graph, part.site, owner_map) for part in attention.parts)
     return next((reason for reason in reasons if reason), None)
 
 

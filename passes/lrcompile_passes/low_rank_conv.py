@@ -22,7 +22,8 @@ from lrcompile.passes import Context, Pass, Stage
 from lrcompile.planning.decompose import Spectrum
 from lrcompile_passes.layers import (
     CONVS,
-    cannot_rebuild,
+    cannot_decompose,
+    check_least,
     conv,
     conv_transpose,
     geometry,
@@ -46,11 +47,14 @@ class LowRankConv(Pass):
     pairs: int = 16
     center: bool = False
 
+    def __post_init__(self) -> None:
+        check_least(self, "pairs", 1)
+
     def propose(self, graph: Graph, context: Context) -> Iterator[Rewrite | Refusal]:
         """Every form that fits the site, at every rank that saves both weights and multiply-adds."""
         owner_map = owners(graph)
         for site in graph.modules_of(*CONVS, *TRANSPOSED_CONVS):
-            reason = cannot_split(site) or cannot_rebuild(graph, site, owner_map)
+            reason = cannot_split(site) or cannot_decompose(graph, site, owner_map)
             if reason:
                 yield site.refuse(reason)
                 continue
@@ -170,7 +174,7 @@ def cannot_split(site: Site) -> str | None:
         return f"grouped convolution: groups={module.groups}"
     if module.padding_mode != "zeros":
         return f"padding mode {module.padding_mode}"
-    if len(shape(site.input)) != len(module.kernel_size) + 2:
+    if any(len(shape(node)) != len(module.kernel_size) + 2 for node in site.nodes):
         return "input has no batch axis"
     return None
 

@@ -17,7 +17,7 @@ from lrcompile.graph.graph import Graph, Site, owners
 from lrcompile.graph.rewrite import Refusal, Rewrite, Rewriter
 from lrcompile.passes import Context, Pass, Stage
 from lrcompile.planning.decompose import Spectrum
-from lrcompile_passes.layers import cannot_rebuild, linear
+from lrcompile_passes.layers import cannot_decompose, check_least, linear
 from lrcompile_passes.low_rank_linear import break_even
 
 
@@ -31,11 +31,14 @@ class LowRankEmbedding(Pass):
     stage = Stage.FACTORIZE
     smoothing: float = 1.0
 
+    def __post_init__(self) -> None:
+        check_least(self, "smoothing", 0)
+
     def propose(self, graph: Graph, context: Context) -> Iterator[Rewrite | Refusal]:
         """One rewrite a rank below break-even, r < VD/(V+D)."""
         owner_map = owners(graph)
         for site in graph.modules_of(nn.Embedding):
-            reason = _cannot_split(site) or cannot_rebuild(graph, site, owner_map)
+            reason = _cannot_split(site) or cannot_decompose(graph, site, owner_map)
             if reason:
                 yield site.refuse(reason)
                 continue

@@ -16,7 +16,7 @@ from torch import nn
 from lrcompile.graph.graph import Graph, owners
 from lrcompile.graph.rewrite import Refusal, Rewrite, Rewriter
 from lrcompile.passes import Context, Pass, Stage
-from lrcompile_passes.layers import cannot_rebuild, linear, shifted
+from lrcompile_passes.layers import cannot_decompose, linear, shifted
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class LowRankLinear(Pass):
         """One rewrite a rank below break-even, r < CS/(C+S); layers called often are split once for all calls."""
         owner_map = owners(graph)
         for site in graph.modules_of(nn.Linear):
-            reason = cannot_rebuild(graph, site, owner_map)
+            reason = cannot_decompose(graph, site, owner_map)
             if reason:
                 yield site.refuse(reason)
                 continue

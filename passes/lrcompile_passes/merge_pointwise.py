@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 from lrcompile.graph.graph import Graph, Site, aten, owners
 from lrcompile.graph.rewrite import Refusal, Rewrite, Rewriter
 from lrcompile.passes import Context, Pass, Stage
-from lrcompile_passes.layers import CONVS, cannot_rebuild, conv, geometry, is_pointwise, joint_path, pads
+from lrcompile_passes.layers import CONVS, cannot_decompose, check_least, conv, geometry, is_pointwise, joint_path, pads
 from lrcompile_passes.low_rank_conv import Sizes, cannot_split, tucker_ranks
 
 ACTIVATIONS = {
@@ -41,6 +41,9 @@ class MergePointwise(Pass):
     stage = Stage.FACTORIZE
     through: Literal["", "drop", "move"] = ""
     pairs: int = 8
+
+    def __post_init__(self) -> None:
+        check_least(self, "pairs", 1)
 
     def propose(self, graph: Graph, context: Context) -> Iterator[Rewrite | Refusal]:
         """Each larger convolution with an activation and then a 1×1 convolution on one side or on both."""
@@ -97,7 +100,7 @@ class MergePointwise(Pass):
         for site in place.layers:
             if len(site.nodes) > 1:
                 return f"module {site.path} called at {len(site.nodes)} sites"
-            reason = cannot_split(site) or cannot_rebuild(graph, site, owner_map)
+            reason = cannot_split(site) or cannot_decompose(graph, site, owner_map)
             if reason:
                 return reason if site is place.site else f"{site.path}: {reason}"
         return None

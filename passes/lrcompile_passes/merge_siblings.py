@@ -13,18 +13,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from lrcompile.graph.graph import Graph, Site, aten, owners
 from lrcompile.graph.rewrite import Refusal, Rewrite, Rewriter
 from lrcompile.passes import Context, Pass, Stage
-from lrcompile_passes.layers import CONVS, cannot_rebuild, conv, geometry, joint_path, linear
-
-_BY_STRIDES = (aten.as_strided.default, aten.view_as_complex.default, aten.view.dtype)
-_VIEWS = (
-    aten.view, aten.reshape, aten.flatten, aten.unflatten, aten.transpose, aten.permute, aten.unsqueeze, aten.squeeze,
-    aten.slice, aten.select, aten.expand, aten.alias, aten.detach,
-)  # fmt: skip
+from lrcompile_passes.layers import CONVS, cannot_rebuild, conv, geometry, joint_path, linear, read_by_strides
 
 
 @dataclass(frozen=True)
@@ -78,16 +72,7 @@ def _kind(site: Site) -> Any:
 def _cannot_merge(site: Site) -> str | None:
     if len(site.nodes) > 1:
         return f"module called at {len(site.nodes)} sites"
-    return next((f"{node.name} reads it by its strides" for node in _read_by_strides(site.nodes[0])), None)
-
-
-def _read_by_strides(value: fx.Node) -> Iterator[fx.Node]:
-    """What depends on how a value lies in memory, directly or through views of it."""
-    for user in value.users:
-        if user.target in _BY_STRIDES:
-            yield user
-        elif getattr(user.target, "overloadpacket", None) in _VIEWS:
-            yield from _read_by_strides(user)
+    return next((f"{node.name} reads it by its strides" for node in read_by_strides(site.nodes[0])), None)
 
 
 def _merged(sites: Sequence[Site], context: Context) -> nn.Module:

@@ -308,6 +308,18 @@ def test_a_step_of_a_chain_needs_the_one_before_it(use: Callable[[Any, Any], Any
     apply(graph, PASS, second, common.context())
 
 
+@pytest.mark.parametrize(("bias", "folds"), [(5.0, True), (5000.0, False)])
+def test_what_would_cancel_is_not_folded(bias: float, folds: bool) -> None:
+    layer = nn.Linear(4, 4)
+    nn.init.constant_(layer.bias, bias)
+    x = torch.randn(3, 4)
+    _, applied, refused = folded(common.exported(Around(layer, lambda m, x: m.layer(x) - bias), x))
+    assert bool(applied) == folds
+    assert folds or refused["layer"].startswith("what the constant takes away is")
+    shifted = folded(common.exported(Around(layer, lambda m, x: m.layer(x) + bias), x))[1]
+    assert len(shifted) == 1
+
+
 def test_what_is_no_constant_step() -> None:
     x = torch.randn(3, 4)
     for use in (

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from lrcompile_passes import FoldLayout, RemoveIdentity
 from torch import Tensor, nn
 
+from lrcompile.frontend.trace import trace
 from lrcompile.graph.graph import Graph
 from lrcompile.planning.canonicalize import canonicalize
 from tests.passes import common
@@ -171,6 +172,15 @@ def test_reshapes_that_cancel_at_this_batch_size_only_stay() -> None:
     graph = common.exported(Function(forward), x)
     result = folded(graph)
     assert common.on_other_batch(result, Function(forward), (x,), (torch.randn(6, 4),)) < 1e-6
+
+
+def test_what_is_read_by_its_strides_stays() -> None:
+    """The first reshape copies what a transpose left in another order."""
+    model = Function(lambda m, x: torch.relu(x.t()).reshape(-1).reshape(4, 3).as_strided((2, 2), (1, 1)))
+    x = torch.randn(3, 4)
+    graph = trace(model, (x,)).graph
+    assert torch.equal(common.outputs(folded(graph), x)[0], model(x))
+    assert "as_strided reads it by its strides" in common.refusals(graph, PASS).values()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

@@ -224,6 +224,17 @@ def test_low_precision(dtype: torch.dtype) -> None:
         assert common.difference(result, graph, x) < 0.03
 
 
+class Twice(nn.Module):
+    """A convolution of a batch, and of its first sample alone."""
+
+    def __init__(self, conv: nn.Module) -> None:
+        super().__init__()
+        self.conv = conv
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(x) + self.conv(x[0])
+
+
 def test_refusals() -> None:
     def reason(module: nn.Module, *size: int) -> str:
         graph, _ = single(module, *size)
@@ -235,6 +246,8 @@ def test_refusals() -> None:
     assert reason(nn.ConvTranspose1d(32, 32, 3, groups=2), 1, 32, 8) == "grouped convolution: groups=2"
     assert reason(nn.Conv2d(32, 32, 3, padding=1, padding_mode="circular"), 1, 32, 8, 8) == "padding mode circular"
     assert reason(nn.Conv2d(32, 32, 3), 32, 8, 8) == "input has no batch axis"
+    twice = common.drawn(Twice(nn.Conv1d(32, 32, 3)), torch.randn(2, 32, 8))
+    assert common.refusals(twice, PASS) == {"conv": "input has no batch axis"}
     small = "too small: no rank of the device's step saves weights and work of 4×4×1×1"
     assert reason(nn.Conv2d(4, 4, 1), 1, 4, 8, 8) == small
 

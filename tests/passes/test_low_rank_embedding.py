@@ -124,6 +124,10 @@ def test_refusals() -> None:
     assert reason(nn.Sequential(nn.Embedding(9, 7))) == small
     by_frequency = nn.Sequential(nn.Embedding(90, 70, scale_grad_by_freq=True))
     assert reason(by_frequency) == "gradients by frequency or sparse gradients would be lost"
+    endless = nn.Sequential(nn.Embedding(90, 70))
+    with torch.no_grad():
+        endless[0].weight[3] = -torch.inf
+    assert reason(endless) == "weight holds values that are not finite"
     bounded = nn.Sequential(nn.Embedding(90, 70))
     graph = common.drawn(bounded, torch.arange(4))
     graph.gm.get_submodule("0").max_norm = 1.0

@@ -49,6 +49,25 @@ def test_golden() -> None:
     assert common.on_other_batch(result, model, (x,), (torch.randn(3, 5, 32, dtype=torch.float64),)) < 1e-10
 
 
+class Named(nn.Module):
+    """Two layers of one input, and another one that has the name that they would have as one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.last = nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64)
+        self.q_k = nn.Linear(64, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.q_k(torch.relu(self.last(torch.relu(self.q(x) * self.k(x)))))
+
+
+def test_what_follows_a_merge_acts_on_the_merged_layer() -> None:
+    prepared = lrcompile.prepare_model(Named(), (torch.randn(2, 64),), target="v100")
+    chains = [candidate.rewrites for candidate in prepared.pricing.candidates]
+    follows = [follow for first, *more in chains if first.site == ("q", "k") for follow in more]
+    assert {follow.site for follow in follows if follow.pass_name == "low-rank-linear"} == {("q_k_2",)}
+
+
 def test_first_factors_of_split_siblings_merge() -> None:
     torch.manual_seed(1)
     x = torch.randn(2, 5, 32, dtype=torch.float64)

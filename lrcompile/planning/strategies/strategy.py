@@ -10,12 +10,12 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import ClassVar
 
-from lrcompile.errors import BudgetError, InputError
+from lrcompile.errors import BudgetError
 from lrcompile.graph.graph import weight_bytes
 from lrcompile.planning.budget import Budget
-from lrcompile.planning.choose import Limits, choose
+from lrcompile.planning.choose import Limits, choose, thin
 from lrcompile.planning.price import Candidate
-from lrcompile.planning.search import Choice, Problem, applied, thin
+from lrcompile.planning.search import Choice, Problem, applied
 from lrcompile.planning.search import search as search_whole
 
 Pick = tuple[Candidate, ...]
@@ -123,11 +123,8 @@ class Layerwise(Strategy):
         """The strategy's pick among cuts that are surely faster; for a size, then among all that save anything.
 
         Raises:
-            InputError: the budget limits a metric of the user's.
             BudgetError: the strategy cannot meet the budget; the message says what it reaches.
         """
-        if problem.drop is not None:
-            raise InputError(f"--strategy {self.name} does not search by a metric; leave out --max-drop, or use milp")
         if budget.exact_only:
             return search_whole(problem, budget)
         offers = [offered(problem, budget)]
@@ -151,7 +148,7 @@ class Layerwise(Strategy):
     def _unreachable(self, offer: Offer, budget: Budget) -> str:
         p = offer.problem
         fastest_s = p.base.latency_s - gain_s(self.most(offer, gain_s))
-        size = 1 - bytes_saved(self.most(offer, bytes_saved)) / max(1.0, weight_bytes(p.graph.gm))
+        size = (weight_bytes(p.graph.gm) - bytes_saved(self.most(offer, bytes_saved))) / max(1.0, p.whole_bytes)
         limit = budget.whole_limit if budget.max_error is None else budget.max_error
         within = "" if budget.error_limit is None else f" within an error of {limit:g}"
         return (
@@ -163,11 +160,10 @@ class Layerwise(Strategy):
 
 def offered(problem: Problem, budget: Budget, relaxed: bool = False) -> Offer:
     """A problem layer by layer; `relaxed` admits cuts that are not surely faster but save bytes or time."""
-    total_bytes = float(weight_bytes(problem.graph.gm))
     limits = Limits(
         error=math.inf if budget.error_limit is None else budget.error_limit,
         gain_s=problem.base.latency_s - budget.latency_limit_s(problem.original_s),
-        bytes_saved=total_bytes - budget.bytes_limit(total_bytes),
+        bytes_saved=problem.bytes_over(budget),
     )
     sites = problem.graph.sites()
     cuts: dict[tuple[str, ...], list[Cut]] = defaultdict(list)
