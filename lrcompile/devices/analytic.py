@@ -76,10 +76,9 @@ class AnalyticCostModel:
         self.device.compute_dtype(op.dtype)
         if op.kind == "view":
             return Cost()
+        slower = 1.0 if self.training else self.device.network.get("slower", 1.0)
         if op.kind == "fused":
-            latency_s = op.activation_bytes / self.device.bandwidth_bytes_s
-            if not self.training:
-                latency_s *= self.device.network.get("slower", 1.0)
+            latency_s = slower * op.activation_bytes / self.device.bandwidth_bytes_s
             sigma_s = self.device.sigma_relative["other"] * latency_s
             return Cost(latency_s, sigma_s, op.flops, 0.0, op.activation_bytes)
         directions: tuple[Direction, ...] = ("forward", "data", "weight") if self.training else ("forward",)
@@ -101,10 +100,8 @@ class AnalyticCostModel:
         if residuals is not None:
             correction, sigma = residuals.at(features(op, self.device))
             latency_s *= math.exp(correction)
+        latency_s *= slower
         sigma_s = sigma * latency_s
-        if not self.training:
-            slower = self.device.network.get("slower", 1.0)
-            latency_s, sigma_s = slower * latency_s, slower * sigma_s
         flops = op.flops * len(directions)
         return Cost(latency_s, sigma_s, flops, op.weight_bytes, op.activation_bytes)
 

@@ -120,7 +120,7 @@ def _moved(node: fx.Node, op: OpDesc) -> OpDesc:
     if packet in _COPIES:
         return replace(op, kind="view", activation_bytes=0.0)
     if packet in _PARTS:
-        sizes = [_bytes_of(node.meta["val"]), _bytes_of(node.args[0].meta["val"])]  # type: ignore[union-attr]
+        sizes = [_bytes(node), _bytes(node.args[0])]  # type: ignore[arg-type]
         whole = sizes[0] == sizes[1] and packet not in _CUTS
         return op if whole else replace(op, kind="movement", activation_bytes=sizes[0] + min(sizes))
     if op.kind != "view" or op.function != "transpose" or not op.activation_bytes:
@@ -211,8 +211,4 @@ def _operands(node: fx.Node) -> Iterator[fx.Node]:
 
 
 def _bytes(node: fx.Node) -> float:
-    return _bytes_of(node.meta["val"])
-
-
-def _bytes_of(value: Any) -> float:
-    return float(sum(part.numel() * part.element_size() for part in pytree.tree_leaves(value)))
+    return float(sum(part.numel() * part.element_size() for part in pytree.tree_leaves(node.meta["val"])))

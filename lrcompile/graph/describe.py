@@ -111,12 +111,14 @@ def _is_copied(node: fx.Node) -> bool:
     What comes out of attention lies as its readers want it (our reading: fused kernels write the heads side by side).
     """
     x, y, source = _value(node.args[0]), _value(node), node.args[0]
+    if x.is_contiguous():
+        return False
     while getattr(getattr(source, "target", None), "overloadpacket", None) in _TRANSPOSES:
         source = source.args[0]  # type: ignore[union-attr]
     if getattr(getattr(source, "target", None), "overloadpacket", None) is aten.scaled_dot_product_attention:
         return False
     if node.target.overloadpacket is aten.contiguous:  # type: ignore[union-attr]
-        return not x.is_contiguous()
+        return True
     try:
         torch.empty_strided(x.shape, x.stride(), device="meta").view(y.shape)
     except RuntimeError:
