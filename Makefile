@@ -24,7 +24,7 @@ test: $(READY)  ## run the quick tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
 
 test-all: $(READY) data  ## run slow tests and those on real data too (those of large data where it is fetched)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -m ""
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -m "" --hypothesis-profile=all
 
 lint: $(READY)  ## check style and types
 	$(BIN)/ruff check

@@ -9,7 +9,8 @@ from hypothesis import settings
 
 from lrcompile.cache import cache_folder
 
-settings.register_profile("tests", deadline=None, derandomize=True)
+settings.register_profile("tests", deadline=None, derandomize=True, max_examples=50)
+settings.register_profile("all", settings.get_profile("tests"), max_examples=250)  # `make test-all`
 settings.load_profile("tests")
 KEPT = ("data", "models")  # what was fetched and trained, which tests read
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lrcompile.devices.cost import Cost
@@ -50,7 +50,6 @@ def problems(draw: st.DrawFn) -> tuple[list[Candidate], list[float]]:
     return candidates, errors
 
 
-@settings(max_examples=300, deadline=None)
 @given(
     problems(),
     st.sampled_from(["latency", "error", "size"]),

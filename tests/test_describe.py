@@ -80,6 +80,14 @@ def test_reports_count_it_too() -> None:
     assert figures["ops_before"] == 4
 
 
+@pytest.mark.parametrize(
+    ("model", "where"), [(Autocast(), "1 layer(s) under torch.autocast"), (Branches(), "2 layer(s) inside of cond")]
+)
+def test_what_no_pass_is_shown_is_said(model: nn.Module, where: str) -> None:
+    report = lrcompile.compile(model.eval(), (torch.randn(6, 64),)).report
+    assert [note for note in report.notes if note.startswith(where)]
+
+
 def test_of_branches_the_dearest_counts() -> None:
     products = [op.gemm for op in ops_of(Branches(), torch.randn(6, 64)).values() if op.gemm is not None]
     assert [(shape.m, shape.n) for shape in products] == [(6, 64)]
@@ -121,6 +129,36 @@ def test_a_recurrent_layer_with_a_projection_has_the_gates_of_its_inner_state() 
     (op,) = (op for op in ops_of(Projected(), torch.randn(2, 5, 8)).values() if op.recurrent is not None)
     assert op.recurrent is not None
     assert op.recurrent.hidden_size == 32
+
+
+@pytest.mark.parametrize(("cell", "gates"), [(nn.LSTMCell, 4), (nn.GRUCell, 3), (nn.RNNCell, 1)])
+def test_one_step_of_a_recurrent_layer(cell: Callable[..., nn.Module], gates: int) -> None:
+    class Step(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell = cell(8, 32)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.cell(x)
+            return y[0] if gates == 4 else y
+
+    ops = ops_of(Step(), torch.randn(5, 8)).values()
+    assert sum(op.flops for op in ops if op.recurrent or op.gemm) == 2 * 5 * gates * 32 * (8 + 32)
+
+
+def test_products_of_several_axes() -> None:
+    ops = ops_of(Of(lambda x, w: torch.tensordot(x, w, ([1, 2], [1, 0])), 6, 4, 16), torch.randn(5, 4, 6))
+    assert sum(op.flops for op in ops.values()) == pytest.approx(2 * 5 * (4 * 6) * 16, rel=0.01)
+    ops = ops_of(Of(lambda x, w: functional.bilinear(x, x, w), 16, 8, 8), torch.randn(5, 8))
+    assert sum(op.flops for op in ops.values()) >= 2 * 5 * 8 * 8 * 16
+
+
+def test_attention_to_values_of_another_width() -> None:
+    def attended(x: Tensor, w: Tensor) -> Tensor:
+        return functional.scaled_dot_product_attention(x, x, x[..., :16])
+
+    (op,) = (op for op in ops_of(Of(attended, 1), torch.randn(2, 3, 10, 32)).values() if op.attention is not None)
+    assert op.flops == 2 * 2 * 3 * 10 * 10 * (32 + 16)
 
 
 # -------------------------------------------------------------------------------------------------------- look-ups

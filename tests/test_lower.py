@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 from torch.nn import functional
@@ -19,7 +19,6 @@ from lrcompile.lower.rank4 import folded_io, rank_of, to_rank
 
 EXACT = 1e-10
 aten = torch.ops.aten
-quick = settings(max_examples=200, deadline=None, derandomize=True)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -87,7 +86,6 @@ def convolutions(draw: st.DrawFn, *, transposed: bool) -> tuple[dict[str, Any], 
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
-@quick
 @given(convolutions(transposed=False))
 def test_convolution(case: tuple[dict[str, Any], tuple[int, int, int]]) -> None:
     options, sizes = case
@@ -101,7 +99,6 @@ def test_convolution(case: tuple[dict[str, Any], tuple[int, int, int]]) -> None:
     assert not list(graph.modules_of(nn.Conv3d))
 
 
-@quick
 @given(convolutions(transposed=True))
 def test_transposed_convolution(case: tuple[dict[str, Any], tuple[int, int, int]]) -> None:
     options, sizes = case
@@ -124,7 +121,6 @@ def pools(draw: st.DrawFn) -> tuple[Any, ...]:
     return draw(three(3, 7)), list(kernel), stride, padding, draw(three(1, 2)), draw(st.booleans()), draw(st.booleans())
 
 
-@quick
 @given(pools(), st.sampled_from([None, 1, 5]))
 def test_pools(case: tuple[Any, ...], divisor: int | None) -> None:
     sizes, kernel, stride, padding, dilation, ceil, whole = case
@@ -135,7 +131,6 @@ def test_pools(case: tuple[Any, ...], divisor: int | None) -> None:
         lowered(single(aten.max_pool3d.default, x, kernel, stride, padding, list(dilation), ceil))
 
 
-@quick
 @given(three(1, 7), three(1, 7), st.booleans(), st.booleans())
 def test_trilinear(sizes: tuple[int, ...], wanted: tuple[int, ...], corners: bool, by_factors: bool) -> None:
     factors = [w / n + 0.01 * (w != n) for w, n in zip(wanted, sizes, strict=True)]
@@ -143,7 +138,6 @@ def test_trilinear(sizes: tuple[int, ...], wanted: tuple[int, ...], corners: boo
     lowered(single(aten.upsample_trilinear3d.vec, volume(2, *sizes), *options))
 
 
-@quick
 @given(three(1, 7), three(1, 7), st.booleans())
 def test_nearest(sizes: tuple[int, ...], wanted: tuple[int, ...], exact: bool) -> None:
     target = aten._upsample_nearest_exact3d.vec if exact else aten.upsample_nearest3d.vec
@@ -151,7 +145,6 @@ def test_nearest(sizes: tuple[int, ...], wanted: tuple[int, ...], exact: bool) -
     lowered(single(target, volume(2, *sizes), None, [float(w) for w in wanted]))
 
 
-@quick
 @given(three(1, 7), three(1, 7))
 def test_adaptive_pools(sizes: tuple[int, ...], wanted: tuple[int, ...]) -> None:
     lowered(single(aten.adaptive_avg_pool3d.default, volume(2, *sizes), list(wanted)))

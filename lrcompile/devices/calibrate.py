@@ -198,7 +198,8 @@ def calibrate_here(
         with_starts(here.device), here.measure, seconds, drawn=here.drawn(seed), network=here.network, seed=seed,
         progress=progress,
     )  # fmt: skip
-    source = f"measured here ({date.today().isoformat()}, {here.described}, {len(found.measurements)} operations)"
+    # a calibration that goes on where it was stopped holds older measurements too, so it says by when
+    source = f"measured here (by {date.today().isoformat()}, {here.described}, {len(found.measurements)} operations)"
     made = f"Made by lrcompile calibrate --runtime {runtime} --minutes {seconds / 60:g} --seed {seed}."
     return found, profile_text(calibrated(found, name, here.described, source), made)
 

@@ -34,6 +34,7 @@ from lrcompile.frontend.inputs import positional
 from lrcompile.frontend.lift import calling_module, lift
 from lrcompile.frontend.weights import compute_weights
 from lrcompile.graph.graph import Graph, propagate
+from lrcompile.graph.nested import out_of_reach
 from lrcompile.graph.verify import is_float, relative_error
 
 
@@ -154,6 +155,7 @@ def _traced(
     gm.eval()
     others = tuple(_accepted(reference, at_other_sizes(exported, flat), (args, kwargs)))
     graph = _shaped(gm, flat)
+    notes += out_of_reach(graph.gm)
     try:
         _check_same(expected, run(gm, flat), "the lifted graph")
         for other, result in others:

@@ -23,6 +23,7 @@ from lrcompile.graph.op import (
     RecurrentShape,
     conv_op,
     gemm_op,
+    recurrent_op,
 )
 
 aten = torch.ops.aten
@@ -204,8 +205,9 @@ def _attention(node: fx.Node) -> OpDesc:
         batch *= size
     heads, heads_kv = (q.shape[-3], k.shape[-3]) if q.dim() > 2 else (1, 1)
     causal = bool(node.args[5] if len(node.args) > 5 else node.kwargs.get("is_causal", False))
-    shape = AttentionShape(batch, heads, heads_kv, q.shape[-2], k.shape[-2], q.shape[-1], causal)
-    products = 4.0 * batch * heads * q.shape[-2] * k.shape[-2] * q.shape[-1]
+    width = (q.shape[-1] + y.shape[-1]) // 2  # of the two products, where values are not as wide as keys
+    shape = AttentionShape(batch, heads, heads_kv, q.shape[-2], k.shape[-2], width, causal)
+    products = 4.0 * batch * heads * q.shape[-2] * k.shape[-2] * width
     inputs = sum(_bytes(v) for v in (q, k, _value(node.args[2])))
     given: Any = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
     if given is not None:
@@ -231,6 +233,32 @@ def _recurrent(gates: int) -> Callable[[fx.Node], OpDesc]:
         )  # fmt: skip
 
     return describe_recurrent
+
+
+def _cell(gates: int) -> Callable[[fx.Node], OpDesc]:
+    def describe_cell(node: fx.Node) -> OpDesc:
+        x, recurrent = _value(node.args[0]), _value(node.args[3])
+        batch = x.numel() // max(1, x.shape[-1])
+        shape = RecurrentShape(batch, 1, x.shape[-1], recurrent.shape[-1], 1, 1, gates)
+        return replace(recurrent_op(shape, _dtype(x)), label=_name(node))
+
+    return describe_cell
+
+
+def _tensordot(node: fx.Node) -> OpDesc:
+    """The product over the axes that both lose."""
+    a, b, lost = _value(node.args[0]), _value(node.args[1]), node.args[2]
+    k = math.prod(a.shape[axis] for axis in lost)  # type: ignore[union-attr, index, misc]
+    m, n = a.numel() // max(1, k), b.numel() // max(1, k)
+    weight = isinstance(node.args[1], fx.Node) and node.args[1].op == "get_attr"
+    return gemm_op(m, n, k, _dtype(a), weight=weight, label=_name(node), layout="NN")
+
+
+def _bilinear(node: fx.Node) -> OpDesc:
+    """Its larger product: of all rows of the first input by the weight [out × first × second]."""
+    x, weight = _value(node.args[0]), _value(node.args[2])
+    out, first, second = weight.shape
+    return gemm_op(x.numel() // max(1, first), out * second, first, _dtype(x), label=_name(node), layout="NN")
 
 
 def _einsum(node: fx.Node) -> OpDesc:
@@ -293,6 +321,12 @@ _SPECIAL: dict[Any, Callable[[fx.Node], OpDesc]] = {
     aten.gru: _recurrent(3),
     aten.rnn_tanh: _recurrent(1),
     aten.rnn_relu: _recurrent(1),
+    aten.lstm_cell: _cell(4),
+    aten.gru_cell: _cell(3),
+    aten.rnn_tanh_cell: _cell(1),
+    aten.rnn_relu_cell: _cell(1),
+    aten.tensordot: _tensordot,
+    aten.bilinear: _bilinear,
     aten.conv1d: _convolution,
     aten.conv2d: _convolution,
     aten.conv3d: _convolution,

@@ -10,6 +10,8 @@ from torch.utils import _pytree as pytree
 
 from lrcompile.graph.graph import attribute
 
+_LAYERS = ("linear", "addmm", "conv1d", "conv2d", "conv3d", "convolution", "embedding")
+
 
 def nested(gm: fx.GraphModule, node: fx.Node) -> list[fx.GraphModule]:
     """Copies of the graphs that a node runs, their values with the sizes of what it gives them."""
@@ -21,6 +23,20 @@ def nested(gm: fx.GraphModule, node: fx.Node) -> list[fx.GraphModule]:
         return []
     given = [x for x in arguments[graphs[-1][0] + 1 :] if isinstance(x, fx.Node)]
     return [_with_sizes(graph, given) for _, graph in graphs]
+
+
+def out_of_reach(gm: fx.GraphModule) -> list[str]:
+    """A sentence on each node that runs graphs of its own, whose layers no pass is shown."""
+    found = []
+    for node in gm.graph.nodes:
+        layers = sum(
+            str(inner.target).split(".")[1] in _LAYERS for graph in nested(gm, node) for inner in graph.graph.nodes
+            if isinstance(inner.target, torch._ops.OpOverload)
+        )  # fmt: skip
+        if layers:
+            kind = "under torch.autocast" if "autocast" in str(node.target) else f"inside of {node.target}"
+            found.append(f"{layers} layer(s) {kind} are priced, and left as they are: passes see the outer graph alone")
+    return found
 
 
 def _graph(gm: fx.GraphModule, argument: Any) -> fx.GraphModule | None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from lrcompile_passes import BranchTucker, LowRankConv
 from lrcompile_passes.layers import TRANSPOSED_CONVS
@@ -42,7 +42,6 @@ def kernel(graph: Graph) -> Tensor:
     return torch.einsum("so,oik,ic->sck", up.weight.flatten(1), middle.flatten(2), down.weight.flatten(1))  # type: ignore[operator, union-attr]
 
 
-@settings(max_examples=200, derandomize=True, deadline=None)
 @given(convolutions(), st.data())
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 def test_grouped_is_block_diagonal_and_the_error_is_that_of_the_weights(drawn: tuple[Any, int], data: Any) -> None:

@@ -58,7 +58,7 @@ def test_biases(first: bool, second: bool) -> None:
     assert (result.gm.get_submodule("0_1").bias is not None) == (first or second)
 
 
-@settings(max_examples=80, derandomize=True, deadline=None)
+@settings(max_examples=80)
 @given(st.data())
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 def test_convolutions_are_composed_exactly_or_refused(data: Any) -> None:

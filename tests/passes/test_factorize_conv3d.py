@@ -85,7 +85,7 @@ def has_output(module: Any, size: tuple[int, ...]) -> bool:
         return False
 
 
-@settings(max_examples=200, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(suppress_health_check=list(HealthCheck))
 @given(convolutions())
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 def test_exact_forms_are_the_layer_for_all_options(drawn: tuple[Any, tuple[int, ...]]) -> None:
@@ -110,7 +110,7 @@ def most_axes(graph: Any) -> int:
     return max(value.dim() for node in inner for value in pytree.tree_leaves(node.meta["val"]))
 
 
-@settings(max_examples=60, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, suppress_health_check=list(HealthCheck))
 @given(convolutions(), st.booleans())
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 def test_full_rank_is_the_layer_for_all_options(drawn: tuple[Any, tuple[int, ...]], calibrated: bool) -> None:

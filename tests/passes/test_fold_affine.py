@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from lrcompile_passes import FoldAffine
 from torch import Tensor, nn
@@ -135,7 +135,6 @@ def layers(draw: Any) -> tuple[Any, int, int, list[int]]:
     return common.drawn_conv(draw, axes, into, out, groups), into, out, [2, into, *[7] * axes]
 
 
-@settings(max_examples=250, derandomize=True, deadline=None)
 @given(layers(), st.sampled_from(sorted(STEPS)), st.sampled_from(["number", "one", "features"]), st.booleans())
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 def test_exact_for_all_options(drawn: tuple[Any, int, int, list[int]], name: str, kind: str, first: bool) -> None:

@@ -99,7 +99,7 @@ def folds(draw: Any) -> tuple[nn.Module, int]:
     ), axes
 
 
-@settings(max_examples=40, derandomize=True, deadline=None)
+@settings(max_examples=40)
 @given(folds())
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 def test_exact_for_all_options(drawn: tuple[Any, int]) -> None:
@@ -209,7 +209,6 @@ def test_golden_before_layers() -> None:
     assert common.on_other_batch(result, model, (x,), (other,)) < 1e-10
 
 
-@settings(max_examples=220, derandomize=True, deadline=None)
 @given(folds(), st.booleans())
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 def test_before_layers_exact_for_all_options_or_refused(drawn: tuple[Any, int], shifts: bool) -> None:

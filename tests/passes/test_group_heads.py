@@ -8,7 +8,7 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from lrcompile_passes import GroupHeads, LowRankLinear
 from onnx.shape_inference import infer_shapes
@@ -208,7 +208,6 @@ def cases(draw: Any) -> tuple[Options, tuple[str, int, int], str, int]:
 
 
 @pytest.mark.slow
-@settings(max_examples=200, derandomize=True, deadline=None)
 @given(cases())
 def test_equal_heads_are_shared_exactly(case: tuple[Options, tuple[str, int, int], str, int]) -> None:
     options, variant, init, batch = case

@@ -59,7 +59,7 @@ def convolutions(draw: Any) -> tuple[Any, int]:
     return CONVS[axes - 1](*channels, kernel, stride=stride, padding=padding, **options), axes
 
 
-@settings(max_examples=40, derandomize=True, deadline=None)
+@settings(max_examples=40)
 @given(convolutions(), st.booleans())
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 def test_full_rank_is_the_identity_for_all_options(drawn: tuple[Any, int], calibrated: bool) -> None:

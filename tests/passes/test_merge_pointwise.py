@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from lrcompile_passes import MergePointwise
 from lrcompile_passes.layers import CONVS
@@ -82,7 +82,6 @@ def test_golden(transform: MergePointwise, acts: int) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=200, derandomize=True, deadline=None)
 @given(st.data())
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 def test_at_full_rank_dropping_is_the_model_without_activations(data: Any) -> None:

@@ -111,7 +111,7 @@ def convolutions(draw: Any) -> tuple[nn.Module, int]:
     return Siblings(*modules), axes
 
 
-@settings(max_examples=25, derandomize=True, deadline=None)
+@settings(max_examples=25)
 @given(convolutions())
 def test_convolutions_with_all_options(drawn: tuple[nn.Module, int]) -> None:
     model, axes = drawn
