@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -175,7 +175,20 @@ HANDLED: dict[str, Case] = {
         lambda: attention(4, lambda x: torch.ones(1, 1, 1, 6, 6).tril().bool()), (sample(2, 3, 6, 32),)),
     "six axes": (lambda: attention(4), (sample(2, 3, 2, 6, 32),)),
 }  # fmt: skip
+QUICK = (
+    "one pixel", "a dilated kernel larger than the picture", "circular padding, twice the picture",
+    "a kernel larger than the volume", "transposed volumes in groups", "a volume without a batch",
+    "channels of prime number", "no features to read", "nothing between two layers", "all weights of zero",
+    "a group of zeros in volumes", "nothing but padding", "one sample", "values of 1e20", "9 heads",
+    "6 heads that share 3 keys", "tokens without a batch", "a mask of rank 3", "five axes and a mask of samples",
+    "six axes", "height and width", "volumes", "length after five axes", "number of tokens",
+)  # fmt: skip
+"""What is compiled by `make test`; the rest is like one of these, and in `make test-all`."""
 BEFORE = {name: case for name, case in HANDLED.items() if max(x.dim() for x in case[1]) > 4 or "volume" in name}
+
+
+def cases(names: Iterable[str]) -> list[Any]:
+    return [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in names]
 
 
 @pytest.fixture(autouse=True)
@@ -237,13 +250,13 @@ def check(model: nn.Module, args: tuple[Tensor, ...], path: Path, max_rank: int 
             assert far(got, expected) < 10
 
 
-@pytest.mark.parametrize("name", HANDLED)
+@pytest.mark.parametrize("name", cases(HANDLED))
 def test_handled(name: str, tmp_path: Path) -> None:
     make, args = HANDLED[name]
     check(seeded(make), args, tmp_path, None)
 
 
-@pytest.mark.parametrize("name", BEFORE)
+@pytest.mark.parametrize("name", cases(BEFORE))
 def test_handled_at_rank_4(name: str, tmp_path: Path) -> None:
     make, args = HANDLED[name]
     check(seeded(make), args, tmp_path, 4)
@@ -310,7 +323,7 @@ def program(name: str) -> tuple[nn.Module, torch.export.ExportedProgram]:
     return model, torch_export(model, (x,), dynamic_shapes=((shapes,),) if isinstance(model, Use) else (shapes,))
 
 
-@pytest.mark.parametrize("name", OPEN)
+@pytest.mark.parametrize("name", cases(OPEN))
 def test_open_sizes_stay_open(name: str, tmp_path: Path) -> None:
     _, x, axes, other = OPEN[name]
     model, exported = program(name)

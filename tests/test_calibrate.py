@@ -7,9 +7,11 @@ import math
 import shutil
 from collections.abc import Callable
 from dataclasses import fields, replace
+from functools import partial
 from itertools import islice, pairwise
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,7 +33,7 @@ from lrcompile.devices.measure import local_device
 from lrcompile.devices.measure_torch import TorchCostModel
 from lrcompile.devices.profile import available_devices, load_device
 from lrcompile.devices.profile_text import profile_text
-from lrcompile.devices.residual import NEAREST, Residuals, _surprise, fitted
+from lrcompile.devices.residual import DISTANCES, NEAREST, Residuals, _surprise, fitted
 from lrcompile.devices.runtimes import cuda_device, runtime_here
 from lrcompile.devices.sampling import GPU, GPU_WEIGHTS, WEIGHTS, operations, rows
 from lrcompile.errors import DeviceError
@@ -146,6 +148,10 @@ def test_time_goes_where_predictions_are_bad(calibration: Calibration) -> None:
 def test_a_busy_machine_and_too_little_time_are_refused() -> None:
     with pytest.raises(DeviceError, match="the machine is too busy to calibrate"):
         made(noise=0.2)
+    clock = Clock()
+    with pytest.raises(DeviceError, match="the machine is too busy to calibrate"):
+        calibrate(X86, machine(clock, 0.2), 400.0, clock=clock)
+    assert 100 <= clock() < 200  # it does not take all of the time to see that
     with pytest.raises(DeviceError, match=f"^0 operations were measured in 2 s, at least {LEAST} are needed"):
         made(seconds=2)
     with pytest.raises(DeviceError, match=f"27 operations were measured in 4 s, at least {LEAST} are needed"):
@@ -238,14 +244,24 @@ def test_reach_and_spread_are_found() -> None:
     assert np.abs(rough.left_out()).mean() > 5 * np.abs(smooth.left_out()).mean()
 
 
-def test_the_search_knows_its_slope() -> None:
+def test_the_distance_that_explains_more_is_taken() -> None:
+    rng = np.random.default_rng(0)
+    points = rng.uniform(0, 10, (120, 3))
+    jumps = sum(0.3 * rng.normal(0, 1, 12)[points[:, i].astype(int)] for i in range(3))  # each has steps of its own
+    hills = 0.3 * np.sin(np.linalg.norm(points - 5, axis=1) * 2)
+    assert [fitted(points, np.asarray(values)).distance for values in (jumps, hills)] == ["cityblock", "euclidean"]
+
+
+@pytest.mark.parametrize("distance", DISTANCES)
+def test_the_search_knows_its_slope(distance: Any) -> None:
     rng = np.random.default_rng(1)
     points, values = rng.uniform(0, 10, (30, 3)), rng.normal(0, 0.3, 30)
     start = np.log([3.0, 5.0, 2.0, 0.4, 0.1])
-    _, slope = _surprise(start, np.zeros(5), points, values)
+    surprise = partial(_surprise, distance=distance, held=np.zeros(5), points=points, values=values)
+    _, slope = surprise(start)
     for i in range(5):
         step = 1e-5 * np.eye(5)[i]
-        up, down = (_surprise(start + sign * step, np.zeros(5), points, values)[0] for sign in (1, -1))
+        up, down = (surprise(start + sign * step)[0] for sign in (1, -1))
         assert slope[i] == pytest.approx((up - down) / 2e-5, rel=1e-4, abs=1e-4)
 
 
@@ -309,7 +325,8 @@ def test_a_calibrated_profile_predicts_the_same_when_read(calibration: Calibrati
         ("reach = [", "reach = [1.0, ", "residuals.bmm.reach"),
         ("spread = ", "spred = ", "residuals.bmm.spred"),
         ("points = [\n    [", "points = [\n    [nan, ", "residuals.bmm.points"),
-        ('source = "measured here (a test)"\nreach', 'source = "trust me"\nreach', "residuals.bmm.source"),
+        ('distance = "', 'distance = "taxi ', "residuals.bmm.distance"),
+        ('source = "measured here (a test)"\ndist', 'source = "trust me"\ndist', "residuals.bmm.source"),
     ],
 )
 def test_bad_residuals_are_named(calibration: Calibration, tmp_path: Path, old: str, new: str, key: str) -> None:

@@ -121,7 +121,13 @@ def difference(path: Path, model: nn.Module, args: tuple[Any, ...], *, folded: b
     return float((got.flatten() - expected.flatten()).norm() / expected.norm())
 
 
-CASES = [(name, io_rank) for name in MODELS for io_rank in (None, 4) if io_rank is None or name not in SHALLOW]
+SLOW = ("densenet_3d", "segresnet")
+CASES = [
+    pytest.param(name, io_rank, marks=pytest.mark.slow if name in SLOW else ())
+    for name in MODELS
+    for io_rank in (None, 4)
+    if io_rank is None or name not in SHALLOW
+]
 
 
 @pytest.mark.parametrize(("name", "io_rank"), CASES)
@@ -139,7 +145,7 @@ def test_emitted_graph_keeps_the_rank(name: str, io_rank: int | None, tmp_path: 
         assert difference(tmp_path / "model.onnx", model, more, folded=io_rank is not None) <= 1e-4
 
 
-@pytest.mark.parametrize("name", DEEP)
+@pytest.mark.parametrize("name", [pytest.param(x, marks=pytest.mark.slow if x in SLOW else ()) for x in DEEP])
 def test_folded_ends(name: str) -> None:
     model, args, kwargs = PANEL[name]()
     lowered = to_rank(trace(model, args, kwargs), 4, 4, 1e-5)
@@ -170,7 +176,7 @@ def test_calibration_data_as_the_user_has_them() -> None:
     )
 
 
-@pytest.mark.parametrize("make", [bert, llama_grouped])
+@pytest.mark.parametrize("make", [pytest.param(bert, marks=pytest.mark.slow), llama_grouped])
 def test_transformers_keep_the_rank(make: Callable[..., Example], tmp_path: Path) -> None:
     """Their masks are read by two tensors of positions, and heads share keys: torch writes both on five axes."""
     model, args, kwargs = make(layers=1)
@@ -179,7 +185,7 @@ def test_transformers_keep_the_rank(make: Callable[..., Example], tmp_path: Path
     assert ranks(tmp_path / "model.onnx")[0] <= 4
 
 
-@pytest.mark.parametrize("form", ["GQA", "GKVA", "GQKVA"])
+@pytest.mark.parametrize("form", [*(pytest.param(form, marks=pytest.mark.slow) for form in ("GQA", "GKVA")), "GQKVA"])
 def test_heads_that_share_keep_the_rank(form: str, tmp_path: Path) -> None:
     class Only(GroupHeads):
         """The groupings of one form."""

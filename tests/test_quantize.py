@@ -276,7 +276,13 @@ def test_command_and_replay(cwd: Path, capsys: pytest.CaptureFixture[str]) -> No
 
 
 @pytest.mark.parametrize(
-    "words", ["--size 0.4", "--size 0.15", "--max-error 0.01", "--max-error 1e-6", "--eval always_one:f --max-drop 0.1"]
+    "words",
+    [
+        "--size 0.4",
+        "--max-error 0.01",
+        "--eval always_one:f --max-drop 0.1",
+        *(pytest.param(words, marks=pytest.mark.slow) for words in ("--size 0.15", "--max-error 1e-6")),
+    ],
 )
 def test_a_replay_quantises_what_the_plan_says(words: str, cwd: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (cwd / "always_one.py").write_text("def f(model):\n    return 1.0\n")

@@ -36,6 +36,7 @@ NETWORKS = 20  # of convolutions, and as many transformers
 CHUNK = 60  # operations between two visits of one
 NOISY = 0.1  # relative error above which a measurement does not count
 MOST_NOISY = 1 / 3  # share of such measurements above which the machine is called too busy
+LOOKED = 0.25  # share of the time after which that is looked at, and again at the end
 LEAST, MOST = 40, 16000  # measurements without which nothing is fitted, and that are enough
 EXPLORED = 0.6  # share of the time for operations at random; the rest goes where they are known least, in rounds
 ROUNDS, POOL = 3, 6000
@@ -240,8 +241,12 @@ def calibrate(
         found.extend(Measurement.of(op, known) for op, known in zip(ops, costs, strict=True) if len(known) > 1)
 
     drawn = drawn or operations(seed)
+    looked = False
     while clock() - start < seconds * EXPLORED and len(found) < MOST * EXPLORED:
         add(list(islice(drawn, CHUNK)), seconds * EXPLORED)
+        if not looked and clock() - start > seconds * LOOKED:
+            _quiet(found)
+            looked = True
     pool = list(islice(drawn, POOL)) if len(found) >= LEAST else []
     for i in range(ROUNDS):
         share = EXPLORED + (1 - EXPLORED) * (i + 1) / ROUNDS
@@ -256,6 +261,18 @@ def calibrate(
     measured = [(gm, network(gm).latency_s) for gm in networks(seed)] if network else []
     if failed and not found:
         raise failed[-1]
+    good = _quiet(found)
+    if len(good) < LEAST:
+        raise DeviceError(
+            f"{len(good)} operations were measured in {seconds:.0f} s, at least {LEAST} are needed: give more time"
+        )
+    progress("fit", 0, 1)
+    found_here = fitted_to(device, good, len(found) - len(good))
+    return replace(found_here, network=_network(found_here, measured)) if measured else found_here
+
+
+def _quiet(found: Sequence[Measurement]) -> list[Measurement]:
+    """The measurements that count; DeviceError where too few of them do."""
     good = [m for m in found if not m.is_noisy]
     noisy = len(found) - len(good)
     if noisy > MOST_NOISY * len(found):
@@ -263,13 +280,7 @@ def calibrate(
             f"{noisy} of {len(found)} measurements have an error above {NOISY:.0%}: the machine is too busy to "
             "calibrate; stop other programs and start again: what was measured well is kept"
         )
-    if len(good) < LEAST:
-        raise DeviceError(
-            f"{len(good)} operations were measured in {seconds:.0f} s, at least {LEAST} are needed: give more time"
-        )
-    progress("fit", 0, 1)
-    found_here = fitted_to(device, good, noisy)
-    return replace(found_here, network=_network(found_here, measured)) if measured else found_here
+    return good
 
 
 def calibrated(found: Calibration, name: str, description: str, source: str) -> Device:

@@ -15,7 +15,7 @@ WIDTHS: dict[str, int] = {
 """How many features the families of operations have on a CPU."""
 GPU_WIDTHS: dict[str, int] = {
     **dict.fromkeys(FUNCTIONS, 3),
-    **dict.fromkeys(("pointwise", "conv", "depthwise", "grouped", "volume"), 18),
+    **dict.fromkeys(("pointwise", "conv", "depthwise", "grouped", "volume"), 20),
     "gemm": 14, "bmm": 14, "attention": 14, "recurrent": 8,
 }  # fmt: skip
 """The same on a GPU."""
@@ -182,14 +182,18 @@ def _kernel_of_attention(shape: AttentionShape, vector: int) -> list[float]:
 
 
 def _of_conv_on_gpu(shape: ConvShape, vector: int) -> list[float]:
-    """Those of the product that it implies."""
+    """Those of the product that it implies, how much it does with each value, and steps over odd channels."""
     into, out, taps = shape.channels_in, shape.channels_out, math.prod(shape.kernel)
     pixels, per_group = shape.batch * math.prod(shape.size_out), into // shape.groups
-    sizes = (pixels, shape.batch, per_group, out, taps, math.prod(shape.stride), pixels * per_group * out * taps)
-    jumps = [_APART * (into % vector > 0), _APART * (out % vector > 0), float(into < vector)]
+    work = pixels * per_group * out * taps
+    sizes = (pixels, shape.batch, per_group, out, taps, math.prod(shape.stride), work)
+    values = shape.batch * into * math.prod(shape.size_in) + pixels * out + per_group * out * taps
+    odd = into % vector > 0
+    jumps = [_APART * odd, _APART * (out % vector > 0), float(into < vector), _APART * (odd and max(shape.stride) > 1)]
     tiles = _padded(pixels, _TILE) * _padded(out, _TILE) / _TILE**2
     empty = [_empty(out, _HALF_TILE), _empty(out, _TILE), _empty(into, _HALF_TILE), _empty(into, _HALF_TILE // 2)]
-    return [*map(_log2, sizes), *empty, *jumps, _log2(tiles), _log2(shape.groups), _log2(math.gcd(into, _HALF_TILE))]
+    more = (work / max(values, 1), tiles, shape.groups, math.gcd(into, _HALF_TILE))
+    return [*map(_log2, sizes), *empty, *jumps, *map(_log2, more)]
 
 
 def in_blocks(shape: ConvShape, block: int) -> bool:

@@ -29,7 +29,7 @@ from lrcompile.devices.device import (
     Winograd,
 )
 from lrcompile.devices.features import WIDTHS, width_of
-from lrcompile.devices.residual import Residuals
+from lrcompile.devices.residual import DISTANCES, Residuals
 from lrcompile.errors import DeviceError
 
 _KINDS = ("gpu", "npu", "cpu")
@@ -205,7 +205,9 @@ class _Reader:
         if width is None:
             raise self.error(place, f"one of {', '.join(WIDTHS)}", "an unknown family of operations")
         table = self.table(self.table(self.document, "", "residuals"), "residuals", name)
-        self.keys(place, table, ("source", "reach", "spread", "noise", "points"))
+        self.keys(place, table, ("source", "distance", "reach", "spread", "noise", "points"))
+        if table["distance"] not in DISTANCES:
+            raise self.error(f"{place}.distance", f"one of {', '.join(DISTANCES)}", repr(table["distance"]))
         for key in ("spread", "noise"):
             if not isinstance(table[key], int | float) or not 0 < table[key] < math.inf:
                 raise self.error(f"{place}.{key}", "a finite number above 0", repr(table[key]))
@@ -213,7 +215,8 @@ class _Reader:
         if len(reach) != 1 or not (reach > 0).all():
             raise self.error(f"{place}.reach", f"{width} finite numbers above 0", "something else")
         self.source(place, table)
-        return Residuals(rows[:, :-1], rows[:, -1], reach[0], float(table["spread"]), float(table["noise"]))
+        spread, noise = float(table["spread"]), float(table["noise"])
+        return Residuals(rows[:, :-1], rows[:, -1], reach[0], spread, noise, table["distance"])
 
     def rows(self, place: str, table: Mapping[str, Any], key: str, width: int) -> np.ndarray:
         try:

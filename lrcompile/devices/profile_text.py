@@ -106,6 +106,7 @@ def _engine(place: str, engine: Engine, source: Mapping[str, str], figure: Any) 
 def _residuals(name: str, residuals: Residuals, source: str) -> Iterator[str]:
     yield f"\n[residuals.{name}]"
     yield f"source = {_quoted(source)}"
+    yield f"distance = {_quoted(residuals.distance)}"
     yield f"reach = [{', '.join(f'{x:.5g}' for x in residuals.reach)}]"
     yield from (f"{key} = {getattr(residuals, key):.6g}" for key in ("spread", "noise"))
     yield "points = ["

@@ -315,8 +315,10 @@ def traced(causal: bool) -> Traced:
 
 
 @pytest.mark.parametrize("variant", variants(4), ids=str)
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("opset", [20, 23])
+@pytest.mark.parametrize(
+    ("causal", "opset"),
+    [(True, 20), (False, 23), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((False, 20), (True, 23)))],
+)
 def test_onnx_at_two_batch_sizes(variant: tuple[str, int, int], causal: bool, opset: int) -> None:
     graph, (x,) = traced(causal).graph, traced(causal).args
     result = common.applied(graph, PASS, chosen(graph, *variant))
