@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import inspect
 import json
-import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from lrcompile.errors import LrcompileError, PlanError
 from lrcompile.memory import is_out_of_memory
+from lrcompile.report.console import Screen, discard, prepare_streams
 
 app = typer.Typer(
     name="lrcompile",
@@ -39,7 +40,8 @@ def run(arguments: Sequence[str]) -> int:
     words = list(arguments)
     if words and words[0] not in (*COMMANDS, "--help", "--version"):
         words.insert(0, "compile")
-    errors = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
+    prepare_streams()
+    errors = Screen(stderr=True, highlight=False, soft_wrap=True, markup=False)
     try:
         code = app(args=words, standalone_mode=False)
         sys.stdout.flush()
@@ -48,11 +50,17 @@ def run(arguments: Sequence[str]) -> int:
         errors.print(f"lrcompile: {error}")
         return error.exit_code
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard(sys.stdout.fileno())
         return 0
     except Exception as error:
         if is_out_of_memory(error):
             errors.print("lrcompile: out of memory; try a smaller --batch or fewer calibration samples")
+            return 2
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            discard(sys.stdout.fileno())
+            where = error.filename or "standard output"
+            with suppress(OSError):  # where errors go may be on the same disk
+                errors.print(f"lrcompile: cannot write {where}: {error.strerror}; make room, or write elsewhere")
             return 2
         if hasattr(error, "format_message"):  # a usage error of the option parser
             errors.print(f"lrcompile: {error.format_message()}")
@@ -140,7 +148,7 @@ def compile_command(
     from lrcompile.report.progress import ProgressDisplay
     from lrcompile.report.terminal import print_family, print_report
 
-    with ProgressDisplay(Console(stderr=True)) as display:
+    with ProgressDisplay(Screen(stderr=True)) as display:
         family = family_files(request, display) if progressive is not None else None
         report = compile_files(request, display) if family is None else None
     if family is not None:
@@ -199,7 +207,7 @@ def tradeoff_command(
     from lrcompile.session import FrontFiles, Request, tradeoff_files
 
     lists = {name: tuple(asked.pop(name) or ()) for name in ("inputs", "options", "skip")}
-    with ProgressDisplay(Console(stderr=True)) as progress:
+    with ProgressDisplay(Screen(stderr=True)) as progress:
         figures = tradeoff_files(Request.of(**asked, **lists), points, FrontFiles(out, plot, plans), progress)
     if as_json:
         _print_json(figures)
@@ -288,7 +296,7 @@ def bench(
     from lrcompile.report.progress import ProgressDisplay
     from lrcompile.report.terminal import print_bench
 
-    with ProgressDisplay(Console(stderr=True)) as progress:
+    with ProgressDisplay(Screen(stderr=True)) as progress:
         result = paired(first, second, batch=batch, seconds=seconds, seed=seed, progress=progress)
     if as_json:
         _print_json(result.to_json())
@@ -304,7 +312,9 @@ def calibrate(
         str,
         typer.Option(help="What runs the operations: onnxruntime, torch (eager), torch-compile; torch-cuda on a GPU."),
     ] = "onnxruntime",
-    seed: Annotated[int, typer.Option(help="Seed of what is measured; the same one goes on where it was stopped.")] = 0,
+    seed: Annotated[
+        int, typer.Option(help="Seed of what is measured; the same one goes on where it was stopped.", min=0)
+    ] = 0,
     plot: Annotated[
         Path | None, typer.Option(help="A plot of predicted against measured: .svg, .png or .pdf; needs matplotlib.")
     ] = None,
@@ -315,7 +325,7 @@ def calibrate(
     from lrcompile.report.terminal import simple_table
     from lrcompile.session import calibrate_file
 
-    with ProgressDisplay(Console(stderr=True)) as progress:
+    with ProgressDisplay(Screen(stderr=True)) as progress:
         found = calibrate_file(out, minutes * 60, seed, progress, plot, runtime)
     rows = found.summary()
     if as_json:
@@ -369,12 +379,16 @@ def _option(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _console() -> Console:
+def _console() -> Screen:
     """Standard output; as wide as the terminal, or wide enough for a table where there is none."""
-    console = Console(highlight=False, markup=False)  # what is printed holds names of users, with brackets
+    console = Screen(highlight=False, markup=False)  # what is printed holds names of users, with brackets
     wide = max(console.width, 160)
-    return console if console.is_terminal else Console(highlight=False, markup=False, width=wide, soft_wrap=False)
+    return console if console.is_terminal else Screen(highlight=False, markup=False, width=wide, soft_wrap=False)
 
 
 def _print_json(data: Any) -> None:
-    sys.stdout.write(json.dumps(data, indent=1, allow_nan=False) + "\n")
+    text = json.dumps(data, indent=1, allow_nan=False) + "\n"
+    try:
+        sys.stdout.write(text)
+    except BrokenPipeError:  # which the option parser would end with exit code 1
+        discard(sys.stdout.fileno())

@@ -278,9 +278,10 @@ def solve(prepared: Prepared, budget: Budget) -> Result:
         InputError: the budget limits a metric, and the model was prepared without one.
         BudgetError: the budget cannot be met; the message holds the range that can.
     """
-    p, clock = prepared, prepared.clock
+    p = prepared
     drop = DropLimit.of(p.metric, budget)
     problem = p.problem(budget, drop.kept_back() if drop and p.reference else drop)
+    clock = Clock(p.clock.progress, dict(p.clock.seconds))
     asked, reference = budget, p.reference
     with clock("choose"):
         if budget.int8:

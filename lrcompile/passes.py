@@ -126,11 +126,12 @@ class Context:
 
     def lookups(self, site: Site) -> Tensor | None:
         """How often all of an embedding's calls looked up each row, or None unless each call was calibrated."""
-        found = _sum(
-            next((self.token_counts[name] for name in value_names(node.args[0]) if name in self.token_counts), None)  # type: ignore[arg-type]
+        rows: Any = site.module.num_embeddings  # another table that the same is looked up in may be longer
+        known = self.token_counts
+        return _sum(
+            next((known[name][:rows] for name in value_names(node.args[0]) if name in known), None)  # type: ignore[arg-type]
             for node in site.nodes
         )
-        return None if found is None else found[: site.module.num_embeddings]  # another table may be longer
 
     def outputs(self, site: Site) -> Outputs | None:
         """How directions of a site's outputs count, over all of its calls; None where that is not known of each.
@@ -261,12 +262,12 @@ class Context:
         return found if outputs is None else replace(found, outputs=outputs)
 
     def once(self, site: Site, form: str, compute: Callable[[], T]) -> T:
-        """What `compute` makes of a site's weight and inputs, computed once; `form` names what that is."""
-        inputs = " ".join(value_names(node.args[0])[0] for node in site.nodes)  # type: ignore[arg-type]
+        """What `compute` makes of a site's weight and calls, computed once; `form` names what that is."""
+        calls = " ".join(f"{value_names(node.args[0])[0]} {value_names(node)[0]}" for node in site.nodes)  # type: ignore[arg-type]
         weight: Any = site.module.weight
         if weight not in self._digests:
             self._digests[weight] = _digest(weight)
-        key = (self._digests[weight], f"{form} {inputs}")
+        key = (self._digests[weight], f"{form} {calls}")
         if key not in self._memo:
             self._memo[key] = compute()
         return self._memo[key]

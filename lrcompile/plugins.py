@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from importlib.metadata import EntryPoint, entry_points
 from types import UnionType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from lrcompile.errors import InputError, PluginError
 from lrcompile.passes import Pass, Stage
@@ -115,7 +115,7 @@ def _parsed(text: str, kind: Any) -> Any:
         if text not in choices:
             raise ValueError(f"expected one of {', '.join(map(repr, choices))}, got {text!r}")
         return choices[text]
-    if get_origin(kind) is UnionType and type(None) in get_args(kind):
+    if get_origin(kind) in (UnionType, Union) and type(None) in get_args(kind):
         return _parsed(text, next(part for part in get_args(kind) if part is not type(None)))
     if kind is bool:
         return _parsed(text.lower(), Literal["true", "false"]) == "true"

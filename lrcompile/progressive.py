@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lrcompile.compile import Result, compile
-from lrcompile.errors import InputError
+from lrcompile.errors import BudgetError, InputError
 from lrcompile.frontend.calibration_data import CalibrationData
 from lrcompile.graph.graph import Graph, weight_bytes
 from lrcompile.planning.budget import Budget
@@ -106,7 +106,12 @@ def members(
     for size in sizes:
         limit = size if lineage is None else max(2.0, size * weight_bytes(lineage.original.gm))
         wanted, training = until_error(replace(_left(budget, speedup), size=limit), recovery)
-        result = compile(parent, args, kwargs, budget=wanted, progress=progress, **options)
+        try:
+            result = compile(parent, args, kwargs, budget=wanted, progress=progress, **options)
+        except BudgetError as error:
+            if lineage is None:
+                raise
+            raise BudgetError(f"size {size:g}, where the original is the member of size {share:g}: {error}") from error
         traced = result.traced.graph
         lineage = lineage.traced_anew(rewritten, traced) if lineage and rewritten else Lineage.of(traced)
         rewritten = Graph(result.model, traced.fake_mode)

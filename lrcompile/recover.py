@@ -29,7 +29,7 @@ from lrcompile.recovery.processes import Processes
 from lrcompile.recovery.refit import refit
 from lrcompile.recovery.samples import Samples, samples_of
 from lrcompile.recovery.settings import DEFAULT_BATCH, Recovery
-from lrcompile.recovery.train import Progress, train
+from lrcompile.recovery.train import Progress, Trained, train
 
 REFIT_SAMPLES = 1024
 APART = "attention was not compared: the model was not rewritten from its original directly"
@@ -42,9 +42,9 @@ def recover(
     *,
     labels: Tensor | None = None,
     original: Graph | Lineage | None = None,
-    checkpoints: Path | None = None,
+    checkpoints: str | Path | None = None,
     finished: list[Checkpoint] | None = None,
-    progress: Progress = lambda stage, done, total: None,
+    progress: Progress | None = None,
     **settings: Any,
 ) -> Result:
     """Trains a compiled model on inputs, to agree with the original or with labels; `result` is not changed.
@@ -77,6 +77,7 @@ def recover(
         raise InputError("recovery: the model takes batches of one size only, so no subset of samples can be chosen")
     if not any(is_float(node.meta.get("val")) for node in teacher.gm.graph.output_node().all_input_nodes):
         raise InputError("recovery: the outputs are whole numbers alone, which tell of no direction to train in")
+    labels = None if labels is None else data.in_batches(torch.as_tensor(labels))
     unlike = _unlike(result, data, batches)
     samples = samples_of(batches, labels, size)
     measure = result.plan.budget.measure_in_use
@@ -95,7 +96,7 @@ def recover(
     processes = Processes.here()
     until = None if recovery.until is None else measure.root(recovery.until)
     trained = train(
-        couple, samples, recovery, checkpoint, progress, processes,
+        couple, samples, recovery, checkpoint, progress or (lambda stage, done, total: None), processes,
         lambda: until is not None and evaluator.error(couple.trained) <= until,
     )  # fmt: skip
     for parameter in couple.trained.gm.parameters():
@@ -123,7 +124,7 @@ def recover(
         recovery=figures,
         verification={**result.report.verification, "torch_vs_original": relative},
         timings_s={**result.report.timings_s, "recover": time.perf_counter() - start},
-        notes=[*result.report.notes, *unlike, *apart, *trained.notes, *_remarks(trained.kept_step, refitted)],
+        notes=[*result.report.notes, *unlike, *apart, *trained.notes, *_remarks(trained, until, after, refitted)],
     )
     planned = {name: value for name, value in figures.items() if name != "seconds"}  # equal runs make equal plans
     plan = replace(result.plan, recovery=planned)
@@ -213,8 +214,10 @@ def _refitted(
     return (fitted, paths) if paths and evaluator.error(fitted) < before else (student, ())
 
 
-def _remarks(kept_step: int, refitted: Sequence[str]) -> Sequence[str]:
-    if kept_step == 0 and not refitted:
+def _remarks(trained: Trained, until: float | None, after: float, refitted: Sequence[str]) -> Sequence[str]:
+    if trained.steps == 0 and not refitted and until is not None and after <= until:
+        return ["the error asked for held without any training: the weights are as they were"]
+    if trained.kept_step == 0 and not refitted:
         return ["recovery made nothing better on the data that it is judged by: the weights are as they were"]
     return ["the weights were recovered: the plan replays the rewrites, not the recovery"]
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lrcompile.compile import compile as compile_model
@@ -25,7 +25,7 @@ from lrcompile.front import front_figures, tradeoff
 from lrcompile.frontend.calibration_data import MOST_BATCHES, CalibrationData, load_calibration, load_labels
 from lrcompile.frontend.export import batch_size
 from lrcompile.frontend.files import exists
-from lrcompile.frontend.inputs import call_inputs, example_inputs, input_names, parameters, parse_inputs
+from lrcompile.frontend.inputs import call_inputs, example_inputs, flat_names, input_names, parameters, parse_inputs
 from lrcompile.frontend.load import Source, load
 from lrcompile.frontend.trace import Traced
 from lrcompile.planning.budget import Budget, parse_latency, parse_size
@@ -89,6 +89,10 @@ class Request:
     progressive: str | None
     quantize: str | None
 
+    def __post_init__(self) -> None:
+        if self.seed is not None and not -(2**63) <= self.seed < 2**64:
+            raise InputError(f"--seed {self.seed} is too large; expected a whole number of 64 bits")
+
     @classmethod
     def of(cls, **given: Any) -> Request:
         """A request of which the rest is left open."""
@@ -115,11 +119,12 @@ def compile_files(request: Request, progress: Callable[[str, int, int], None]) -
     _check_replay(request, plan)
     if plan is not None:
         batch = plan.batch if request.batch is None and not request.inputs else request.batch
-        request = replace(request, batch=batch, seed=plan.seed)
+        measure = None if request.max_error is None else plan.budget.measure
+        request = replace(request, batch=batch, seed=plan.seed, measure=measure)
     budget, recovery = until_error(_budget(request), _recovery(request), replayed=plan is not None)
     metric = check_metric(None if request.eval is None else Evaluation.load(request.eval), budget, plan)
     _check_quantize(request)
-    asked = _asked(request)
+    asked = _asked(request, progress)
     processes = Processes.here() if recovery is not None else Processes()
     if processes.count > 1 and plan is None:
         raise InputError(
@@ -177,7 +182,7 @@ def tradeoff_files(
     _check_apart(request, {"--out": files.out, "--plot": files.plot, "--plans": files.plans})
     budget = _budget(request)
     _recovery(request)  # a front has none: what is said of one is refused
-    asked = _asked(request)
+    asked = _asked(request, progress)
     results = tradeoff(
         *asked.inputs, points=points, max_error=budget.max_error, confidence=budget.confidence,
         strategy=budget.strategy, progress=progress, **asked.options,
@@ -229,11 +234,11 @@ def family_files(request: Request, progress: Callable[[str, int, int], None]) ->
     for path in paths:
         check_writable(path)
     check_writable(manifest, text=True)
-    _check_apart(request, {f"a size of {size:g}": path for size, path in zip(sizes, paths, strict=True)})
+    _check_apart(request, {f"a size of {size}": path for size, path in zip(sizes, paths, strict=True)})
     _check_quantize(request)
     if Processes.here().count > 1:
         raise InputError("several processes were launched, and each would make a family of its own; run it in one")
-    asked = _asked(request)
+    asked = _asked(request, progress)
     data, labels = _learned(request, asked)
     finished: list[Checkpoint] = []
     family: list[Member] = []
@@ -271,8 +276,10 @@ class _Asked:
     problems: tuple[str, ...]
 
 
-def _asked(request: Request) -> _Asked:
+def _asked(request: Request, progress: Callable[[str, int, int], None]) -> _Asked:
     found = discover()
+    for problem in found.problems:  # said before the work: it may be why a budget cannot be met
+        progress(problem, 0, 0)
     words = [word for word in request.options if not word.startswith(OF_RECOVERY)]
     passes = configure(found.passes, words)
     passes = passes if request.passes is None else select(passes, request.passes.split(","))
@@ -416,24 +423,26 @@ def _calibration(
 ) -> CalibrationData | None:
     if path is None:
         return None
-    example = batch_size(pytree.tree_leaves((source.args, source.kwargs)))
+    size = batch_size(pytree.tree_leaves((source.args, source.kwargs)))
     required, optional = parameters(source.program)
+    example = _example(request, source)
+    if example is not None and isinstance(source.program, nn.Module) and source.kind == "module":
+        required, optional = flat_names(source.program, *example), ()
     if not required and not optional:
         raise InputError(
             f"{source.name} takes no input by name, so data cannot be told apart; save it with torch.export.save and "
             "give the archive"
         )
-    return load_calibration(path, required, request.batch or example or 8, max_batches=max_batches, optional=optional)
+    return load_calibration(path, required, request.batch or size or 8, max_batches=max_batches, optional=optional)
 
 
 def _inputs(
     request: Request, source: Source, calibration: CalibrationData | None
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Example inputs: from --input, else from the model's own archive, else the first calibration batch."""
-    if request.inputs:
-        return call_inputs(source.program, example_inputs(parse_inputs(request.inputs), request.seed or 0))
-    if source.args is not None or source.kwargs is not None:
-        return source.args or (), source.kwargs or {}
+    example = _example(request, source)
+    if example is not None:
+        return example
     if calibration is not None:
         return call_inputs(source.program, calibration.batches[0])
     names = ", ".join(input_names(source.program))
@@ -441,6 +450,15 @@ def _inputs(
         f"{source.name} holds no example inputs; give one --input for each of {names}, "
         "such as --input x=float32[1,3,224,224], or --calib data.npz"
     )
+
+
+def _example(request: Request, source: Source) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Example inputs from --input, else from the model's own archive, or None."""
+    if request.inputs:
+        return call_inputs(source.program, example_inputs(parse_inputs(request.inputs), request.seed or 0))
+    if source.args is not None or source.kwargs is not None:
+        return source.args or (), source.kwargs or {}
+    return None
 
 
 def calibrate_file(

@@ -116,6 +116,12 @@ def test_a_plan_holds_no_infinity(tmp_path: Path, capsys: pytest.CaptureFixture[
         assert '"error": null' in capsys.readouterr().out
 
 
+def test_a_plan_of_what_json_cannot_hold_is_refused_in_words() -> None:
+    plan = replace(PLAN, options={"of-a-plugin": {"kinds": frozenset({"a"})}})
+    with pytest.raises(PlanError, match="frozenset is not JSON serializable; a plugin has an option"):
+        plan.dumps()
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{}", "null", '{"schema": 99}', '{"schema": 1}', "\0", "{"])
 def test_what_is_no_plan_is_refused(text: str) -> None:
     with pytest.raises(PlanError, match="--plan-out"):

@@ -20,6 +20,8 @@ import torch
 
 from lrcompile.__main__ import main
 from lrcompile.cli import run
+from lrcompile.plugins import Discovered
+from lrcompile.report.console import Screen
 from lrcompile.report.progress import ProgressDisplay
 
 MODULE = """
@@ -238,6 +240,7 @@ BAD: list[tuple[tuple[str, ...], int, str]] = [
     (("model.pt", "--speedup", "0.5"), 2, "--speedup"),
     (("model.pt", "--max-latency", "soon"), 2, "--max-latency"),
     (("model.pt", "--max-error", "nan"), 2, "max_error"),
+    (("model.pt", "--seed", str(2**64)), 2, "of 64 bits"),
     (("model.pt", "--dtype", "fp12"), 2, "fp32"),
     (("model.pt", "--batch", "0"), 2, "--batch"),
     (("model.pt", "--plan", "plan.json"), 2, "--plan-out"),
@@ -337,3 +340,55 @@ def test_model_with_a_state_dict_key_for_every_kept_layer(cwd: Path, capsys: pyt
         cwd=cwd / "lr", capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert "torch.Size([2, 256])" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "says"),
+    [
+        ("devices >&-", 0, ""),
+        ("devices >&- 2>&-", 0, ""),
+        ("devices | true", 0, ""),
+        ("devices --json | true", 0, ""),
+        ("devices >/dev/full", 2, "cannot write standard output: No space left on device"),
+        ("devices --json >/dev/full", 2, "cannot write standard output: No space left on device"),
+        ("devices >/dev/full 2>&1", 2, ""),
+        ("passes >ascii.txt", 0, ""),
+    ],
+)
+def test_output_that_nobody_reads_or_that_cannot_be_written(tmp_path: Path, command: str, code: int, says: str) -> None:
+    """No traceback, and no exit code that says something of a budget."""
+    left, pipe, right = command.partition(" | ")
+    line = f"{sys.executable} -m lrcompile {left}"
+    script = f"({line}; echo $? >code){pipe}{right}" if pipe else f"{line}; echo $? >code"
+    done = subprocess.run(
+        ["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=100,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+    )  # fmt: skip
+    assert (tmp_path / "code").read_text().split() == [str(code)]
+    assert done.stderr.count("\n") == bool(says)
+    assert says in done.stderr
+
+
+def test_a_calibration_has_no_negative_seed(capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = call(capsys, "calibrate", "--out", "mine.toml", "--seed", "-1")
+    assert code == 2
+    assert "--seed" in err
+
+
+def test_work_goes_on_where_nobody_reads_its_progress() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as stream, ProgressDisplay(Screen(file=stream)) as display:
+        display("one evaluation takes 1 s", 0, 0)
+        display("another remark", 0, 0)
+
+
+def test_a_plugin_that_is_left_out_is_said_before_the_work(
+    cwd: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be why a budget cannot be met, and then there is no report to say so."""
+    found = Discovered((), {}, ("plugin 'mine' is left out: SyntaxError",))
+    monkeypatch.setattr("lrcompile.session.discover", lambda: found)
+    code, _, err = call(capsys, "user_net:build_with_inputs", "--size", "0.5")
+    assert code == 1
+    assert err.startswith("plugin 'mine' is left out: SyntaxError\nlrcompile: a size of 0.5 ")

@@ -93,6 +93,19 @@ def test_what_enters_layers_is_summed_over_batches() -> None:
     torch.testing.assert_close(variance, x.double().flatten(0, 1).var(0, correction=0), rtol=1e-5, atol=1e-6)
 
 
+def test_what_enters_a_layer_that_is_called_on_a_vector() -> None:
+    data = lrcompile.calibration_from({"input": torch.randn(32)}, ["input"], batch=8)
+    result = lrcompile.compile(nn.Sequential(nn.Linear(8, 8)).eval(), (torch.randn(8),), calibration=data)
+    mean, variance = result.seen["0"]
+    assert (mean.shape, variance.shape) == ((8,), (8,))
+
+
+def test_what_enters_a_convolution_of_one_image_are_its_channels() -> None:
+    x = torch.randn(3, 10, 12)
+    mean, _ = entering(trace(nn.Sequential(nn.Conv2d(3, 8, 3)).eval(), (x,)).graph, [(x,)])["0"]
+    torch.testing.assert_close(mean, x.double().mean((1, 2)), rtol=1e-5, atol=1e-6)
+
+
 def low_rank() -> nn.Sequential:
     torch.manual_seed(0)
     layers = [nn.Linear(256, 256), nn.Linear(256, 256)]

@@ -6,6 +6,7 @@ import ast
 import json
 import os
 import threading
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import lrcompile
 from lrcompile import Budget
 from lrcompile.cli import run
 from lrcompile.emit.folder import _in_a_docstring, load_folder
+from lrcompile.emit.pt2 import load_pt2
 from lrcompile.emit.write import write_text
 from lrcompile.errors import InputError
 
@@ -170,3 +172,169 @@ def test_a_report_to_a_pipe_and_to_a_device() -> None:
     os.close(write)
     listener.join(10)
     assert json.loads(found[0]) == {"a": 1}
+
+
+# ------------------------------------------------------------------------------------------- batches that are divided
+
+
+class Groups(nn.Module):
+    """The mean of every four samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x).view(-1, 4, 16).mean(1)
+
+
+class Halves(Groups):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x).chunk(2)[0]
+
+
+class Thirds(Groups):
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return self.layer(x).split(x.shape[0] // 3)[:2]
+
+
+@pytest.mark.parametrize("samples", [4, 8])
+@pytest.mark.parametrize("kind", ["module", "archive", "archive of multiples"])
+def test_a_batch_of_multiples(kind: str, samples: int) -> None:
+    model, x = Groups().eval(), torch.randn(samples, 16)
+    given: Any = model
+    if kind != "module":
+        batch: Any = 4 * torch.export.Dim("groups") if kind == "archive of multiples" else torch.export.Dim.AUTO
+        given = torch.export.export(model, (torch.randn(8, 16),), dynamic_shapes=({0: batch},))
+    result = lrcompile.compile(given, (x,), target="rpi5", budget=EXACT)
+    for path in ("out.onnx", "out.pt2", "out/"):
+        result.save(path)
+    session = ort.InferenceSession("out.onnx", providers=["CPUExecutionProvider"])
+    for count in (4, 8, 12):
+        other = torch.randn(count, 16)
+        with torch.no_grad():
+            expected = model(other)
+        (got,) = session.run(None, {"x": other.numpy()})
+        for y in (torch.from_numpy(got), load_pt2(Path("out.pt2"))(other), load_folder(Path("out"))(other)):
+            torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("model", "samples"), [(Halves(), 2), (Halves(), 6), (Thirds(), 6)])
+def test_parts_of_an_open_batch(model: nn.Module, samples: int) -> None:
+    result = compiled(model, torch.randn(samples, 16))
+    assert result.traced.dynamic_batch
+    result.save("out.onnx")
+    session = ort.InferenceSession("out.onnx", providers=["CPUExecutionProvider"])
+    other = torch.randn(9, 16)
+    with torch.no_grad():
+        expected = model(other)
+    got = session.run(None, {"x": other.numpy()})
+    for y, given in zip(expected if isinstance(expected, tuple) else [expected], got, strict=True):
+        np.testing.assert_allclose(given, y.numpy(), rtol=1e-4, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------ types, classes, words
+
+
+class Autocast(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = self.conv(x).mean((2, 3))
+        return self.head(y.float())
+
+
+def test_a_convolution_in_bfloat16_under_autocast() -> None:
+    model, x = Autocast(), torch.randn(2, 3, 8, 8)
+    assert compiled(model, x).save("out.onnx").verification["onnx_vs_torch"] is not None
+    with pytest.raises(InputError, match="give --opset 22 or a later one"):
+        compiled(model, x, opset=18).save("out.onnx")
+
+
+@pytest.mark.parametrize("end", ["input", "output"])
+def test_onnx_of_complex_numbers_is_refused_in_words(end: str) -> None:
+    class Net(Groups):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x.real) if end == "input" else torch.fft.rfft(self.layer(x))
+
+    x = torch.randn(4, 16, dtype=torch.complex64 if end == "input" else torch.float32)
+    result = compiled(Net(), x)
+    with pytest.raises(InputError, match=f"{end} .* is complex64, which no runtime of ONNX takes"):
+        result.save("out.onnx")
+    result.save("out.pt2")
+    result.save("out/")
+
+
+@dataclass
+class Pair:
+    first: Tensor
+    second: Tensor
+
+
+torch.export.register_dataclass(Pair)
+
+
+class Paired(Groups):
+    def forward(self, pair: Pair) -> Tensor:
+        return self.layer(pair.first) + pair.second
+
+
+def test_inputs_of_a_class_of_their_own() -> None:
+    result = compiled(Paired(), Pair(torch.randn(4, 16), torch.randn(4, 16)))  # type: ignore[arg-type]
+    assert result.traced.dynamic_batch
+    assert not any("batch stays fixed" in note for note in result.report.notes)
+    result.save("out.onnx")
+    result.save("out/")
+    with pytest.raises(InputError, match=r"cannot keep the model in an archive.*write ONNX or a folder"):
+        result.save("out.pt2")
+    assert not Path("out.pt2").exists()
+
+
+class Worded(Groups):
+    def forward(self, x: Tensor) -> dict[str, Any]:
+        return {"y": self.layer(x), "kind": "text"}
+
+
+def test_a_text_among_the_outputs() -> None:
+    result = compiled(Worded(), torch.randn(4, 16))
+    result.save("out/")
+    assert load_folder(Path("out"))(torch.randn(3, 16))["kind"] == "text"
+    with pytest.raises(InputError, match="cannot keep the model in an archive"):
+        result.save("out.pt2")
+
+
+class Clashing(Groups):
+    """What a part of `x` would be called is the name of another input, and one is called as Python's own `float`."""
+
+    def forward(self, x: list[Tensor], x_0: Tensor, float: Tensor) -> Tensor:
+        return self.layer(x[0] - 2 * x[1]) * 3 + x_0.masked_fill(float > 0, -torch.inf)
+
+
+def test_names_that_clash_in_a_folder() -> None:
+    model, x = Clashing(), [torch.randn(4, 16) for _ in range(4)]
+    compiled(model, x[:2], *x[2:]).save("out/")  # type: ignore[arg-type]
+    torch.testing.assert_close(load_folder(Path("out"))(x[:2], *x[2:]), model(x[:2], *x[2:]))
+    assert Path("out/weights.safetensors").stat().st_mode == Path("out/model.py").stat().st_mode
+
+
+@torch.library.custom_op("lrcompile_tests::twice", mutates_args=())
+def twice(x: Tensor) -> Tensor:
+    return x * 2
+
+
+twice.register_fake(torch.empty_like)
+
+
+class Foreign(Groups):
+    def forward(self, x: Tensor) -> Tensor:
+        return twice(self.layer(x))
+
+
+def test_a_folder_calls_nothing_but_torch() -> None:
+    result = compiled(Foreign(), torch.randn(4, 16))
+    with pytest.raises(InputError, match=r"cannot write lrcompile_tests\.twice.* another library defines it"):
+        result.save("out/")
+    result.save("out.pt2")

@@ -9,6 +9,7 @@ import os
 import pickle
 import sys
 import warnings
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -326,3 +327,16 @@ def test_texts_of_inputs_are_no_source(folder: Path) -> None:
     words = {"a": torch.ones(2, 3), "how": 'say "yes"'}
     traced = trace(Worded(), (words,))
     assert torch.equal(traced.graph.gm(words), torch.full((2, 3), 2.0))
+
+
+@pytest.mark.parametrize("name", ["exported.pt2", "script.pt"])
+def test_archives_that_unpack_to_far_more_than_they_hold(
+    folder: Path, archives: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lrcompile.frontend.archives.MOST_UNPACKED", 1 << 20)
+    with zipfile.ZipFile(archives / name) as source, zipfile.ZipFile("m.pt", "w", zipfile.ZIP_DEFLATED) as target:
+        for member in source.namelist():
+            target.writestr(member, source.read(member))
+        target.writestr(f"{source.namelist()[0].split('/')[0]}/code/more.py", bytes(64 << 20))
+    assert Path("m.pt").stat().st_size < 1 << 20
+    assert "unpacks to 64 MB" in refusal("m.pt")

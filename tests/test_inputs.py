@@ -27,7 +27,7 @@ from lrcompile.frontend.inputs import (
     call_inputs,
     cast_floats,
     example_inputs,
-    flatten_inputs,
+    flat_names,
     input_names,
     parse_float_dtype,
     parse_input,
@@ -241,14 +241,24 @@ def test_with_batch() -> None:
             with_batch(tree, batch)
 
 
-def test_cast_and_flatten() -> None:
+class Containers(nn.Module):
+    def forward(self, x: Tensor, parts: Any, *rest: Tensor, **named: Any) -> Tensor:
+        return x
+
+
+def test_cast_and_names() -> None:
     args, kwargs = (torch.ones(1), [torch.ones(2), None]), {"d": {"k": torch.ones(3)}, "n": torch.ones(4).int(), "s": 3}
     cast_args, cast_kwargs = cast_floats((args, kwargs), torch.float16)
     assert cast_args[0].dtype == torch.float16
     assert cast_kwargs["n"].dtype == torch.int32
     assert args[0].dtype == torch.float32
-    flat = flatten_inputs(args, kwargs, names=["x"])
-    assert [(name, len(t)) for name, t in flat] == [("x", 1), ("input_1.0", 2), ("d.k", 3), ("n", 4)]
+    assert flat_names(Containers(), args, kwargs) == ("x", "parts_0", "d_k", "n")
+    x = torch.ones(1)
+    assert flat_names(Containers(), (x, x), {"y": x}) == ("x", "parts", "y")
+    many = (x, {"a-B": [x, None]}, x, x)
+    assert flat_names(Containers(), many, {}) == ("x", "parts_a_b_0", "rest_0", "rest_1")
+    with pytest.raises(InputError, match="does not take these inputs"):
+        flat_names(nn.Linear(1, 1), (x, x), {})
 
 
 # ---------------------------------------------------------------------------------------------------- calibration

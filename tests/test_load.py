@@ -337,3 +337,27 @@ def test_a_path_that_may_not_be_looked_at(folder: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(Path, "stat", denied)
     assert "cannot be read (Permission denied); check its permissions" in refusal("locked/model.pt2")
+
+
+@pytest.mark.parametrize("kind", [torch.int8, torch.complex64])
+def test_weights_of_other_numbers_are_no_values(folder: Path, kind: torch.dtype) -> None:
+    """Quantised weights would be taken as they are, and imaginary parts be dropped."""
+    state = Net().state_dict()
+    torch.save({**state, "fc.weight": state["fc.weight"].to(kind)}, "w.pt")
+    text = refusal("w.pt", arch="factories:Net")
+    assert f"1 of other numbers: fc.weight {kind} for torch.float32" in text
+    torch.save({name: tensor.half() for name, tensor in state.items()}, "w.pt")
+    load("w.pt", arch="factories:Net")
+
+
+def test_a_link_to_nothing(folder: Path) -> None:
+    Path("model.pt").symlink_to("nothing")
+    assert "did you mean" not in refusal("model.pt")
+
+
+def test_a_damaged_pickle_gets_no_advice_to_run_it(folder: Path) -> None:
+    torch.save(Net().state_dict(), "w.pt")
+    edited(folder / "w.pt", folder / "d.pt", lambda members: members.update({"data.pkl": b"#" * 99}))
+    text = refusal("d.pt", arch="factories:Net")
+    assert "damaged or truncated" in text
+    assert "weights_only" not in text

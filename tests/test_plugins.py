@@ -7,13 +7,15 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
+from typing import Optional
 
 import pytest
 import torch
-from lrcompile_passes import PASSES
+from lrcompile_passes import PASSES, LowRankLinear
 from torch import nn
 
 import lrcompile
@@ -173,6 +175,15 @@ def test_options_are_set_by_words() -> None:
     assert passes["low-rank-conv"].pairs == 3
     assert passes["group-heads"].inits == ("first",)
     assert configure(PASSES, []) == tuple(PASSES)
+
+
+def test_options_that_may_be_none_are_set_by_words() -> None:
+    @dataclass(frozen=True)
+    class Mine(LowRankLinear):
+        most: Optional[int] = None  # noqa: UP045 - as older packages write it
+        least: int | None = None
+
+    assert configure([Mine()], ["mine.most=3", "mine.least=2"]) == (Mine(most=3, least=2),)
 
 
 @pytest.mark.parametrize(

@@ -92,6 +92,11 @@ def test_bad_sizes(sizes: tuple[float, ...]) -> None:
         family(sizes)
 
 
+def test_what_cannot_be_reached_is_said_of_the_member_before() -> None:
+    with pytest.raises(BudgetError, match=r"^size 0.001, where the original is the member of size 0.7: a size of "):
+        family((0.7, 0.001), steps=0)
+
+
 def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     x = torch.randn(8, WIDTH)
@@ -114,6 +119,7 @@ def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
         (["--progressive", "0.7,0.5", "--out", "x.onnx"], "give --out, and --recover STEPS"),
         (["--progressive", "0.5,0.7", "--out", "x.onnx", "--recover", "5"], "expected falling shares"),
         (["--progressive", "0.5", "--out", "x.onnx", "--recover", "5", "--size", "0.5"], "leave out --size"),
+        (["--progressive", "0.5,0.4999999", "--out", "x.onnx", "--recover", "5"], "it is the file of a size of 0.5;"),
         (["--progressive", "half", "--out", "x.onnx", "--recover", "5"], "expected a share"),
         (["--progressive", "0.5", "--out", "./", "--recover", "5"], "cannot write ./: --progressive writes a file"),
         (["--progressive", "0.5", "--out", "..", "--recover", "5"], "give a name, such as --out small.onnx"),

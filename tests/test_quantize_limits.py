@@ -279,3 +279,28 @@ def test_a_metric_is_that_of_what_is_written(tmp_path: Path, monkeypatch: pytest
     assert result.report.metric is not None
     assert report.metric["after"] == result.report.metric["after"] == 1.0
     assert report.metric["evaluations"] == result.report.metric["evaluations"] + 1
+
+
+def test_the_users_metric_sees_no_file_twice(tmp_path: Path) -> None:
+    """Beside a limit on the error, which holds long before the metric does."""
+    torch.manual_seed(0)
+    model, given = Sensitive().eval(), data(Sensitive)
+    x = torch.cat([batch["x"] for batch in given.batches])
+    expected = model(x).detach()
+    values = []
+
+    def closeness(module: nn.Module) -> float:
+        values.append(-100 * float((module(x) - expected).norm() / expected.norm()))
+        return values[-1]
+
+    result = lrcompile.compile(
+        model, (x[:4],), target="rpi5", calibration=given, metric=closeness, passes=[],
+        budget=Budget(max_drop=0.8, max_error=0.3, reserve=decisions.RESERVE),
+    )  # fmt: skip
+    before = len(values)
+    figures = result.save(tmp_path / "out.onnx", quantize=Quantization(given)).quantization
+    assert figures is not None
+    seen = values[before:]
+    assert len(set(seen)) == len(seen) == figures["metric_evaluations"] == 2
+    assert figures["written"] == "int8"
+    assert len(figures["left_float"]) == 2

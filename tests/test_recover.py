@@ -277,12 +277,23 @@ def test_a_loss_that_stays_no_number_ends_it(compiled: Result, tmp_path: Path, m
         ({"steps": -1}, "steps is -1; expected a number of at least 0"),
         ({"minutes": math.nan}, "minutes is nan"),
         ({"steps": 5, "ema": 1.0}, "ema is 1.0; expected a number from 0"),
+        ({"steps": 5, "batch": 16.0}, "batch is 16.0; expected a whole number"),
+        ({"steps": 5, "seed": 0.5}, "seed is 0.5; expected a whole number"),
         ({"steps": 5, "freeze": "all"}, "expected one of none, regular, sequential"),
     ],
 )
 def test_bad_settings(settings: dict[str, Any], says: str) -> None:
     with pytest.raises(InputError, match=says):
         Recovery(**settings)
+
+
+def test_what_python_users_give(compiled: Result, tmp_path: Path) -> None:
+    """The signature in `docs/python-api.md`, a folder by its name, labels that are no tensor, and seeds of any size."""
+    options: dict[str, Any] = {"steps": 2, "rate": 1e-3, "subset": 0.5, "batch": 64, "seed": 2**64 - 1}
+    options |= {"progress": None, "checkpoints": str(tmp_path / "kept")}
+    found = lrcompile.recover(compiled, data(), labels=labels().numpy(), **options)
+    assert found.report.recovery is not None
+    assert found.report.recovery["steps"] == 2
 
 
 def test_one_batch_is_too_few(compiled: Result) -> None:

@@ -56,6 +56,8 @@ def test_it_ends_at_the_error_asked_for(split: Result, tmp_path: Path) -> None:
 def test_what_is_good_enough_is_not_trained(split: Result, tmp_path: Path) -> None:
     found = recovered(split, tmp_path, until=1.0)
     assert figures(found)["steps"] == 0
+    assert "the error asked for held without any training: the weights are as they were" in found.report.notes
+    assert not any("made nothing better" in note for note in found.report.notes)
     assert all(torch.equal(a, b) for a, b in zip(split.model.parameters(), found.model.parameters(), strict=True))
 
 

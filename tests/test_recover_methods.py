@@ -81,6 +81,12 @@ def test_a_fitted_layer_is_the_least_squares_solution() -> None:
     goal = nn.Conv2d(7, 5, 1, bias=False)
     with torch.no_grad():
         assert torch.allclose(fitted(kernel, images, [goal(images[0])], ridge=0.0).weight, goal.weight, atol=1e-5)
+        for old, wants, alone in (
+            (kernel, goal, list(images[0])),
+            (layer, wanted, list(inputs[0])),
+        ):  # without a batch axis
+            found = fitted(old, alone, [wants(x) for x in alone], ridge=0.0)
+            assert torch.allclose(found.weight, wants.weight, atol=1e-5)
 
 
 def test_what_nothing_was_lost_before_is_not_fitted() -> None:

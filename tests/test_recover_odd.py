@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +179,32 @@ def test_labels_that_say_nothing_are_left_out() -> None:
     found = probabilities_off(scores, labels)
     assert found[0] == pytest.approx(float(alone))
     assert found[2] == 0
+
+
+def test_labels_stay_with_their_samples_where_some_are_left_out_between() -> None:
+    """Samples of one length that do not fill a batch are left out, and so are their labels."""
+    pieces = [{"x": torch.full((count, length), float(length))} for count, length in ((10, 3), (5, 4), (9, 5))]
+    labels = torch.arange(24)
+    given = calibration_from(pieces, ["x"], 4)
+    assert [float(batch["x"][0, 0]) for batch in given.batches] == [3, 3, 4, 5, 5]
+    assert given.in_batches(labels).tolist() == [*range(8), *range(10, 14), *range(15, 23)]
+    assert given.in_batches(labels[:23]).tolist() == given.in_batches(labels).tolist()
+    with pytest.raises(InputError, match="there are 22 labels for 23 samples"):
+        given.in_batches(labels[:22])
+
+
+def test_a_recovery_learns_the_labels_of_its_samples(compiled: Result, monkeypatch: pytest.MonkeyPatch) -> None:
+    pieces = [{"x": torch.randn(12, WIDTH)}, {"x": torch.randn(16, WIDTH, dtype=torch.float64)}]
+    learned = []
+
+    def split(batches: Any, labels: Tensor, size: int) -> None:
+        learned.append(labels)
+        raise InputError("seen")
+
+    monkeypatch.setattr(import_module("lrcompile.recover"), "samples_of", split)
+    with pytest.raises(InputError, match="seen"):
+        lrcompile.recover(compiled, calibration_from(pieces, ["x"], 8), steps=1, labels=torch.arange(28))
+    assert learned[0].tolist() == [*range(8), *range(12, 28)]
 
 
 def fixed() -> tuple[Result, CalibrationData]:

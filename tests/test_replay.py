@@ -177,3 +177,18 @@ def test_a_plan_of_a_replay_says_what_that_did() -> None:
     Path("p.json").write_text(json.dumps(plan | {"recovery": {"steps": 3}, "int8": int8}))
     assert run(["net.pt2", "--plan", "p.json", "--batch", "8", "--opset", "21", "--plan-out", "q.json"]) == 0
     assert json.loads(Path("q.json").read_text()) == plan | {"batch": 8, "opset": 21}
+
+
+def test_the_measure_of_a_plan_is_that_of_what_a_recovery_reaches(capsys: pytest.CaptureFixture[str]) -> None:
+    """Whether it is said again or not; and said again without a limit it asks for none."""
+    archived(torch.float32, 8, is_open=True)
+    np.savez("calib.npz", x=torch.randn(128, WIDTH).numpy())
+    words = ["net.pt2", "--calib", "calib.npz"]
+    assert run([*words, "--target", "rpi5", "--measure", "kl", "--size", "0.6", "--plan-out", "p.json"]) == 0
+    words += ["--plan", "p.json"]
+    assert run([*words, "--measure", "kl"]) == 0
+    words += ["--recover", "1", "--max-error", "9", "--quantize", "int8", "--out", "out.onnx", "--report-json"]
+    assert run([*words, "a.json"]) == 0
+    assert run([*words, "b.json", "--measure", "kl"]) == 0
+    budgets = [json.loads(Path(name).read_text())["error"]["budget"] for name in ("a.json", "b.json")]
+    assert budgets == pytest.approx([4.5, 4.5])  # half of the divergence is left to the quantisation

@@ -115,6 +115,13 @@ def test_it_is_the_same_from_the_model_itself(front: list[lrcompile.Result]) -> 
     assert [result.plan.dumps() for result in again] == [result.plan.dumps() for result in front]
 
 
+def test_each_result_has_its_own_times(prepared: lrcompile.Prepared) -> None:
+    before = dict(prepared.clock.seconds)
+    one, other = (lrcompile.solve(prepared, lrcompile.Budget(max_error=0)) for _ in range(2))
+    assert prepared.clock.seconds == before
+    assert one.report.timings_s.keys() == other.report.timings_s.keys() == before.keys() | {"choose"}
+
+
 def test_dominated_points_are_dropped(prepared: lrcompile.Prepared) -> None:
     """Steps of latency so small that several points want the same rewrites."""
     many = lrcompile.tradeoff(prepared, points=40, strategy="uniform")

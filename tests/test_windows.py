@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from lrcompile_passes.branch_tucker import BranchTucker
 from lrcompile_passes.factorize_conv3d import FactorizeConv3d
 from lrcompile_passes.low_rank_conv import LowRankConv
 from lrcompile_passes.low_rank_linear import LowRankLinear
 from torch import Tensor, nn
 
+import lrcompile
 from lrcompile.errors import InputError
 from lrcompile.graph.graph import Graph
 from lrcompile.passes import Context, Pass
@@ -293,6 +295,23 @@ def test_a_layer_on_a_single_row_or_vector() -> None:
     assert ctx.spectrum(site).tail(1) < 0.1
 
 
+def test_a_layer_of_complex_numbers_is_not_seen() -> None:
+    """And the others are, with what the outputs feel of them; nothing is cast to real numbers, which torch warns of."""
+
+    class Spectral(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mix, self.last = nn.Linear(8, 8, dtype=torch.cfloat), nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(torch.fft.ifft(self.mix(torch.fft.fft(x))).real)
+
+    data = lrcompile.calibration_from({"x": torch.randn(8, 8)}, ["x"], batch=4)
+    prepared = lrcompile.prepare_model(Spectral().eval(), (torch.randn(4, 8),), calibration=data)
+    assert list(prepared.context.gradients) == [prepared.graph.site("last").nodes[0].name]
+    assert len(prepared.context.grams) == len(prepared.seen) == 1
+
+
 @pytest.mark.parametrize("kind", [torch.float32, torch.float64])
 def test_inputs_that_do_not_vary(kind: torch.dtype) -> None:
     """Rounding leaves a centred Gram matrix that may be indefinite; zeros leave one that is nothing at all."""
@@ -310,3 +329,17 @@ def test_inputs_that_do_not_vary(kind: torch.dtype) -> None:
             assert all(0 <= tail <= 1 for tail in tails), (centered, tails)
             factors = [*ctx.spectrum(dense, centered).factors(8), *ctx.tucker(conv, centered).factors(8, 4)]
             assert all(bool(factor.isfinite().all()) for factor in factors)
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_weights_that_are_zero(calibrated: bool) -> None:
+    """As of a layer that training is to begin with: all that a split keeps of it is all there is."""
+    layer = nn.Conv2d(16, 24, 3, padding=1)
+    nn.init.zeros_(layer.weight)
+    x = torch.randn(4, 16, 12, 12)
+    graph = common.drawn(nn.Sequential(layer), x)
+    ctx = common.context(graph, (x,)) if calibrated else common.context()
+    for transform in (LowRankConv(), BranchTucker()):
+        for rewrite in common.rewrites(graph, transform, ctx):
+            assert rewrite.error == 0, rewrite
+            assert common.difference(common.applied(graph, transform, rewrite, ctx), graph, x) == 0

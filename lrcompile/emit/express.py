@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,13 +19,15 @@ ATTENTION_OPSET = 23
 
 aten = torch.ops.aten
 _ATTENTION, _INDEX = aten.scaled_dot_product_attention.default, aten.index.Tensor
+_CHUNK, _SPLIT = aten.chunk.default, aten.split.Tensor
 
 
 def expressible(gm: fx.GraphModule, opset: int) -> fx.GraphModule:
     """The graph as torch.onnx can take it: attention with an axis of heads, tensors as outputs; a copy if need be."""
     outputs = pytree.tree_leaves(list(gm.graph.output_node().args))
     tensors = [i for i, node in enumerate(outputs) if isinstance(node, fx.Node) and is_tensor(node)]
-    special = [n for kind in (_ATTENTION, _INDEX) for n in gm.graph.find_nodes(op="call_function", target=kind)]
+    kinds = (_ATTENTION, _INDEX, _CHUNK, _SPLIT)
+    special = [n for kind in kinds for n in gm.graph.find_nodes(op="call_function", target=kind)]
     if len(tensors) == len(outputs) and not special:
         return gm
     result = Graph(gm, FakeTensorMode()).copy().gm
@@ -32,6 +35,9 @@ def expressible(gm: fx.GraphModule, opset: int) -> fx.GraphModule:
         keep_outputs(result.graph, tensors)
     for node in filter(_is_stacked, result.graph.find_nodes(op="call_function", target=_INDEX)):
         _express_index(result.graph, node)
+    for kind in (_CHUNK, _SPLIT):
+        for node in filter(_is_open_cut, result.graph.find_nodes(op="call_function", target=kind)):
+            _express_cut(result.graph, node)
     for node in result.graph.find_nodes(op="call_function", target=_ATTENTION):
         _fold_leading(result.graph, node)
         if opset < ATTENTION_OPSET:
@@ -156,6 +162,33 @@ def _express_index(graph: fx.Graph, node: fx.Node) -> None:
     shaped.meta = dict(node.meta)
     node.replace_all_uses_with(shaped)
     graph.erase_node(node)
+
+
+def _express_cut(graph: fx.Graph, node: fx.Node) -> None:
+    """Cuts parts of an open size out one by one: over what torch.onnx makes of them its optimizer stumbles."""
+    value, size, *given = node.args
+    dim: Any = given[0] if given else 0
+    if node.target is _CHUNK:
+        with graph.inserting_before(node):
+            whole = graph.call_function(aten.sym_size.int, (value, dim))
+            above = graph.call_function(operator.add, (whole, size - 1))  # type: ignore[operator]
+            size = graph.call_function(operator.floordiv, (above, size))
+    for part in list(node.users):
+        number: Any = part.args[1]
+        with graph.inserting_before(part):
+            ends = [graph.call_function(operator.mul, (size, i)) for i in (number, number + 1)]
+            cut = graph.call_function(aten.slice.Tensor, (value, dim, *ends))
+        cut.meta = dict(part.meta)
+        part.replace_all_uses_with(cut)
+        graph.erase_node(part)
+    graph.erase_node(node)
+
+
+def _is_open_cut(node: fx.Node) -> bool:
+    """Whether an axis is cut into parts whose size is open."""
+    value, size, *given = node.args
+    dim: Any = given[0] if given else 0
+    return isinstance(size, fx.Node) or (node.target is _CHUNK and not _sizes(value)[dim].isdigit())  # type: ignore[arg-type]
 
 
 def _is_stacked(node: fx.Node) -> bool:

@@ -58,6 +58,7 @@ _FUNCTIONAL = frozenset((
     "scaled_dot_product_attention.default", "linear.default",
 ))  # fmt: skip
 _CONVERSIONS = frozenset(("to.device", "to.dtype_layout", "_to_copy.default"))
+_OF_TORCH = frozenset(("aten", "prims", "quantized", "quantization", "mkl", "mkldnn", "sparse"))  # what it registers
 _NEEDED = frozenset(("self", "torch", "nn", "math", "device"))
 _LAST = torch.iinfo(torch.int64).max
 
@@ -69,6 +70,11 @@ def expression(node: fx.Node, names: Mapping[fx.Node, str]) -> str:
         InputError: the node calls something that cannot be named in a file that needs torch alone.
     """
     if isinstance(node.target, torch._ops.OpOverload):
+        if node.target.namespace not in _OF_TORCH:
+            raise InputError(
+                f"cannot write {node.target} as plain PyTorch, since another library defines it; write a .pt2 archive "
+                "instead, which needs that library too"
+            )
         return _operation(node, names)
     target: Any = node.target
     arguments = [literal(value, names) for value in node.args]
@@ -103,7 +109,7 @@ def literal(value: Any, names: Mapping[fx.Node, str]) -> str:
     if isinstance(value, torch.device):
         return "device" if value.type == "cpu" else f"torch.device({str(value)!r})"
     if isinstance(value, float) and not math.isfinite(value):
-        return f'float("{value}")'
+        return "torch.nan" if math.isnan(value) else "torch.inf" if value > 0 else "-torch.inf"
     if isinstance(value, torch.dtype | torch.layout | torch.memory_format):
         return str(value)
     if value is None or value is Ellipsis or isinstance(value, bool | int | float | complex | str):

@@ -145,6 +145,7 @@ def write_folder(folder: Path, gm: fx.GraphModule, traced: Traced) -> None:
         if number is None:
             raise
         raise OSError(int(number[1]), str(error)) from error
+    (folder / WEIGHTS).chmod((folder / "model.py").stat().st_mode)  # safetensors lets nobody else read it
 
 
 def load_folder(folder: Path) -> nn.Module:
@@ -207,7 +208,7 @@ def _signature(gm: fx.GraphModule, traced: Traced) -> tuple[list[str], list[str]
     args, kwargs = pytree.tree_unflatten(placeholders, pytree.tree_structure((traced.args, traced.kwargs)))
     signature = inspect.signature(gm.forward)
     bound = signature.bind(*args, **kwargs).arguments
-    parameters, lines, names = [], [], {}
+    parameters, lines, names, taken = [], [], {}, set(signature.parameters)
     for given, parameter in signature.parameters.items():
         if given not in bound:
             if parameter.kind is not inspect.Parameter.VAR_KEYWORD and "*" not in parameters:
@@ -222,9 +223,10 @@ def _signature(gm: fx.GraphModule, traced: Traced) -> tuple[list[str], list[str]
                 parameters.append("*")
             parameters.append(f"*{name}" if parameter.kind is inspect.Parameter.VAR_POSITIONAL else name)
             for path, node in pytree.tree_flatten_with_path(value)[0]:
-                names[node] = node.name if path else name
+                names[node] = name
                 if path:
-                    lines.append(f"{node.name} = {name}{pytree.keystr(path)}")
+                    names[node] = next(free for n in itertools.count() if (free := node.name + "_" * n) not in taken)
+                    lines.append(f"{names[node]} = {name}{pytree.keystr(path)}")
     return [*parameters[:-1], *(p for p in parameters[-1:] if p != "*")], lines, names
 
 

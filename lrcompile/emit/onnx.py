@@ -34,7 +34,7 @@ from lrcompile.graph.graph import ALL_CONVS, submodule
 
 OPSET = 20
 BFLOAT16_OPSET = 22
-"""The first opset in which convolution and pooling take bfloat16; a model with such weights is written in it."""
+"""The first opset in which convolution and pooling take bfloat16; a model with such values is written in it."""
 EXTERNAL_DATA_BYTES = 2_000_000_000
 """Weights above this many bytes go to a file of their own: a protobuf message ends at 2 GiB."""
 
@@ -128,14 +128,17 @@ def lower(
 
     `input_names` and `output_names` are those of the flat inputs and outputs; a name that is taken gets a number.
     Of the `open_axes` of the flat inputs the first is called "batch", and others after an input, such as "image_2".
-    `opset` is 20 unless given, or 22 where a weight is bfloat16; from 23 on attention is one operator.
+    `opset` is 20 unless given, or 22 where a value is bfloat16; from 23 on attention is one operator.
 
     Raises:
         InputError: torch cannot express the graph in ONNX, or the opset its operators in their type.
     """
-    bfloat16 = any(tensor.dtype == torch.bfloat16 for tensor in gm.state_dict().values())
+    graphs = [part for part in gm.modules() if isinstance(part, fx.GraphModule)]  # those under torch.autocast too
+    nodes = [(part, node) for part in graphs for node in part.graph.nodes]
+    values = pytree.tree_leaves([node.meta.get("val") for _, node in nodes])
+    bfloat16 = any(isinstance(value, torch.Tensor) and value.dtype == torch.bfloat16 for value in values)
     opset = opset or (BFLOAT16_OPSET if bfloat16 else OPSET)
-    if bfloat16 and opset < BFLOAT16_OPSET and any(_slides(gm, node) for node in gm.graph.nodes):
+    if bfloat16 and opset < BFLOAT16_OPSET and any(_slides(part, node) for part, node in nodes):
         raise InputError(
             f"opset {opset} has no convolutions and pooling of bfloat16; give --opset {BFLOAT16_OPSET} or a later one"
         )
@@ -154,7 +157,7 @@ def lower(
             fold_shapes(converted.model.graph)
             RemoveUnusedNodesPass()(converted.model)
             _round_folded(converted.model.graph)
-        except torch.onnx.errors.OnnxExporterError as error:
+        except (torch.onnx.errors.OnnxExporterError, ir.passes.PassError) as error:
             raise InputError(
                 f"torch.onnx cannot express the model in ONNX: {_reason(error)}; "
                 "write a folder or a .pt2 archive instead"
@@ -185,10 +188,20 @@ def fixed_sizes(names: Sequence[str], wanted: OpenAxes, kept: OpenAxes) -> list[
 
 
 def _tensors(names: Sequence[str], values: Sequence[Any], kind: str, notes: list[str]) -> list[str]:
-    """The names of what ONNX can take or return; notes the rest."""
+    """The names of what ONNX can take or return; notes the rest.
+
+    Raises:
+        InputError: one is complex.
+    """
     chosen = []
     for name, value in zip(names, values, strict=True):
         if isinstance(value, torch.Tensor) or (isinstance(value, fx.Node) and is_tensor(value)):
+            tensor = value.meta["val"] if isinstance(value, fx.Node) else value
+            if tensor.is_complex():
+                raise InputError(
+                    f"{kind} {name} is {str(tensor.dtype).removeprefix('torch.')}, which no runtime of ONNX takes; use "
+                    "torch.view_as_real in the model, or write a folder or a .pt2 archive instead"
+                )
             chosen.append(name)
         elif kind == "input" and value is not None:
             notes.append(f"input {name} is no tensor: its value {value!r} is fixed in the ONNX model")
@@ -197,10 +210,13 @@ def _tensors(names: Sequence[str], values: Sequence[Any], kind: str, notes: list
     return chosen
 
 
+_LOGGERS = ("torch.onnx", "torch.export", "torch._export", "onnxscript", "onnx_ir")
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
     """Silences the warnings and log lines of torch's exporters: what matters of them is raised as an error."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)

@@ -14,6 +14,8 @@ from torch.export import ExportedProgram
 
 from lrcompile.emit.onnx import quiet
 from lrcompile.emit.structure import set_plain_outputs
+from lrcompile.errors import InputError
+from lrcompile.frontend.archives import first_line
 from lrcompile.frontend.export import OpenAxes, export
 from lrcompile.graph.graph import Graph
 
@@ -33,6 +35,8 @@ def to_pt2(
     plain.recompile()
     program, kept, _ = export(plain, args, dict(kwargs), open_axes)
     program.example_inputs = (args, dict(kwargs))
+    # how often a number goes into the batch is once as good as several times, which export assumes
+    program._guards_code = [guard for guard in program._guards_code if not guard.endswith(" != 1")]
     for module in program.graph_module.modules():
         if isinstance(module, fx.GraphModule):
             for node in module.graph.nodes:  # where on this machine, and in which process, a node came from
@@ -45,12 +49,23 @@ def save_pt2(program: ExportedProgram, path: Path) -> None:
     """Writes a program; equal programs give equal bytes, whatever the file's name.
 
     Raises:
+        InputError: torch cannot put its inputs or outputs into words.
         OSError: the disk is full or the place cannot be written.
     """
     with _Archive(path, "wb") as file, quiet():
-        torch.export.save(program, file)  # given a path instead, torch writes its stem into the archive
+        try:
+            torch.export.save(program, file)  # given a path instead, torch writes its stem into the archive
+        except Exception as error:  # the writer raises what it happens to meet: an input of a class of its own, say
+            raise _unwritten(error) from error
     if file.error is not None:
         raise file.error
+
+
+def _unwritten(error: Exception) -> InputError:
+    return InputError(
+        f"torch.export cannot keep the model in an archive: {type(error).__name__}: {first_line(error)}; give inputs "
+        "and outputs in plain tuples, lists and dictionaries, or write ONNX or a folder instead"
+    )
 
 
 class _Archive(io.FileIO):
@@ -69,6 +84,13 @@ class _Archive(io.FileIO):
 
 
 def load_pt2(path: Path) -> torch.nn.Module:
-    """The module that an archive written by `save_pt2` holds."""
+    """The module that an archive written by `save_pt2` holds.
+
+    Raises:
+        InputError: torch cannot read what it wrote.
+    """
     with quiet():
-        return torch.export.load(path).module()
+        try:
+            return torch.export.load(path).module()
+        except Exception as error:  # the reader too
+            raise _unwritten(error) from error

@@ -14,10 +14,11 @@ import torch
 
 from lrcompile.errors import InputError
 
+MOST_UNPACKED = 1 << 28  # bytes of an archive that unpacks to more than a hundred times its size: torch packs nothing
 FILE_OPERATORS = frozenset(("save", "load", "from_file", "read_file", "write_file"))  # they reach the file system
 
 
-def first_line(error: BaseException) -> str:
+def first_line(error: BaseException | str) -> str:
     """The first line of an error's message, without terminal colours."""
     lines = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip().splitlines()
     return lines[0].rstrip(" .")[:300] if lines else type(error).__name__
@@ -51,6 +52,9 @@ def open_archive(file: IO[bytes], path: Path) -> torch._C.PyTorchFileReader:
         raise InputError(
             f"{path} is a zip archive without a model (it holds {listed}); expected a model file"
         ) from None
+    unpacked = sum(map(reader.get_record_size, names))
+    if unpacked > max(MOST_UNPACKED, 100 * file.seek(0, 2)):
+        raise InputError(f"{path} unpacks to {unpacked >> 20} MB, far more than it holds: torch did not write it so")
     if len({name.lower() for name in names}) < len(names):  # the reader finds names without regard to case
         raise InputError(f"{path} holds records whose names differ in case alone, which torch cannot tell apart")
     return reader

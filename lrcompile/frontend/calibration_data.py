@@ -6,9 +6,9 @@ import hashlib
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
-from itertools import groupby, islice
+from itertools import accumulate, groupby, islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,6 +20,7 @@ from lrcompile.errors import InputError
 from lrcompile.frontend.archives import first_line
 from lrcompile.frontend.files import describe, exists, open_input, read_pickle, read_safetensors, recognise
 from lrcompile.frontend.imports import call, import_attribute, is_attribute_path, working_directory_importable
+from lrcompile.graph.verify import is_float
 
 _EXPECTED = (
     "expected a .npz, .pt or .safetensors file that holds one array per input, samples stacked on the first axis, "
@@ -34,13 +35,29 @@ class CalibrationData:
     """Batches of inputs by name, all of one size.
 
     `source` is for people. `digest` is the SHA-256 (hex) over the batches' names, shapes, dtypes and bytes, in order.
-    `samples` counts the samples in the batches; those that did not fill a last batch are not among them.
+    `samples` counts the samples in the batches; those that did not fill a last batch are not among them. `places` are
+    the numbers of the batches' first samples among all that there were: where shapes differ, some are left out between.
     """
 
     batches: tuple[dict[str, Tensor], ...]
     source: str
     digest: str
     samples: int
+    places: tuple[int, ...] = ()
+
+    def in_batches(self, labels: Tensor) -> Tensor:
+        """The labels of the samples in the batches, of labels of all samples that there were.
+
+        Raises:
+            InputError: there are fewer labels than samples.
+        """
+        if not self.places:
+            return labels
+        sizes = [len(next(iter(batch.values()))) for batch in self.batches]
+        spans = [(place, place + size) for place, size in zip(self.places, sizes, strict=True)]
+        if len(labels) < spans[-1][1]:
+            raise InputError(f"there are {len(labels)} labels for {spans[-1][1]} samples; give one for each sample")
+        return torch.cat([labels[start:end] for start, end in spans])
 
     def check_against(self, example: Mapping[str, Tensor]) -> CalibrationData:
         """The same data in the dtypes of the example inputs (float64 becomes float32, say), after a check.
@@ -63,7 +80,7 @@ class CalibrationData:
                         f"{tuple(wanted.shape[1:])}; the first axis of the calibration data counts samples"
                     )
         cast = tuple({name: t.to(example[name].dtype) for name, t in batch.items()} for batch in self.batches)
-        return CalibrationData(cast, self.source, self.digest, self.samples)
+        return replace(self, batches=cast)
 
 
 def load_calibration(
@@ -126,13 +143,16 @@ def calibration_from(
         raise InputError(f"{source} holds no samples; {_EXPECTED}")
     runs = _runs(chunks)
     batches = tuple(part for run in runs for part in _split(run, batch))
+    counts = [len(next(iter(run.values()))) for run in runs]
     if not batches:
-        most = max(len(next(iter(run.values()))) for run in runs)
+        most = max(counts)
         held = (
             f"{most} samples" if len(runs) == 1 else f"{total} samples, {most} of them at most with one shape in a row"
         )
         raise InputError(f"{source} holds {held}, fewer than one batch of {batch}; give more, or --batch {most}")
-    return CalibrationData(batches, source, _digest(batches), batch * len(batches))
+    spans = zip(accumulate(counts, initial=0), counts, strict=False)
+    places = tuple(place for start, count in spans for place in range(start, start + count - batch + 1, batch))
+    return CalibrationData(batches, source, _digest(batches), batch * len(batches), places)
 
 
 def load_labels(text: str) -> Tensor:
@@ -251,6 +271,10 @@ def _named(raw: Any, names: Sequence[str], source: str) -> dict[str, Tensor]:
 
 def _tensor(value: Any, name: str, source: str) -> Tensor:
     if isinstance(value, Tensor):
+        is_float8 = value.is_floating_point() and value.element_size() == 1
+        if value.is_nested or value.is_meta or is_float8:
+            kind = "is a nested tensor" if value.is_nested else "has no values" if value.is_meta else "is in float8"
+            raise InputError(f"{source}: {name} {kind}; give arrays of numbers or bools, all samples of one shape")
         tensor = value.detach().cpu()
         return tensor if tensor.layout == torch.strided else tensor.to_dense()
     if not isinstance(value, np.ndarray):
@@ -293,7 +317,7 @@ def _check_samples(chunk: Mapping[str, Tensor], first: int, source: str) -> None
             f"{source} holds different numbers of samples ({listed}); give the same number for every input"
         )
     for name, tensor in chunk.items():
-        if not tensor.is_floating_point() or not tensor.numel():
+        if not is_float(tensor) or not tensor.numel():
             continue
         bad = ~torch.isfinite(tensor).flatten(1).all(dim=1) if tensor.dim() > 1 else ~torch.isfinite(tensor)
         if bad.any():

@@ -91,6 +91,8 @@ class Call:
             TypeError: the graph was traced with other inputs than those given.
         """
         bound = self.signature.bind(*args, **kwargs)
+        told = dict(bound.arguments)
+        left_out = {name: (told[name], text) for name, text in self.left_out.items() if name in told}
         bound.apply_defaults()
         values, parameters = bound.arguments, self.signature.parameters
         given: list[Any] = []
@@ -99,7 +101,6 @@ class Call:
         named: dict[str, Any] = {}
         for name in self.named:
             named |= values[name] if parameters[name].kind in _VARIADIC else {name: values[name]}
-        left_out = {name: (values[name], default) for name, default in self.left_out.items()}
         return flat_inputs((tuple(given), named), spec, self.fixed, left_out)
 
 

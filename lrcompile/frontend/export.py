@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, TypeAlias
 
 import torch
@@ -30,7 +31,7 @@ def export(
     Raises:
         InputError: the module cannot be exported.
     """
-    reason = ""
+    reason, batch = "", batch_size(pytree.tree_leaves((args, kwargs)))
     for axes in dict.fromkeys((wanted, tuple(tuple(a for a in axes if a == 0) for axes in wanted))):
         if not any(axes):
             continue
@@ -39,6 +40,9 @@ def export(
         except InputError as error:
             reason = str(error)
             continue
+        if batch and any(guard.endswith(" == 1") for guard in program._guards_code):  # one multiple of a number
+            with suppress(InputError):
+                program = _exported(module, _without_ones(args, kwargs, axes, batch), axes)
         kept = open_axes(program)
         if kept == axes:
             return program, kept, reason or None
@@ -123,14 +127,26 @@ def _resized(value: Any, sizes: Sequence[int]) -> Any:
     return value
 
 
-def _without_ones(args: tuple[Any, ...], kwargs: dict[str, Any], axes: OpenAxes) -> Any:
-    """(args, kwargs) with two where an axis to leave open has one: export takes sizes 0 and 1 for constants."""
+def _without_ones(args: tuple[Any, ...], kwargs: dict[str, Any], axes: OpenAxes, batch: int = 1) -> Any:
+    """(args, kwargs) with two where an axis to leave open has one: export takes sizes 0 and 1 for constants.
+
+    Twice the samples where there are `batch`.
+    """
     flat, spec = pytree.tree_flatten((args, kwargs))
     for i, open_here in enumerate(axes):
         for axis in open_here:
-            if flat[i].shape[axis] == 1:
+            if flat[i].shape[axis] == (1 if axis else batch):
                 flat[i] = torch.cat([flat[i], flat[i]], axis)
     return pytree.tree_unflatten(flat, spec)
+
+
+def _shapes(spec: pytree.TreeSpec, leaves: Iterator[Any]) -> Any:
+    """A structure as torch wants it of sizes: what is of a class of its own is a list of its parts."""
+    if spec.is_leaf():
+        return next(leaves)
+    parts = [_shapes(child, leaves) for child in spec.children()]
+    is_known = spec.type in pytree.BUILTIN_TYPES
+    return pytree.SUPPORTED_NODES[spec.type].unflatten_fn(parts, spec.context) if is_known else parts
 
 
 def _exported(
@@ -144,7 +160,7 @@ def _exported(
             dict.fromkeys(open_here, Dim.AUTO) if isinstance(value, Tensor) and value.dim() else None
             for value, open_here in zip(flat, axes, strict=True)
         ]
-        arg_shapes, kwarg_shapes = pytree.tree_unflatten(given, spec)
+        arg_shapes, kwarg_shapes = _shapes(spec, iter(given))
         # by parameter name, with `*args` as one tuple
         shapes = check_call(module, arg_shapes, kwarg_shapes).arguments
     with warnings.catch_warnings(), torch.no_grad():

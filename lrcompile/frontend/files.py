@@ -52,7 +52,7 @@ def open_input(path: Path, expected: str) -> IO[bytes]:
             raise InputError(f"{path} cannot be read ({error.strerror}); check its permissions") from error
         except (OSError, ValueError):  # not there, too long, or no name at all
             with contextlib.suppress(OSError):
-                names = sorted(p.name for p in folder.iterdir())
+                names = sorted(p.name for p in folder.iterdir() if p.name != path.name)  # a link to nothing
         near = get_close_matches(path.name, names, n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(str(folder / n) for n in near)}?" if near else f"expected {expected}"
         raise InputError(f"there is no file {path}; {hint}")
@@ -165,7 +165,9 @@ def read_pickle(file: IO[bytes], path: Path, form: Form, advice: str, trust_pick
             raise InputError(f"{path} cannot be unpickled: {type(error).__name__}: {first_line(error)}") from error
         names = _foreign_globals(file, path, form)
         if not names and form != "pickle":
-            raise InputError(f"{path} is damaged or truncated ({first_line(error)}); copy or save it again") from error
+            text = str(error).rpartition("WeightsUnpickler error: ")[2]  # behind advice to run what is in the file
+            reason = first_line(text or type(error).__name__)
+            raise InputError(f"{path} is damaged or truncated ({reason}); copy or save it again") from error
         what = f"pickled Python objects ({some(names)})" if names else "a plain Python pickle, not made by torch.save"
         raise InputError(f"{path} holds {what}, and unpickling runs code from the file; {advice}") from None
 

@@ -17,6 +17,7 @@ from torch.export.graph_signature import ConstantArgument, InputKind
 from torch.utils import _pytree as pytree
 
 from lrcompile.errors import InputError
+from lrcompile.frontend.export import check_call
 
 T = TypeVar("T")
 Program = nn.Module | ExportedProgram | torch.jit.ScriptModule
@@ -263,18 +264,22 @@ def as_exported(program: ExportedProgram, tree: T) -> T:
     return pytree.tree_unflatten([cast(*pair) for pair in zip(leaves, expected, strict=True)], structure)
 
 
-def flatten_inputs(
-    args: tuple[Any, ...], kwargs: Mapping[str, Any], names: Sequence[str] = ()
-) -> list[tuple[str, Tensor]]:
-    """The tensors in args and kwargs with their names, in order; `names` are those of the positional ones.
+def flat_names(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names that a traced module's inputs get which are tensors: inside a container `outer_0` or `outer_key`.
 
-    A tensor inside a container is named `outer.0` or `outer.key`; a positional input beyond `names` is `input_0`, …
+    Raises:
+        InputError: `forward` does not take these.
     """
-    labels = [names[i] if i < len(names) else f"input_{i}" for i in range(len(args))]
-    flat: list[tuple[str, Tensor]] = []
-    for label, value in [*zip(labels, args, strict=True), *kwargs.items()]:
-        for path, leaf in pytree.tree_flatten_with_path(value)[0]:
-            if isinstance(leaf, Tensor):
-                inner = (re.sub(r"\W+", "", pytree.keystr((key,))) for key in path)
-                flat.append((".".join((label, *inner)), leaf))
-    return flat
+    check_call(module, args, kwargs)
+    signature = inspect.signature(module.forward)
+    declared = {name: kwargs[name] for name in signature.parameters if name in kwargs}
+    given = {**signature.bind_partial(*args).arguments, **declared, **kwargs}
+    if all(isinstance(value, Tensor) for value in given.values()):
+        return tuple(given)
+    leaves = [(path, leaf) for path, leaf in pytree.tree_flatten_with_path(given)[0] if isinstance(leaf, Tensor)]
+    return tuple("_".join(re.sub(r"\W", "_", _word(key)) for key in path).lower() for path, _ in leaves)
+
+
+def _word(key: Any) -> str:
+    """A step into a container: a key, a place or a name."""
+    return str(next(getattr(key, kind) for kind in ("key", "idx", "name") if hasattr(key, kind)))

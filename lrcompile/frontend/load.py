@@ -231,6 +231,11 @@ def _without_prefix(state: dict[str, Tensor], expected: Mapping[str, Any]) -> di
     return state
 
 
+def _number(tensor: Tensor) -> tuple[bool, bool]:
+    """What kind of numbers a tensor holds: torch would take quantised weights for values, and drop imaginary parts."""
+    return tensor.is_floating_point(), tensor.is_complex()
+
+
 def _fill(module: nn.Module, state: dict[str, Tensor], path: Path, arch: str) -> None:
     """Loads the tensors into the module, strictly."""
     expected = module.state_dict()
@@ -242,7 +247,11 @@ def _fill(module: nn.Module, state: dict[str, Tensor], path: Path, arch: str) ->
         for k, v in expected.items()
         if k in state and isinstance(v, Tensor) and not nn.parameter.is_lazy(v) and state[k].shape != v.shape
     ]
-    groups = (("missing", missing), ("unexpected", unexpected), ("of another shape", differing))
+    stored = [(k, v, state[k]) for k, v in module.named_parameters() if k in state and isinstance(state[k], Tensor)]
+    others = [f"{k} {given.dtype} for {v.dtype}" for k, v, given in stored if _number(given) != _number(v)]
+    groups = (
+        ("missing", missing), ("unexpected", unexpected), ("of another shape", differing), ("of other numbers", others)
+    )  # fmt: skip
     if any(names for _, names in groups):
         found = "; ".join(f"{len(names)} {what}: {some(names)}" for what, names in groups if names)
         raise InputError(f"{path} does not fit the module of {arch} ({found}); name the factory it was trained with")

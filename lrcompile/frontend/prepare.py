@@ -13,6 +13,7 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from lrcompile.errors import InputError
+from lrcompile.frontend.export import open_axes
 from lrcompile.frontend.inputs import Program, as_exported, cast_floats, parse_float_dtype, positional, with_batch
 from lrcompile.frontend.lift import remove_guards
 from lrcompile.frontend.trace import copied, in_eval_mode
@@ -69,10 +70,15 @@ def _takes(program: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], ow
 
 
 def _unguarded(program: ExportedProgram) -> fx.GraphModule:
-    """A module of a program that may take other types: without what export asserts of them."""
+    """A module of a program that may take other types: without what export asserts of them.
+
+    Its `meta` has the axes that the program leaves open.
+    """
     module: Any = program.module(check_guards=False)
     remove_guards(module)
-    return fx.GraphModule(module, module.graph)  # export's own refuses eval()
+    result = fx.GraphModule(module, module.graph)  # export's own refuses eval()
+    result.meta["open_axes"] = open_axes(program)
+    return result
 
 
 def _computed(module: nn.Module) -> dict[int, Tensor]:

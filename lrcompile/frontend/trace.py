@@ -27,6 +27,7 @@ from lrcompile.frontend.export import (
     batch_size,
     check_call,
     export,
+    input_values,
     open_axes,
 )
 from lrcompile.frontend.functionalize import drop_last_writes, functionalize
@@ -148,6 +149,11 @@ def _traced(
             f"the model takes {len(placeholders)} inputs ({', '.join(n.name for n in placeholders)}), "
             f"got {len(flat)}; give one --input for each"
         )
+    notes += [
+        f"input {node.name} is a number that the archive leaves open, and is fixed at {value}"
+        for node, known, value in zip(placeholders, input_values(exported), flat, strict=True)
+        if isinstance(known, torch.SymInt | torch.SymFloat | torch.SymBool)
+    ]
     signature = signature_of(source, gm)
     codegen: Any = gm.graph._codegen
     gm.graph.set_codegen(CodeOfCall(codegen.pytree_info, Call.of(signature, args, kwargs)))
@@ -210,6 +216,8 @@ def at_other_batch(gm: fx.GraphModule, flat: Sequence[Any], size: int) -> list[A
     """
     few = 3 if size != 3 else 2
     divides = any("//" in text for node in gm.graph.nodes for text in node.meta.get("sizes", ()))
+    inputs_are = [node.meta.get("sizes", ()) for node in gm.graph.find_nodes(op="placeholder")]
+    divides |= any("*" in size for sizes in inputs_are for size in sizes[:1])  # multiples of a number
     sizes = (few, 2 * size) if divides else (few,)  # where nothing is divided, export knew the sizes
     inputs: list[Any] = []
     for count, rolls in itertools.product(sizes, (True, False)):
@@ -244,6 +252,10 @@ def _exported(
     """(program, its open axes, why its batch is not open)."""
     flat = pytree.tree_leaves((args, kwargs))
     size = batch_size(flat)
+    known = module.meta.get("open_axes", ()) if isinstance(module, fx.GraphModule) else ()  # of an archive
+    if any(map(any, known)):
+        program, kept, reason = export(module, args, kwargs, known)
+        return program, kept, f"sizes that the archive leaves open are fixed: {reason}" if reason else None
     if size is None:
         closed = tuple(() for _ in flat)
         return *export(module, args, kwargs, closed)[:2], "inputs share no first dimension: batch stays fixed"
@@ -369,7 +381,7 @@ def _check_numbers(outputs: Any) -> None:
             "that the model is made for, with --calib or --input"
         )
     for i, value in enumerate(leaves):
-        if isinstance(value, torch.Tensor) and value.is_floating_point() and bool(value.isnan().any()):
+        if is_float(value) and bool(value.isnan().any()):
             raise InputError(
                 f"output {i} of the model holds NaN on the example inputs, so no rewrite can be checked; "
                 "give inputs that the model is made for, with --calib or --input"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import operator
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ aten = torch.ops.aten
 TRANSPOSED_CONVS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 """Their weights have inputs first."""
 ALL_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED_CONVS)
+
+_BY_STRIDES = (aten.as_strided.default, aten.view_as_complex.default, aten.view.dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -234,6 +237,21 @@ def tied_with(graph: Graph, site: Site, owner_map: Mapping[int, frozenset[str]] 
         if others:
             return min(others)
     return None
+
+
+def read_by_strides(value: fx.Node) -> Iterator[fx.Node]:
+    """What depends on how a value lies in memory, directly or through views and parts of it."""
+    for user in value.users:
+        if user.target in _BY_STRIDES:
+            yield user
+        elif _is_view(user):
+            yield from read_by_strides(user)
+
+
+def _is_view(node: fx.Node) -> bool:
+    """Whether a node's output may share the memory of what it reads, as its schema says."""
+    returns = node.target._schema.returns if isinstance(node.target, torch._ops.OpOverload) else ()
+    return node.target is operator.getitem or any(value.alias_info is not None for value in returns)
 
 
 def storage_id(tensor: torch.Tensor) -> int:

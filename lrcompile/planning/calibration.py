@@ -156,7 +156,7 @@ def _wanted(graph: Graph) -> tuple[dict[fx.Node, dict[int | Window, None]], dict
             if isinstance(site.module, nn.Embedding):
                 rows[source] = max(rows.get(source, 0), site.module.num_embeddings)  # of several tables
                 continue
-            if _is_single(site.module, node):
+            if _is_unseen(site.module, node):
                 continue
             readers.setdefault(source.name, site.path)
             keys = wanted.setdefault(source, {})
@@ -166,9 +166,12 @@ def _wanted(graph: Graph) -> tuple[dict[fx.Node, dict[int | Window, None]], dict
     return wanted, rows, readers
 
 
-def _is_single(module: Any, call: fx.Node) -> bool:
-    """Whether a convolution is called on one sample without a batch axis, whose channels are another axis."""
-    return not isinstance(module, nn.Linear) and call.meta["val"].dim() != len(module.kernel_size) + 2
+def _is_unseen(module: Any, call: fx.Node) -> bool:
+    """Whether a call is left out: of a convolution on one sample without a batch axis, whose channels are another axis,
+    or of a layer of complex numbers, which no pass takes apart.
+    """
+    value = call.meta["val"]
+    return value.is_complex() or (not isinstance(module, nn.Linear) and value.dim() != len(module.kernel_size) + 2)
 
 
 def _has_gradients(graph: Graph) -> bool:
@@ -239,7 +242,7 @@ class _Sensing(_Collector):
         """Runs the batch forward and back; the norm of a whole batch's outputs is guessed from its share."""
         layers = {
             node: site.module for site in self.graph_of_layers.modules_of(nn.Linear, *ALL_CONVS) for node in site.nodes
-            if not _is_single(site.module, node)
+            if not _is_unseen(site.module, node)
         }  # fmt: skip
         self.felt: dict[fx.Node, Tensor] = {}
         self.sensed = {*self.wanted, *layers}

@@ -235,7 +235,8 @@ def tucker(kernel: Tensor, gram: Tensor | None = None) -> Tucker:
     into_basis = _eigh(_mode_gram(scaled, 1))[1].flip(1)
     core = torch.einsum("so,sck,ci->oik", out_basis, scaled, into_basis)
     energy = core.double().square().sum(2)
-    captured = energy.cumsum(0).cumsum(1) / energy.sum().clamp_min(1e-300)
+    whole = energy.sum()
+    captured = energy.cumsum(0).cumsum(1) / whole if whole > 0 else torch.ones_like(energy)
     out_basis, into_basis = out_basis.double(), into_basis.double()
     onto = into_basis if root is None else root @ into_basis
     back = into_basis.T
@@ -293,7 +294,7 @@ def cholesky(gram: Tensor) -> Tensor:
     Raises:
         torch.linalg.LinAlgError: the matrix holds values that are not finite.
     """
-    scale = float(gram.abs().max())
+    scale = float(gram.abs().max()) or 1.0  # of nothing, as of a layer whose weights are zero
     for power in range(-16, 5):  # at the last, the diagonal outweighs any row
         lower, failed = torch.linalg.cholesky_ex(gram)
         if not int(failed):

@@ -130,14 +130,14 @@ class _Observer(fx.Interpreter):
         super().__init__(graph.gm)
         self.extra_traceback = False  # fx would write the node and its traceback into a message for the user
         self.axes = {
-            site.path: -1 if isinstance(site.module, nn.Linear) else 1
+            site.path: 1 if isinstance(site.module, BATCH_NORMS) else -1 - len(getattr(site.module, "kernel_size", ()))
             for site in graph.modules_of(nn.Linear, *ALL_CONVS, *BATCH_NORMS)
         }
         self.sums: dict[str, tuple[float, Tensor, Tensor]] = {}
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
-        if target in self.axes:
-            rows = args[0].detach().movedim(self.axes[target], -1).flatten(0, -2).float()
+        if target in self.axes and not args[0].is_complex():
+            rows = args[0].detach().movedim(self.axes[target], -1).unsqueeze(0).flatten(0, -2).float()
             variance, mean = (found.double() for found in torch.var_mean(rows, 0, correction=0))
             count, total, squares = self.sums.get(target, (0.0, torch.zeros(()), torch.zeros(())))
             added = len(rows) * mean, len(rows) * (variance + mean.square())

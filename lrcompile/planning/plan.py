@@ -54,7 +54,11 @@ class Plan:
         return replace(self, int8=None if figures is None else {key: figures[key] for key in keys})
 
     def dumps(self) -> str:
-        """The plan as JSON text; the same plan gives the same text."""
+        """The plan as JSON text; the same plan gives the same text.
+
+        Raises:
+            PlanError: an option of a pass, or a parameter of a rewrite, is no JSON value.
+        """
         data = {
             "schema": SCHEMA,
             "target": self.target,
@@ -75,7 +79,13 @@ class Plan:
             "int8": None if self.int8 is None else dict(self.int8),
             "sites": finite(list(self.sites)),
         }
-        return json.dumps(data, indent=1) + "\n"
+        try:
+            return json.dumps(data, indent=1) + "\n"
+        except TypeError as error:
+            raise PlanError(
+                f"the plan cannot be written: {error}; a plugin has an option or made a rewrite with such a value, and "
+                "both must be JSON values: numbers, text, tuples"
+            ) from error
 
     @classmethod
     def loads(cls, text: str, source: str = "plan") -> Plan:

@@ -21,7 +21,7 @@ from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.utils import _pytree as pytree
 
 from lrcompile.devices.cost import Cost, CostModel
-from lrcompile.graph.graph import Graph, attribute, owners, set_tensor, share, submodule, tied_with
+from lrcompile.graph.graph import Graph, attribute, owners, read_by_strides, set_tensor, share, submodule, tied_with
 from lrcompile.graph.rewrite import Refusal, Rewrite, set_module
 from lrcompile.passes import Context, Pass, ShapesOnly, Stage, apply, proposals
 
@@ -173,7 +173,10 @@ class _Trials:
         self.places = {node: i for i, node in enumerate(self.ordered)}
         self.node_by_name = {node.name: node for node in self.ordered}
         tied = owners(graph)
-        self.closed = {path for path, site in self.sites.items() if not keep(path) or tied_with(graph, site, tied)}
+        self.closed = {
+            path for path, site in self.sites.items()
+            if not keep(path) or tied_with(graph, site, tied) or any(map(any, map(read_by_strides, site.nodes)))
+        }  # fmt: skip
         self.blanks: dict[int, Any] = {}
         self.regions: dict[tuple[str, ...], _Region] = {}
         self.known: dict[str, list[_Outcome]] = {}
@@ -339,7 +342,8 @@ class _Region:
     """A neighbourhood on its own, without values.
 
     `open` are the original sites and nodes that FUSE passes may take in: of layers, those of which all calls are
-    inside, that nothing is tied to and that are not to be kept. Regions are compared with sites as positions.
+    inside, that nothing is tied to, that nothing reads by its strides (which may be outside) and that are not to be
+    kept. Regions are compared with sites as positions.
     """
 
     def __init__(self, graph: Graph, open_sites: frozenset[str]) -> None:

@@ -31,8 +31,8 @@ VOTES = 4  # parts of the layers that say how many bits the weights should have
 class Choice:
     """Which nodes are quantised, with the weights of which kinds in 7 bits, and the file; None where there is none.
 
-    `error` is against the compiled graph, `whole` against the original, `metric` the user's own, which took
-    so many `evaluations`.
+    `error` is against the compiled graph, `whole` against the original, `root` that of the measure that is limited,
+    `metric` the user's own, which took so many `evaluations`.
     """
 
     nodes: tuple[Quantizable, ...] = ()
@@ -40,6 +40,7 @@ class Choice:
     model: bytes | None = None
     error: float | None = None
     whole: float | None = None
+    root: float = math.inf
     metric: float | None = None
     evaluations: int = 0
     reason: str | None = None
@@ -145,26 +146,25 @@ class LayerSearch:
         if not nodes:
             return Choice()
         limit, room = self.judge.limit * times, self.judge.room * times
-        choice, root = self._everything
-        if root <= limit:
+        choice = self.everything
+        if choice.root <= limit:
             return choice
-        least, target = choice, room
+        target = room
         for _ in range(CHECKS):
             picked, predicted = _within(self._groups, target)
             if not picked:
                 break
             halved = {node.layer for node in nodes if node not in picked}  # weights that are read twice
-            choice, root = self._checked(tuple(node for node in nodes if node.layer not in halved))
-            if root <= limit:
+            choice = self._checked(tuple(node for node in nodes if node.layer not in halved))
+            if choice.root <= limit:
                 return choice
-            least = choice
-            own = math.sqrt(max(0.0, root**2 - limit**2 + room**2))
+            own = math.sqrt(max(0.0, choice.root**2 - limit**2 + room**2))
             target = SAFETY * predicted * min(1.0, room / own)
         against = "the original" if self.judge.whole else "the float model"
-        got, most = self.judge.measure.value(root), self.judge.measure.value(limit)
+        got, most = self.judge.measure.value(choice.root), self.judge.measure.value(limit)
         reason = (
-            f"{self.judge.measure.label} against {against} {got:.3g} with {len(least.nodes)} of {len(nodes)} layers in "
-            f"int8, over {most:g} (see --max-error)"
+            f"{self.judge.measure.label} against {against} {got:.3g} with {len(choice.nodes)} of {len(nodes)} layers "
+            f"in int8, over {most:g} (see --max-error)"
         )
         return Choice(reason=reason)
 
@@ -183,16 +183,11 @@ class LayerSearch:
                 "make a new plan, or give --max-error to choose the layers anew"
             )
         narrow = frozenset(kind for kind, bits in plan["weight_bits"].items() if bits < 8)
-        return self._checked(tuple(node for node in self.int8.nodes if node.layer not in left), narrow)[0]
-
-    @property
-    def everything_root(self) -> float:
-        """The root that is limited with all layers in int8."""
-        return self._everything[1]
+        return self._checked(tuple(node for node in self.int8.nodes if node.layer not in left), narrow)
 
     @cached_property
-    def _everything(self) -> tuple[Choice, float]:
-        """All layers, with weights of as many bits as cost least, and the root that is limited."""
+    def everything(self) -> Choice:
+        """All layers, with weights of as many bits as cost least."""
         kinds = {node.kind for node in self.int8.nodes} & {STATIC, DYNAMIC}
         tried = [
             self._checked(self.int8.nodes, frozenset(narrow))
@@ -200,7 +195,7 @@ class LayerSearch:
             for narrow in combinations(sorted(kinds), count)
         ]
         counted = self.judge.measure.counts  # too few inputs to tell by their classes
-        return min(tried, key=lambda found: found[0].error or 0.0 if counted else found[1])
+        return min(tried, key=lambda found: found.error or 0.0 if counted else found.root)
 
     @cached_property
     def _narrow(self) -> frozenset[str]:
@@ -246,13 +241,12 @@ class LayerSearch:
         self._tick()
         return self.judge.probe(self.int8.quantized(nodes, narrow), measure)
 
-    def _checked(self, nodes: tuple[Quantizable, ...], narrow: frozenset[str] | None = None) -> tuple[Choice, float]:
-        """A choice, and the root that is limited."""
+    def _checked(self, nodes: tuple[Quantizable, ...], narrow: frozenset[str] | None = None) -> Choice:
         narrow = self._narrow if narrow is None else narrow
         model = self.int8.quantized(nodes, narrow)
         self._tick()
         relative, root, total = self.judge.check(model)
-        return Choice(nodes, narrow, model, relative, self.judge.measure.value(total)), root
+        return Choice(nodes, narrow, model, relative, self.judge.measure.value(total), root)
 
     def _tick(self) -> None:
         expected = PROBES + CHECKS + 2 * VOTES  # more where the limit is widened

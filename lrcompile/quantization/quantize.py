@@ -128,20 +128,21 @@ def _held_to_limits(search: LayerSearch, file: _File) -> tuple[Choice, float, Pl
 def _held_to_metric(search: LayerSearch, metric: Metric, max_drop: float) -> tuple[Choice, float]:
     """The choice of most error with which the user's metric holds, and times the limit on the error that is."""
     judge, least = search.judge, metric.least(max_drop)
-    whole = search.everything_root / judge.limit if judge.limit else 1.0
+    times = search.everything.root / judge.limit if judge.limit else 1.0
+    times = min(1.0, times) if judge.whole else times
     seen = ""
-    for halvings in range(AFTERWARDS):
-        times = whole / 2**halvings
-        if judge.whole:
-            times = min(1.0, times)
+    for evaluations in range(AFTERWARDS):
         choice = search.choose(times)
         if choice.model is None:
-            return replace(choice, evaluations=halvings, reason="; ".join(filter(None, (seen, choice.reason)))), times
-        value = metric.value_of(("int8", str(halvings)), runner(open_onnx(choice.model), judge.names))
+            return replace(choice, evaluations=evaluations, reason=seen or choice.reason), times
+        value = metric.value_of(("int8", str(evaluations)), runner(open_onnx(choice.model), judge.names))
         if value >= least:
-            return replace(choice, metric=value, evaluations=halvings + 1), times
+            return replace(choice, metric=value, evaluations=evaluations + 1), times
         counts = f"{len(choice.nodes)} of {len(search.int8.nodes)} layers in int8"
         seen = f"{metric.evaluation.name} fell to {value:.6g} with {counts}, below {least:.6g}"
+        times /= 2
+        while 0 < choice.root <= judge.limit * times < math.inf:  # within that the same layers would be chosen again
+            times /= 2
     return Choice(reason=seen, evaluations=AFTERWARDS), times
 
 

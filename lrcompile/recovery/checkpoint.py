@@ -31,10 +31,10 @@ class Checkpoint:
     outlives: bool = False
 
     @classmethod
-    def of(cls, *facts: Any, folder: Path | None = None, outlives: bool = False) -> Checkpoint:
+    def of(cls, *facts: Any, folder: str | Path | None = None, outlives: bool = False) -> Checkpoint:
         """The file of a training that `facts` (plain JSON values) decide, by default in the user's cache."""
         key = hashlib.sha256(json.dumps([SCHEMA, torch.__version__, *facts], sort_keys=True).encode()).hexdigest()
-        return cls((folder or cache_folder("recover")) / f"{key}.pt", outlives)
+        return cls(Path(folder or cache_folder("recover")) / f"{key}.pt", outlives)
 
     def load(self) -> dict[str, Any] | None:
         """What was saved, or None."""

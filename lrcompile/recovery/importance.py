@@ -61,7 +61,7 @@ def most_important(importance: Tensor, share: float, classes: Tensor | None, dra
 
     `share` of all, or of each of `classes` [samples]: the most important ones, `drawn` of them by chance instead.
     """
-    chance = torch.Generator().manual_seed(seed)
+    chance = torch.Generator().manual_seed(seed % 2**63)
     groups = torch.zeros(len(importance), dtype=torch.long) if classes is None else classes
     kept = []
     for group in groups.unique():

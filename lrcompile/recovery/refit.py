@@ -95,10 +95,10 @@ def fitted(old: Any, inputs: Sequence[Tensor], expected: Sequence[Tensor], ridge
     `ridge`, over the mean of the diagonal of the inputs' Gram matrix, holds the weights where they are.
     """
     layer = copy.deepcopy(old)
-    axis = -1 if isinstance(old, nn.Linear) else 1
+    axis = -1 - len(getattr(old, "kernel_size", ()))
     gram, cross = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
     for x, y in zip(inputs, expected, strict=True):
-        rows, wanted = (value.movedim(axis, -1).flatten(0, -2).float() for value in (x, y))
+        rows, wanted = (value.movedim(axis, -1).unsqueeze(0).flatten(0, -2).float() for value in (x, y))
         if old.bias is not None:
             rows = torch.cat([rows, rows.new_ones(len(rows), 1)], 1)
         gram, cross = gram + (rows.T @ rows).double(), cross + (wanted.T @ rows).double()

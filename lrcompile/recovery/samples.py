@@ -65,7 +65,7 @@ class Samples:
 
         `kept` are the numbers of the samples to train on, without it all are.
         """
-        chance = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        chance = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
         if not self.mixed:
             return list(torch.randperm(len(self.training), generator=chance).split(1))
         kept = torch.arange(self.count) if kept is None else kept

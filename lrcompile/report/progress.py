@@ -39,6 +39,7 @@ class ProgressDisplay:
         self.bar: Progress | None = None
         self.task: TaskID | None = None
         self.stage = ""
+        self.first = 0  # how much was done when the stage began: a training that goes on begins in the middle
         self.started = self.shown = time.monotonic()
 
     def __enter__(self) -> ProgressDisplay:
@@ -66,10 +67,11 @@ class ProgressDisplay:
                     self.bar.remove_task(self.task)
                 self.task = self.bar.add_task(words, total=total or None)
             self.bar.update(self.task, completed=done, total=total or None)
-        elif stage != self.stage:
-            self.started = self.shown = time.monotonic()
-        elif total and done and time.monotonic() - self.shown >= PLAIN_EVERY_S:
+        elif stage != self.stage or done < self.first:
+            self.first, self.started = done, time.monotonic()
+            self.shown = self.started
+        elif total and done > self.first and time.monotonic() - self.shown >= PLAIN_EVERY_S:
             self.shown = time.monotonic()
-            left = (self.shown - self.started) / done * (total - done)
+            left = (self.shown - self.started) / (done - self.first) * (total - done)
             self.console.print(f"{words}: {done} of {total}, about {left:.0f} s left", highlight=False)
         self.stage = stage

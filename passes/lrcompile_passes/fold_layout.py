@@ -12,10 +12,9 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from lrcompile.graph.graph import Graph, aten
+from lrcompile.graph.graph import Graph, aten, read_by_strides
 from lrcompile.graph.rewrite import Refusal, Rewrite, Rewriter
 from lrcompile.passes import Context, Pass, Stage
-from lrcompile_passes.layers import read_by_strides
 
 RESHAPES = {
     aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints, aten.unflatten.int,

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from lrcompile.errors import InputError
-from lrcompile.graph.graph import TRANSPOSED_CONVS, Graph, Site, aten, tied_with
+from lrcompile.graph.graph import TRANSPOSED_CONVS, Graph, Site, tied_with
 from lrcompile.passes import Pass
 
 Conv: TypeAlias = nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -23,11 +23,6 @@ ConvTranspose: TypeAlias = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTran
 
 CONVS: tuple[type[Conv], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
-_BY_STRIDES = (aten.as_strided.default, aten.view_as_complex.default, aten.view.dtype)
-_VIEWS = (
-    aten.view, aten.reshape, aten.flatten, aten.unflatten, aten.transpose, aten.permute, aten.unsqueeze, aten.squeeze,
-    aten.slice, aten.select, aten.expand, aten.alias, aten.detach,
-)  # fmt: skip
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -104,15 +99,6 @@ def cannot_decompose(graph: Graph, site: Site, owner_map: Mapping[int, frozenset
     weight: Any = site.module.weight
     reason = cannot_rebuild(graph, site, owner_map)
     return reason or (None if bool(weight.isfinite().all()) else "weight holds values that are not finite")
-
-
-def read_by_strides(value: fx.Node) -> Iterator[fx.Node]:
-    """What depends on how a value lies in memory, directly or through views of it."""
-    for user in value.users:
-        if user.target in _BY_STRIDES:
-            yield user
-        elif getattr(user.target, "overloadpacket", None) in _VIEWS:
-            yield from read_by_strides(user)
 
 
 def check_least(transform: Pass, option: str, least: float) -> None:

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lrcompile.graph.graph import Graph, Site, aten, owners
+from lrcompile.graph.graph import Graph, Site, aten, owners, read_by_strides
 from lrcompile.graph.rewrite import Refusal, Rewrite, Rewriter
 from lrcompile.passes import Context, Pass, Stage
-from lrcompile_passes.layers import CONVS, cannot_rebuild, conv, geometry, joint_path, linear, read_by_strides
+from lrcompile_passes.layers import CONVS, cannot_rebuild, conv, geometry, joint_path, linear
 
 
 @dataclass(frozen=True)

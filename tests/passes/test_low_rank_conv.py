@@ -265,3 +265,24 @@ def test_contexts_do_not_mix_up_inputs() -> None:
     ctx = common.context(graph, (x * torch.logspace(-2, 1, 16).double().view(1, -1, 1, 1),))
     assert isinstance(ctx, Context)
     assert common.rewrites(graph, PASS, ctx)[0].error != common.rewrites(graph, PASS)[0].error
+
+
+def test_contexts_do_not_mix_up_windows() -> None:
+    """Two layers of equal weights that read one value, one of them in wider steps: each is fitted to what it sees."""
+
+    class Wide(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.near, self.far = (nn.Conv2d(16, 32, 3, padding=d, dilation=d).double() for d in (1, 3))
+            self.far.load_state_dict(self.near.state_dict())
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return self.near(x), self.far(x)
+
+    torch.manual_seed(0)
+    x = torch.randn(4, 16, 16, 16, dtype=torch.float64).cumsum(2).cumsum(3)
+    graph = common.drawn(Wide(), x)
+    ctx = common.context(graph, (x,))
+    for rewrite in common.rewrites(graph, PASS, ctx)[::5]:
+        result = common.applied(graph, PASS, rewrite, ctx)
+        assert common.difference(result, graph, x) == pytest.approx(rewrite.error, rel=1e-3), rewrite

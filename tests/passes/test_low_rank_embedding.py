@@ -97,6 +97,26 @@ def test_module_called_twice_counts_both() -> None:
     assert len(result.site("words.0").nodes) == 2
 
 
+def test_called_twice_and_one_index_looked_up_in_a_longer_table_too() -> None:
+    class Longer(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.others = nn.Embedding(150, self.words.embedding_dim)
+
+        def forward(self, index: torch.Tensor) -> torch.Tensor:
+            return self.words(index) + self.words(99 - index) + self.others(index)
+
+    torch.manual_seed(3)
+    index = skewed()
+    graph = common.drawn(Longer().double(), index)
+    ctx = common.context(graph, (index,))
+    counts = ctx.lookups(graph.site("words"))
+    assert counts is not None
+    assert len(counts) == 100
+    assert int(counts.sum()) == 2 * index.numel()
+    common.applied(graph, PASS, common.rewrites(graph, PASS, ctx)[0], ctx)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision(dtype: torch.dtype) -> None:
     torch.manual_seed(4)

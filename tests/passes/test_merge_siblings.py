@@ -187,10 +187,12 @@ class Strided(nn.Module):
             q = torch.view_as_real(torch.view_as_complex(q.reshape(4, 4, 2)) * 1j)
         elif self.how == "strided":
             q = q.as_strided((4, 7, 2), (8, 1, 1))
+        elif self.how == "strided part":
+            q = q.chunk(2, -1)[1].as_strided((4, 3, 2), (8, 1, 1), 4)
         return q + 1, self.k(x)
 
 
-@pytest.mark.parametrize("how", ["complex", "strided", "plain"])
+@pytest.mark.parametrize("how", ["complex", "strided", "strided part", "plain"])
 def test_what_is_read_by_its_strides_is_not_merged(how: str) -> None:
     model, x = Strided(how).eval(), torch.randn(4, 8)
     graph = trace(model, (x,)).graph
@@ -199,3 +201,21 @@ def test_what_is_read_by_its_strides_is_not_merged(how: str) -> None:
     result = lrcompile.compile(model, (x,), target="rpi5", budget=lrcompile.Budget(max_error=0.0))
     for got, expected in zip(result.model(x), model(x), strict=True):
         torch.testing.assert_close(got, expected)
+
+
+def test_what_is_read_by_its_strides_is_not_merged_with_a_factor() -> None:
+    """The reader is out of sight where a split of the other layer is tried."""
+
+    class Far(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k = nn.Linear(64, 64), nn.Linear(64, 64)
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return self.q(x).unsqueeze(1).as_strided((4, 63, 2), (64, 1, 1)) + 1, self.k(x)
+
+    passes = [PASS, LowRankLinear()]
+    prepared = lrcompile.prepare_model(Far().eval(), (torch.randn(4, 64),), target="rpi5", passes=passes)
+    merged = [r.site for c in prepared.pricing.candidates for r in c.rewrites if r.pass_name == PASS.name]
+    assert merged
+    assert all("q" not in site for site in merged)
