@@ -192,8 +192,10 @@ def test_inputs_and_buffers_are_written_last(decomposed: list[ExportedProgram]) 
 
 
 def test_a_traced_graph_writes_to_nothing() -> None:
-    x = torch.randn(2, 4)
-    traced = trace(Writing(reads_buffer=False), (x.clone(),))
+    model, x = Writing(reads_buffer=False), torch.randn(2, 4)
+    before_trace = model.count.clone()
+    traced = trace(model, (x.clone(),))
+    assert torch.equal(model.count, before_trace)
     assert traced.notes == (
         "the model writes to its buffer count, which it does not read; the compiled one does not",
         "the model writes to its input x; the compiled model leaves it as it is",

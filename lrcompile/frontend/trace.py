@@ -15,6 +15,7 @@ from torch import fx, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from lrcompile.errors import InputError, VerificationError
@@ -95,18 +96,25 @@ def trace(
 
 @contextmanager
 def in_eval_mode(program: nn.Module | ExportedProgram | torch.jit.ScriptModule) -> Iterator[None]:
-    """Puts a module in eval mode for a while; archives stay in the one that they were saved in."""
-    if isinstance(program, ExportedProgram | torch.jit.ScriptModule):
-        yield
-        return
-    training = [module for module in program.modules() if module.training]
-    with suppress(NotImplementedError):  # the modules of exported programs have one mode
-        program.eval()
+    """Puts a module in eval mode for a while; archives stay in the one that they were saved in.
+
+    Buffers that a run writes, such as counters, have their values back afterwards.
+    """
+    buffers = [(b, b.detach().clone()) for b in program.buffers() if not b.is_meta and not is_lazy(b)]
+    training: list[nn.Module] = []
+    if not isinstance(program, ExportedProgram | torch.jit.ScriptModule):
+        training = [module for module in program.modules() if module.training]
+        with suppress(NotImplementedError):  # the modules of exported programs have one mode
+            program.eval()
     try:
         yield
     finally:
         for module in training:
             module.training = True
+        with torch.no_grad():
+            for buffer, before in buffers:
+                if not torch.equal(buffer, before):
+                    buffer.copy_(before)
 
 
 def _traced(
