@@ -429,7 +429,7 @@ def test_a_gpu_is_calibrated_in_every_type(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA A100-SXM4-80GB")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: facts)
     monkeypatch.setattr(measure_cuda.CudaCostModel, "cost", lambda self, op: made_up_gpu(op))
-    monkeypatch.setattr(calibrate_module, "MOST", 500)
+    monkeypatch.setattr(calibrate_module, "MOST", 300)
     out = tmp_path / "mine.toml"
     found = calibrate_file(out, 60, 0, lambda stage, done, total: None, runtime="torch-cuda")
     device = load_device(str(out))

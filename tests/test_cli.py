@@ -346,13 +346,13 @@ def test_model_with_a_state_dict_key_for_every_kept_layer(cwd: Path, capsys: pyt
     ("command", "code", "says"),
     [
         ("devices >&-", 0, ""),
-        ("devices >&- 2>&-", 0, ""),
-        ("devices | true", 0, ""),
         ("devices --json | true", 0, ""),
         ("devices >/dev/full", 2, "cannot write standard output: No space left on device"),
-        ("devices --json >/dev/full", 2, "cannot write standard output: No space left on device"),
-        ("devices >/dev/full 2>&1", 2, ""),
         ("passes >ascii.txt", 0, ""),
+        pytest.param("devices >&- 2>&-", 0, "", marks=pytest.mark.slow),
+        pytest.param("devices | true", 0, "", marks=pytest.mark.slow),
+        pytest.param("devices --json >/dev/full", 2, "standard output: No space left on", marks=pytest.mark.slow),
+        pytest.param("devices >/dev/full 2>&1", 2, "", marks=pytest.mark.slow),
     ],
 )
 def test_output_that_nobody_reads_or_that_cannot_be_written(tmp_path: Path, command: str, code: int, says: str) -> None:

@@ -219,7 +219,7 @@ def test_the_command_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         raise RuntimeError(ALLOCATOR)
 
     monkeypatch.setattr("lrcompile.session.compile_model", without)
-    monkeypatch.setattr("lrcompile.session._asked", lambda request: type("A", (), {"inputs": (), "options": {}})())
+    monkeypatch.setattr("lrcompile.session._asked", lambda *asked: type("A", (), {"inputs": (), "options": {}})())
     assert run(["net:build", "--target", "v100", "--out", str(tmp_path / "out.onnx")]) == 2
     assert "out of memory; try a smaller --batch" in capsys.readouterr().err  # type: ignore[attr-defined]
     assert list(tmp_path.iterdir()) == []

@@ -255,6 +255,7 @@ def test_a_beam_of_nothing(options: dict[str, int]) -> None:
         Beam(**options)
 
 
+@pytest.mark.slow
 def test_a_wider_beam_loses_nothing_here(prepared: lrcompile.Prepared) -> None:
     """Steps are in bytes where a size is asked for; a beam of one is the greedy search."""
     errors = []
