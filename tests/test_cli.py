@@ -369,6 +369,12 @@ def test_output_that_nobody_reads_or_that_cannot_be_written(tmp_path: Path, comm
     assert says in done.stderr
 
 
+def test_what_needs_no_torch_does_not_wait_for_it() -> None:
+    code = "from lrcompile.cli import run; import sys; run(['--help']); run(['devices']); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("False\n")
+
+
 def test_a_calibration_has_no_negative_seed(capsys: pytest.CaptureFixture[str]) -> None:
     code, _, err = call(capsys, "calibrate", "--out", "mine.toml", "--seed", "-1")
     assert code == 2

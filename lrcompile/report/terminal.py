@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lrcompile.devices.bench import BenchResult
-from lrcompile.report.report import Decision, Report
+if TYPE_CHECKING:  # they import torch, which takes seconds
+    from lrcompile.devices.bench import BenchResult
+    from lrcompile.report.report import Decision, Report
 
 
 def print_report(console: Console, report: Report) -> None:
