@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lrcompile.errors import LrcompileError, PlanError
+from lrcompile.errors import LrcompileError, PlanError, is_out_of_memory
 from lrcompile.report.console import Screen, discard, prepare_streams
 
 app = typer.Typer(
@@ -52,8 +52,6 @@ def run(arguments: Sequence[str]) -> int:
         discard(sys.stdout.fileno())
         return 0
     except Exception as error:
-        from lrcompile.memory import is_out_of_memory  # which imports torch
-
         if is_out_of_memory(error):
             errors.print("lrcompile: out of memory; try a smaller --batch or fewer calibration samples")
             return 2

@@ -42,3 +42,9 @@ class BudgetError(LrcompileError):
     """The budget cannot be met; the message holds the range that can be reached."""
 
     exit_code = 1
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error of Python or torch says that memory ran out."""
+    words = ("out of memory", "allocate memory", "not enough memory")
+    return isinstance(error, MemoryError) or any(word in str(error).lower() for word in words)

@@ -8,12 +8,6 @@ from typing import Any
 from torch import Tensor
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error of Python or torch says that memory ran out."""
-    words = ("out of memory", "allocate memory", "not enough memory")
-    return isinstance(error, MemoryError) or any(word in str(error).lower() for word in words)
-
-
 def samples_in(flat: Sequence[Any]) -> int:
     """The first axis of the first of some inputs that has one; 1 without."""
     return next((len(value) for value in flat if isinstance(value, Tensor) and value.dim()), 1)

@@ -30,6 +30,7 @@ from lrcompile.recovery.refit import refit
 from lrcompile.recovery.samples import Samples, samples_of
 from lrcompile.recovery.settings import DEFAULT_BATCH, Recovery
 from lrcompile.recovery.train import Progress, Trained, train
+from lrcompile.report.clock import silent
 
 REFIT_SAMPLES = 1024
 APART = "attention was not compared: the model was not rewritten from its original directly"
@@ -96,7 +97,7 @@ def recover(
     processes = Processes.here()
     until = None if recovery.until is None else measure.root(recovery.until)
     trained = train(
-        couple, samples, recovery, checkpoint, progress or (lambda stage, done, total: None), processes,
+        couple, samples, recovery, checkpoint, progress or silent, processes,
         lambda: until is not None and evaluator.error(couple.trained) <= until,
     )  # fmt: skip
     for parameter in couple.trained.gm.parameters():

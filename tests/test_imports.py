@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "frontend": "errors nn graph",
     "lower": "errors nn graph frontend",
     "emit": "errors nn graph frontend",
-    "planning.moments": "errors memory",
+    "planning.moments": "errors",
     "planning.decompose": "planning.moments",
     "planning.windows": "planning.moments planning.decompose",
     "planning.store": "cache planning.moments planning.decompose planning.windows",
@@ -41,11 +41,11 @@ MAY_IMPORT = {
     "remarks quantization",
     "front": "errors graph planning compile",
     "recovery": "errors memory cache graph",
-    "recover": "errors memory graph frontend lower planning recovery compile",
+    "recover": "errors memory graph frontend lower planning report recovery compile",
     "progressive": "errors frontend graph planning report recovery compile recover",
     "session": "errors devices frontend emit plugins planning report quantization compile front recovery recover "
     "progressive",
-    "cli": "errors memory devices plugins planning report session",
+    "cli": "errors devices plugins planning report session",
     "__main__": "cli",
     "lrcompile": "errors graph devices frontend passes plugins planning report quantization compile front recovery "
     "recover progressive",

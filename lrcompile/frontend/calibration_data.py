@@ -53,7 +53,7 @@ class CalibrationData:
         """
         if not self.places:
             return labels
-        sizes = [len(next(iter(batch.values()))) for batch in self.batches]
+        sizes = [_count(batch) for batch in self.batches]
         spans = [(place, place + size) for place, size in zip(self.places, sizes, strict=True)]
         if len(labels) < spans[-1][1]:
             raise InputError(f"there are {len(labels)} labels for {spans[-1][1]} samples; give one for each sample")
@@ -137,13 +137,13 @@ def calibration_from(
             names += _present(raw, len(names), optional)
         chunk = _named(raw, names, source)
         _check_samples(chunk, total, source)
-        total += len(next(iter(chunk.values())))
+        total += _count(chunk)
         chunks.append(chunk)
     if total == 0:
         raise InputError(f"{source} holds no samples; {_EXPECTED}")
     runs = _runs(chunks)
     batches = tuple(part for run in runs for part in _split(run, batch))
-    counts = [len(next(iter(run.values()))) for run in runs]
+    counts = [_count(run) for run in runs]
     if not batches:
         most = max(counts)
         held = (
@@ -153,6 +153,11 @@ def calibration_from(
     spans = zip(accumulate(counts, initial=0), counts, strict=False)
     places = tuple(place for start, count in spans for place in range(start, start + count - batch + 1, batch))
     return CalibrationData(batches, source, _digest(batches), batch * len(batches), places)
+
+
+def _count(arrays: Mapping[str, Sized]) -> int:
+    """How many samples arrays by name hold; all hold as many."""
+    return len(next(iter(arrays.values())))
 
 
 def load_labels(text: str) -> Tensor:
@@ -335,7 +340,7 @@ def _runs(chunks: Sequence[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
 
 def _split(run: Mapping[str, Tensor], size: int) -> Iterator[dict[str, Tensor]]:
     """Batches of exactly `size` samples; a remainder is dropped."""
-    for start in range(0, len(next(iter(run.values()))) - size + 1, size):
+    for start in range(0, _count(run) - size + 1, size):
         yield {name: tensor[start : start + size] for name, tensor in run.items()}
 
 

@@ -185,7 +185,7 @@ def _matmul(node: fx.Node) -> OpDesc:
     k, n = a.shape[-1], b.shape[-1]
     m = a.shape[-2] if b.dim() > 2 else max(1, y.numel() // max(1, n))  # one matrix for all of a batch is one product
     batch = max(1, y.numel() // max(1, m * n))
-    weight = isinstance(arguments[1], fx.Node) and arguments[1].op == "get_attr"
+    weight = _is_weight(arguments[1])
     layout: Layout = "TN" if b.stride()[-2] == 1 and n > 1 else "NN"
     return gemm_op(m, n, k, _dtype(y), batch=batch, weight=weight, label=_name(node), layout=layout)
 
@@ -250,8 +250,7 @@ def _tensordot(node: fx.Node) -> OpDesc:
     a, b, lost = _value(node.args[0]), _value(node.args[1]), node.args[2]
     k = math.prod(a.shape[axis] for axis in lost)  # type: ignore[union-attr, index, misc]
     m, n = a.numel() // max(1, k), b.numel() // max(1, k)
-    weight = isinstance(node.args[1], fx.Node) and node.args[1].op == "get_attr"
-    return gemm_op(m, n, k, _dtype(a), weight=weight, label=_name(node), layout="NN")
+    return gemm_op(m, n, k, _dtype(a), weight=_is_weight(node.args[1]), label=_name(node), layout="NN")
 
 
 def _bilinear(node: fx.Node) -> OpDesc:
@@ -414,6 +413,10 @@ def _plain(kind: Kind, node: fx.Node, per_element: float) -> OpDesc:
     if kind == "gather":  # of a table only what is looked up is read
         weights, traffic = [], 2.0 * sum(_bytes(v) for v in outputs)
     return OpDesc(kind, name, per_element * elements, float(sum(map(_bytes, weights))), traffic, label=_name(node))
+
+
+def _is_weight(argument: Any) -> bool:
+    return isinstance(argument, fx.Node) and argument.op == "get_attr"
 
 
 def _value(argument: Any) -> Tensor:

@@ -239,6 +239,16 @@ def tied_with(graph: Graph, site: Site, owner_map: Mapping[int, frozenset[str]] 
     return None
 
 
+def feature_axis(module: Any) -> int:
+    """The axis, from the end, of what a linear layer or convolution reads and gives that holds its features."""
+    return -1 if isinstance(module, nn.Linear) else -1 - len(module.kernel_size)
+
+
+def rows_of(value: torch.Tensor, axis: int) -> torch.Tensor:
+    """A value's features, which lie along an axis, as rows in single precision; a vector is one row."""
+    return value.movedim(axis, -1).unsqueeze(0).flatten(0, -2).float()
+
+
 def read_by_strides(value: fx.Node) -> Iterator[fx.Node]:
     """What depends on how a value lies in memory, directly or through views and parts of it."""
     for user in value.users:

@@ -10,33 +10,38 @@ from torch.utils import _pytree as pytree
 
 from lrcompile.graph.graph import attribute
 
-_LAYERS = ("linear", "addmm", "conv1d", "conv2d", "conv3d", "convolution", "embedding")
+aten = torch.ops.aten
+_LAYERS = (aten.linear, aten.addmm, aten.conv1d, aten.conv2d, aten.conv3d, aten.convolution, aten.embedding)
 
 
 def nested(gm: fx.GraphModule, node: fx.Node) -> list[fx.GraphModule]:
     """Copies of the graphs that a node runs, their values with the sizes of what it gives them."""
-    if not isinstance(node.target, torch._ops.HigherOrderOperator):
-        return []
-    arguments = pytree.tree_leaves((node.args, node.kwargs))
-    graphs = [(i, found) for i, argument in enumerate(arguments) if (found := _graph(gm, argument)) is not None]
+    graphs = _graphs(gm, node)
     if not graphs:
         return []
-    given = [x for x in arguments[graphs[-1][0] + 1 :] if isinstance(x, fx.Node)]
-    return [_with_sizes(graph, given) for _, graph in graphs]
+    arguments = pytree.tree_leaves((node.args, node.kwargs))
+    given = [x for x in arguments[max(graphs) + 1 :] if isinstance(x, fx.Node)]
+    return [_with_sizes(graph, given) for graph in graphs.values()]
 
 
 def out_of_reach(gm: fx.GraphModule) -> list[str]:
     """A sentence on each node that runs graphs of its own, whose layers no pass is shown."""
     found = []
     for node in gm.graph.nodes:
-        layers = sum(
-            str(inner.target).split(".")[1] in _LAYERS for graph in nested(gm, node) for inner in graph.graph.nodes
-            if isinstance(inner.target, torch._ops.OpOverload)
-        )  # fmt: skip
+        inner = [target for graph in _graphs(gm, node).values() for target in (n.target for n in graph.graph.nodes)]
+        layers = sum(getattr(target, "overloadpacket", None) in _LAYERS for target in inner)
         if layers:
             kind = "under torch.autocast" if "autocast" in str(node.target) else f"inside of {node.target}"
             found.append(f"{layers} layer(s) {kind} are priced, and left as they are: passes see the outer graph alone")
     return found
+
+
+def _graphs(gm: fx.GraphModule, node: fx.Node) -> dict[int, fx.GraphModule]:
+    """The graphs that a node runs, by their places among its flat arguments."""
+    if not isinstance(node.target, torch._ops.HigherOrderOperator):
+        return {}
+    arguments = enumerate(pytree.tree_leaves((node.args, node.kwargs)))
+    return {i: found for i, argument in arguments if (found := _graph(gm, argument)) is not None}
 
 
 def _graph(gm: fx.GraphModule, argument: Any) -> fx.GraphModule | None:

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from lrcompile.errors import InputError, LrcompileError, PlanError
+from lrcompile.errors import InputError, LrcompileError, PlanError, is_out_of_memory
 from lrcompile.frontend.archives import first_line
 from lrcompile.graph.graph import ALL_CONVS, Graph
-from lrcompile.memory import in_pieces, is_out_of_memory, samples_in
+from lrcompile.memory import in_pieces, samples_in
 from lrcompile.planning.moments import Moments, Window, moments
 
 HELD_OUT = 4  # one batch in so many is kept for judging

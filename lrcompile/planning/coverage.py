@@ -7,7 +7,7 @@ from collections.abc import Container
 
 from torch import nn
 
-from lrcompile.graph.graph import ALL_CONVS, Graph, shape
+from lrcompile.graph.graph import ALL_CONVS, Graph, feature_axis, shape
 from lrcompile.planning.moments import Window
 
 
@@ -23,7 +23,7 @@ def short_of_rows(graph: Graph, paths: Container[str], times: float) -> dict[str
             continue
         window = Window.of(site.module)
         if window is None:
-            features = shape(site.input)[-1 if isinstance(site.module, nn.Linear) else 1]
+            features = shape(site.input)[feature_axis(site.module)]
             read = [shape(node.args[0]) for node in site.nodes]  # type: ignore[arg-type]
             rows = sum(math.prod(sizes) // features for sizes in read)
         else:

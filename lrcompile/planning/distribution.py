@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from lrcompile.graph.graph import ALL_CONVS, Graph
-from lrcompile.memory import in_pieces, is_out_of_memory, samples_in
+from lrcompile.errors import is_out_of_memory
+from lrcompile.graph.graph import ALL_CONVS, Graph, feature_axis, rows_of
+from lrcompile.memory import in_pieces, samples_in
 from lrcompile.planning.calibration import does_not_run
 
 USUAL = 0.6  # the median over layers that data of the same kind stay below, single images too
@@ -130,14 +131,14 @@ class _Observer(fx.Interpreter):
         super().__init__(graph.gm)
         self.extra_traceback = False  # fx would write the node and its traceback into a message for the user
         self.axes = {
-            site.path: 1 if isinstance(site.module, BATCH_NORMS) else -1 - len(getattr(site.module, "kernel_size", ()))
+            site.path: 1 if isinstance(site.module, BATCH_NORMS) else feature_axis(site.module)
             for site in graph.modules_of(nn.Linear, *ALL_CONVS, *BATCH_NORMS)
         }
         self.sums: dict[str, tuple[float, Tensor, Tensor]] = {}
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         if target in self.axes and not args[0].is_complex():
-            rows = args[0].detach().movedim(self.axes[target], -1).unsqueeze(0).flatten(0, -2).float()
+            rows = rows_of(args[0].detach(), self.axes[target])
             variance, mean = (found.double() for found in torch.var_mean(rows, 0, correction=0))
             count, total, squares = self.sums.get(target, (0.0, torch.zeros(()), torch.zeros(())))
             added = len(rows) * mean, len(rows) * (variance + mean.square())

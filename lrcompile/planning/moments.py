@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from lrcompile.errors import InputError
-from lrcompile.memory import is_out_of_memory
+from lrcompile.errors import InputError, is_out_of_memory
 
 MOST_NUMBERS = 2**22  # of a value in one product: 16 MB in single precision, short enough sums for it
 MOST_FEATURES = 2304  # of a window's patch: 256 channels of 3×3, whose Gram matrix takes 42 MB

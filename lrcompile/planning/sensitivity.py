@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from lrcompile.errors import InputError
+from lrcompile.errors import InputError, is_out_of_memory
 from lrcompile.frontend.trace import run
 from lrcompile.graph.graph import Graph, prune
 from lrcompile.graph.rewrite import Rewrite
 from lrcompile.graph.verify import is_float
-from lrcompile.memory import in_pieces, is_out_of_memory, samples_in
+from lrcompile.memory import in_pieces, samples_in
 from lrcompile.passes import Context, Pass, apply
 from lrcompile.planning.calibration import does_not_run
 from lrcompile.planning.measures import RELATIVE, Measure

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from lrcompile.graph.graph import Graph, owners, shape, storage_id, submodule
+from lrcompile.graph.graph import Graph, feature_axis, owners, rows_of, shape, storage_id, submodule
 from lrcompile.graph.rewrite import set_module
 from lrcompile.memory import samples_in
 from lrcompile.recovery.lineage import Counterparts
@@ -95,10 +95,10 @@ def fitted(old: Any, inputs: Sequence[Tensor], expected: Sequence[Tensor], ridge
     `ridge`, over the mean of the diagonal of the inputs' Gram matrix, holds the weights where they are.
     """
     layer = copy.deepcopy(old)
-    axis = -1 - len(getattr(old, "kernel_size", ()))
+    axis = feature_axis(old)
     gram, cross = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
     for x, y in zip(inputs, expected, strict=True):
-        rows, wanted = (value.movedim(axis, -1).unsqueeze(0).flatten(0, -2).float() for value in (x, y))
+        rows, wanted = (rows_of(value, axis) for value in (x, y))
         if old.bias is not None:
             rows = torch.cat([rows, rows.new_ones(len(rows), 1)], 1)
         gram, cross = gram + (rows.T @ rows).double(), cross + (wanted.T @ rows).double()

@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrcompile.errors import InputError
-from lrcompile.memory import is_out_of_memory
+from lrcompile.errors import InputError, is_out_of_memory
 from lrcompile.recovery.checkpoint import Checkpoint
 from lrcompile.recovery.freeze import factors_of, frozen_in, set_frozen
 from lrcompile.recovery.importance import Importance

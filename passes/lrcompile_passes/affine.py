@@ -122,11 +122,6 @@ def rounds_again(scale: Tensor | None, dtype: torch.dtype) -> str | None:
     return f"the weights would be rounded once more in {_name(dtype)}"
 
 
-def feature_axis(module: nn.Module, rank: int) -> int:
-    """The axis of a layer's input and output that holds its features, for values of this rank."""
-    return rank - 1 if isinstance(module, nn.Linear) else rank - 1 - len(module.kernel_size)  # type: ignore[arg-type]
-
-
 def readers(graph: Graph, node: fx.Node, sites: Mapping[str, Site]) -> tuple[Site, ...]:
     """The layers that read a value."""
     users = (user for user in node.users if isinstance(graph.module(user), LAYERS))

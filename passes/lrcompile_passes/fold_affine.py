@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from lrcompile.graph.graph import Graph, Site, attribute, owners, shape, storage_id
+from lrcompile.graph.graph import Graph, Site, attribute, feature_axis, owners, shape, storage_id
 from lrcompile.graph.rewrite import Refusal, Rewrite, Rewriter
 from lrcompile.passes import Context, Pass, Stage
 from lrcompile_passes.affine import (
@@ -23,7 +23,6 @@ from lrcompile_passes.affine import (
     before,
     cancels,
     cannot_absorb,
-    feature_axis,
     out_of_range,
     out_of_step,
     readers,
@@ -144,18 +143,14 @@ def _cannot_fold(
         return f"module called at {len(site.nodes)} sites, not each followed by the same constant"
     if [step.source for step in steps if step] != ends:
         return "its output is combined with itself"
-    for end in ends:
-        reason = _cannot_use(graph, first, site, len(shape(end)), reshaped, owner_map)
-        if reason:
-            return reason
-    return cannot_rebuild(graph, site, owner_map)
+    return _cannot_use(graph, first, site, reshaped, owner_map) or cannot_rebuild(graph, site, owner_map)
 
 
 def _cannot_use(
-    graph: Graph, step: Step, site: Site, rank: int, reshaped: bool, owner_map: Mapping[int, frozenset[str]]
+    graph: Graph, step: Step, site: Site, reshaped: bool, owner_map: Mapping[int, frozenset[str]]
 ) -> str | None:
     """Why a step's constants are none for a layer whose features lie where this layer's do; or None."""
-    axis = feature_axis(site.module, rank) - rank
+    axis = feature_axis(site.module)
     for node in step.constants:
         sizes = shape(node)
         varies = [i - len(sizes) for i, size in enumerate(sizes) if size != 1]
@@ -203,7 +198,7 @@ def _before(
         reason = "its result has other users" if end is not node and len(end.users) > 1 else None
         reason = reason or cannot_absorb(graph, node, found, step.shift is not None, owner_map)
         for site in found:
-            reason = reason or _cannot_use(graph, step, site, len(shape(end)), False, owner_map)
+            reason = reason or _cannot_use(graph, step, site, False, owner_map)
         if reason is None:
             affine = read(graph, step, context)
             kinds = [module.weight.dtype for module in modules]

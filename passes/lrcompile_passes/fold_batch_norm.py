@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from lrcompile.graph.graph import Graph, Site, aten, owners, shape
+from lrcompile.graph.graph import Graph, Site, aten, feature_axis, owners, shape
 from lrcompile.graph.rewrite import Refusal, Rewrite, Rewriter
 from lrcompile.passes import Context, Pass, Stage
 from lrcompile_passes.affine import (
@@ -24,7 +24,6 @@ from lrcompile_passes.affine import (
     before,
     cancels,
     cannot_absorb,
-    feature_axis,
     of_batch_norm,
     out_of_range,
     out_of_step,
@@ -94,7 +93,7 @@ def _cannot_fold(graph: Graph, site: Site, context: Context) -> str | None:
         return f"output has {len(users)} users, only one is the batch norm"
     if not all(isinstance(norm, BATCH_NORMS) and norm.running_mean is not None and not norm.training for norm in norms):
         return "batch norm uses the statistics of the batch"
-    if any(feature_axis(site.module, len(shape(node))) != 1 for node in site.nodes):
+    if any(len(shape(node)) + feature_axis(site.module) != 1 for node in site.nodes):
         return _of_other_axis(site)
     weight: Any = site.module.weight
     if not weight.is_floating_point():
@@ -145,7 +144,7 @@ def _ahead(
     shifts = bool(affine.shift.any())  # a batch norm without any may come before zero padding
     reason = cannot_absorb(graph, node, found, shifts, owner_map)
     for site in found:
-        if feature_axis(site.module, len(shape(node))) != 1:
+        if len(shape(node)) + feature_axis(site.module) != 1:
             reason = reason or _of_other_axis(site)
         weight: Any = site.module.weight
         reason = reason or out_of_step(affine.shift if shifts else None, weight.dtype)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lrcompile.graph.graph import Graph, Site, aten, owners, read_by_strides
+from lrcompile.graph.graph import Graph, Site, aten, feature_axis, owners, read_by_strides
 from lrcompile.graph.rewrite import Refusal, Rewrite, Rewriter
 from lrcompile.passes import Context, Pass, Stage
 from lrcompile_passes.layers import CONVS, cannot_rebuild, conv, geometry, joint_path, linear
@@ -50,7 +50,7 @@ class MergeSiblings(Pass):
         path = rewriter.add_module(joint_path(rewrite.site), _merged(sites, rewriter.context))
         merged = rewriter.call_module(path, sites[0].input, before=first)
         modules: list[Any] = [site.module for site in sites]
-        axis = -1 if isinstance(modules[0], nn.Linear) else -1 - len(modules[0].kernel_size)
+        axis = feature_axis(modules[0])
         widths = [module.weight.shape[0] for module in modules]
         split = rewriter.call_function(aten.split_with_sizes.default, merged, widths, axis, before=first)
         pieces = [rewriter.call_function(operator.getitem, split, i, before=first) for i in range(len(sites))]

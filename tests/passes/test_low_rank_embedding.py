@@ -5,7 +5,9 @@ import torch
 from lrcompile_passes import LowRankEmbedding
 from torch import nn
 
+from lrcompile.graph.graph import Graph
 from lrcompile.graph.rewrite import Rewrite
+from lrcompile.passes import Context
 from tests.passes import common
 
 PASS = LowRankEmbedding()
@@ -81,17 +83,23 @@ def test_without_counts_error_is_that_of_the_table() -> None:
         assert measured == pytest.approx(rewrite.error, rel=1e-8)
 
 
+def counted(make: type[nn.Module]) -> tuple[torch.Tensor, Graph, Context, torch.Tensor]:
+    """(indices, a graph on them, calibrated with them, how often each row of its words is looked up)."""
+    torch.manual_seed(3)
+    index = skewed()
+    graph = common.drawn(make().double(), index)
+    ctx = common.context(graph, (index,))
+    counts = ctx.lookups(graph.site("words"))
+    assert counts is not None
+    return index, graph, ctx, counts
+
+
 def test_module_called_twice_counts_both() -> None:
     class Twice(Net):
         def forward(self, index: torch.Tensor) -> torch.Tensor:
             return self.words(index) + self.words(99 - index)
 
-    torch.manual_seed(3)
-    index = skewed()
-    graph = common.drawn(Twice().double(), index)
-    ctx = common.context(graph, (index,))
-    counts = ctx.lookups(graph.site("words"))
-    assert counts is not None
+    index, graph, ctx, counts = counted(Twice)
     assert int(counts.sum()) == 2 * index.numel()
     result = common.applied(graph, PASS, common.rewrites(graph, PASS, ctx)[0], ctx)
     assert len(result.site("words.0").nodes) == 2
@@ -106,12 +114,7 @@ def test_called_twice_and_one_index_looked_up_in_a_longer_table_too() -> None:
         def forward(self, index: torch.Tensor) -> torch.Tensor:
             return self.words(index) + self.words(99 - index) + self.others(index)
 
-    torch.manual_seed(3)
-    index = skewed()
-    graph = common.drawn(Longer().double(), index)
-    ctx = common.context(graph, (index,))
-    counts = ctx.lookups(graph.site("words"))
-    assert counts is not None
+    index, graph, ctx, counts = counted(Longer)
     assert len(counts) == 100
     assert int(counts.sum()) == 2 * index.numel()
     common.applied(graph, PASS, common.rewrites(graph, PASS, ctx)[0], ctx)
