@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 
 INTERRUPTED = 130
+SAID = "lrcompile: interrupted; what was not finished was not written\n"
 
 
 def main() -> None:
     """Runs the command line and exits with its code."""
     try:
-        with _terminated_as_interrupted():
+        with _interruptible():
             from lrcompile.cli import run
 
             code = run(sys.argv[1:])
@@ -23,22 +26,44 @@ def main() -> None:
             raise
         code = INTERRUPTED
     if code == INTERRUPTED:
-        sys.stderr.write("lrcompile: interrupted; what was not finished was not written\n")
+        sys.stderr.write(SAID)
     sys.exit(code)
 
 
 @contextmanager
-def _terminated_as_interrupted() -> Iterator[None]:
-    """Lets SIGTERM do what Ctrl-C does, so that what was begun is cleaned up, unless it does something else already."""
+def _interruptible() -> Iterator[None]:
+    """Lets SIGTERM do what Ctrl-C does, so that what was begun is cleaned up, unless they do something else already."""
+    usual = (signal.SIG_DFL, signal.default_int_handler)
     in_main = threading.current_thread() is threading.main_thread()  # Python lets no other set what a signal does
-    if not in_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
-        yield
-        return
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM) if in_main}
+    before = {number: handler for number, handler in before.items() if handler in usual}
+    for number in before:
+        signal.signal(number, _interrupt)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Raises what Ctrl-C raises, or leaves at once while libraries load: some abort where their C++ meets that."""
+    if _loads_before_work(frame):
+        os.write(2, SAID.encode())
+        os._exit(INTERRUPTED)
+    raise KeyboardInterrupt
+
+
+def _loads_before_work(frame: FrameType | None) -> bool:
+    """Whether modules are being imported by a command that has not begun, so that there is nothing to clean up."""
+    loads = False
+    while frame is not None:
+        module, code = frame.f_globals.get("__name__", ""), frame.f_code
+        loads |= code.co_filename.startswith("<frozen importlib")
+        if module.startswith("lrcompile.") and module not in ("lrcompile.cli", __name__) and code.co_name != "<module>":
+            return False
+        frame = frame.f_back
+    return loads
 
 
 def _was_interrupted(error: BaseException | None) -> bool:

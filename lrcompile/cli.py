@@ -6,6 +6,7 @@ import difflib
 import errno
 import inspect
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -15,7 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lrcompile.errors import LrcompileError, PlanError, is_out_of_memory
+from lrcompile.errors import InputError, LrcompileError, PlanError, is_out_of_memory
 from lrcompile.report.console import Screen, discard, prepare_streams
 
 app = typer.Typer(
@@ -37,11 +38,12 @@ Target = Annotated[str, typer.Option(help="A device profile (see `lrcompile devi
 def run(arguments: Sequence[str]) -> int:
     """Runs a command line; returns its exit code: 0 done, 1 budget not met, 2 bad usage or input, 130 interrupted."""
     words = list(arguments)
-    if words and words[0] not in (*COMMANDS, "--help", "--version"):
-        words.insert(0, "compile")
     prepare_streams()
-    errors = Screen(stderr=True, highlight=False, soft_wrap=True, markup=False)
+    errors = _screen(stderr=True, soft_wrap=True)
     try:
+        if words and words[0] not in (*COMMANDS, "--help", "--version"):
+            _check_not_a_command(words[0])
+            words.insert(0, "compile")
         code = app(args=words, standalone_mode=False)
         sys.stdout.flush()
         return code if isinstance(code, int) else 0
@@ -62,9 +64,18 @@ def run(arguments: Sequence[str]) -> int:
                 errors.print(f"lrcompile: cannot write {where}: {error.strerror}; make room, or write elsewhere")
             return 2
         if hasattr(error, "format_message"):  # a usage error of the option parser
-            errors.print(f"lrcompile: {error.format_message()}")
+            command = words[0] if words and words[0] in COMMANDS else ""
+            message = error.format_message().rstrip(".")
+            errors.print(f"lrcompile: {message}; see: {' '.join(['lrcompile', command]).strip()} --help")
             return 2
         raise
+
+
+def _check_not_a_command(model: str) -> None:
+    """Refuses as a model what is a misspelt command."""
+    near = difflib.get_close_matches(model, COMMANDS, 1, 0.7) if model.isalpha() else []
+    if near and not os.path.exists(model):
+        raise InputError(f"there is no command or file {model}; did you mean: lrcompile {near[0]}")
 
 
 @app.callback(invoke_without_command=True)
@@ -94,7 +105,7 @@ def compile_command(
     dtype: Annotated[str | None, typer.Option(help="Precision: fp32, fp16 or bf16.")] = None,
     max_rank: Annotated[int | None, typer.Option(help="Highest rank of tensors inside the graph, 4.")] = None,
     io_rank: Annotated[int | None, typer.Option(help="The same for its inputs and outputs.")] = None,
-    opset: Annotated[int | None, typer.Option(help="ONNX opset, 18 to 23; 20 if not given.")] = None,
+    opset: Annotated[int | None, typer.Option(help="ONNX opset, 18 to 23; 20 if not given, 22 in bf16.")] = None,
     max_error: Annotated[float | None, typer.Option(help="Largest relative output error.")] = None,
     measure: Annotated[
         str | None, typer.Option(help="What --max-error is of: error (the default), kl (nats) or top1 (share).")
@@ -147,7 +158,7 @@ def compile_command(
     from lrcompile.report.progress import ProgressDisplay
     from lrcompile.report.terminal import print_family, print_report
 
-    with ProgressDisplay(Screen(stderr=True)) as display:
+    with ProgressDisplay(_screen(stderr=True)) as display:
         family = family_files(request, display) if progressive is not None else None
         report = compile_files(request, display) if family is None else None
     if family is not None:
@@ -206,7 +217,7 @@ def tradeoff_command(
     from lrcompile.session import FrontFiles, Request, tradeoff_files
 
     lists = {name: tuple(asked.pop(name) or ()) for name in ("inputs", "options", "skip")}
-    with ProgressDisplay(Screen(stderr=True)) as progress:
+    with ProgressDisplay(_screen(stderr=True)) as progress:
         figures = tradeoff_files(Request.of(**asked, **lists), points, FrontFiles(out, plot, plans), progress)
     if as_json:
         _print_json(figures)
@@ -295,7 +306,7 @@ def bench(
     from lrcompile.report.progress import ProgressDisplay
     from lrcompile.report.terminal import print_bench
 
-    with ProgressDisplay(Screen(stderr=True)) as progress:
+    with ProgressDisplay(_screen(stderr=True)) as progress:
         result = paired(first, second, batch=batch, seconds=seconds, seed=seed, progress=progress)
     if as_json:
         _print_json(result.to_json())
@@ -324,7 +335,7 @@ def calibrate(
     from lrcompile.report.terminal import simple_table
     from lrcompile.session import calibrate_file
 
-    with ProgressDisplay(Screen(stderr=True)) as progress:
+    with ProgressDisplay(_screen(stderr=True)) as progress:
         found = calibrate_file(out, minutes * 60, seed, progress, plot, runtime)
     rows = found.summary()
     if as_json:
@@ -347,7 +358,7 @@ def explain(
     """Says what a plan decided, and why."""
     from lrcompile.planning.plan import Plan, finite
     from lrcompile.report.report import Decision
-    from lrcompile.report.terminal import decision_table, print_site
+    from lrcompile.report.terminal import print_decisions, print_site
 
     loaded = Plan.load(plan)
     known = {item["site"]: item for item in loaded.sites}
@@ -364,11 +375,11 @@ def explain(
         if site is not None:
             print_site(console, Decision.from_json(known[site]))
             return
-        table = decision_table([Decision.from_json(item) for item in loaded.sites])
+        decisions = [Decision.from_json(item) for item in loaded.sites]
+        console.print(f"plan for {loaded.target}, {loaded.dtype}, batch {loaded.batch}: {made}")
+        print_decisions(console, decisions)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise PlanError(f"{plan} is a damaged plan ({type(error).__name__}: {error}); write a new one") from error
-    console.print(f"plan for {loaded.target}, {loaded.dtype}, batch {loaded.batch}: {made}")
-    console.print(table)
 
 
 def _option(value: Any) -> str:
@@ -380,9 +391,13 @@ def _option(value: Any) -> str:
 
 def _console() -> Screen:
     """Standard output; as wide as the terminal, or wide enough for a table where there is none."""
-    console = Screen(highlight=False, markup=False)  # what is printed holds names of users, with brackets
-    wide = max(console.width, 160)
-    return console if console.is_terminal else Screen(highlight=False, markup=False, width=wide, soft_wrap=False)
+    console = _screen()
+    return console if console.is_terminal else _screen(width=max(console.width, 160), soft_wrap=False)
+
+
+def _screen(**options: Any) -> Screen:
+    """Where text goes as it is: names of users have brackets and colons, which Rich takes for styles and pictures."""
+    return Screen(highlight=False, markup=False, emoji=False, **options)
 
 
 def _print_json(data: Any) -> None:

@@ -33,7 +33,7 @@ from lrcompile.graph.graph import Graph, fingerprint, weight_bytes
 from lrcompile.graph.rewrite import Rewrite
 from lrcompile.lower.batches import model_batches
 from lrcompile.lower.rank4 import check_rank, to_rank
-from lrcompile.passes import Context, Pass, Stage
+from lrcompile.passes import Context, Pass, Stage, remark
 from lrcompile.planning.budget import Budget
 from lrcompile.planning.calibration import Split, collect
 from lrcompile.planning.canonicalize import canonicalize, check_exact, check_finite, or_as_it_was, rounding
@@ -46,7 +46,7 @@ from lrcompile.planning.search import Choice, Problem
 from lrcompile.planning.sensitivity import Evaluator, rewritten
 from lrcompile.planning.store import Store
 from lrcompile.planning.strategies import search
-from lrcompile.plugins import discover
+from lrcompile.plugins import discover, given
 from lrcompile.quantization.limits import search_for_int8
 from lrcompile.quantization.quantize import Quantization, metric_after, quantizer
 from lrcompile.remarks import remarks
@@ -133,7 +133,7 @@ class Prepared:
         """The latency of the graph after exact clean-up; with a reference, as measured when it is first asked for."""
         if self.reference is None or not self.canonical:
             return self.base
-        with self.clock("measure clean-up"):
+        with self.clock("clean-up"):
             ratio = min(1.0, self.reference.measure(self.graph).ratio)
         return replace(self.base, latency_s=self.base.latency_s * ratio)
 
@@ -221,7 +221,7 @@ def prepare_model(
         traced = trace(model, args, kwargs)
     with clock("lower"):
         traced = to_rank(traced, target.max_rank if max_rank is None else max_rank, io_rank, rounding(dtype))
-    traced = replace(traced, opset=check_opset(opset))
+    traced = replace(traced, opset=check_opset(opset, traced.graph.gm))
     base = None
     if metric is not None:
         with clock("evaluate"):
@@ -310,7 +310,7 @@ def solve(prepared: Prepared, budget: Budget) -> Result:
     overruled = dict.fromkeys(dropped, measured.overruled or "") if measured else {}
     decisions = decide(
         p.graph, p.pricing, choice.candidates, budget, p.skipped, canonical, overruled,
-        remark=lambda rewrite: p.passes[rewrite.pass_name].remark(rewrite),
+        remark=lambda rewrite: remark(p.passes[rewrite.pass_name], rewrite),
     )  # fmt: skip
     check_rank(choice.graph, p.traced)
     rewrites = (*canonical, *choice.rewrites)
@@ -394,7 +394,7 @@ def replay(
         traced = trace(model, args, kwargs)
     with clock("lower"):
         traced = to_rank(traced, plan.max_rank, plan.io_rank, rounding(dtype))
-    traced = replace(traced, opset=check_opset(plan.opset if opset is None else opset))
+    traced = replace(traced, opset=check_opset(plan.opset if opset is None else opset, traced.graph.gm))
     plan.check_fits(fingerprint(traced.graph.gm), calibration.digest if calibration else None)
     data = Split.of(model_batches(traced, calibration), plan.held_out)
     context = Context(target.device, dtype)
@@ -456,7 +456,7 @@ def _replayed(plan: Plan) -> list[str]:
 
 def _passes(passes: Sequence[Pass] | None) -> tuple[tuple[Pass, ...], tuple[str, ...]]:
     if passes is not None:
-        return tuple(passes), ()
+        return given(passes), ()
     found = discover()
     return found.passes, found.problems
 
@@ -474,7 +474,7 @@ def _with_options(passes: Mapping[str, Pass], plan: Plan) -> dict[str, Pass]:
         given = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
         try:
             result[name] = replace(passes[name], **given)
-        except (TypeError, KeyError) as error:
+        except (TypeError, KeyError, ValueError) as error:
             raise PlanError(f"the plan sets options of pass {name!r} that it does not have: {error}") from error
     return result
 
@@ -489,6 +489,7 @@ def _calibrated(graph: Graph, data: Split, context: Context, clock: Clock, divis
 def _keeper(graph: Graph, skip: Sequence[str]) -> tuple[Callable[[str], bool], tuple[str, ...]]:
     """(whether a site may be rewritten, the sites that --skip names)."""
     sites = list(graph.sites())
+    skip = [skip] if isinstance(skip, str) else skip
     for pattern in skip:
         if not fnmatch.filter(sites, pattern):
             some = ", ".join(sites[:5])

@@ -17,7 +17,7 @@ from lrcompile.emit.int8 import in_int8
 from lrcompile.emit.onnx import to_onnx
 from lrcompile.errors import BudgetError, InputError
 from lrcompile.frontend.trace import Traced
-from lrcompile.graph.graph import Graph, weight_bytes
+from lrcompile.graph.graph import Graph, fingerprint, weight_bytes
 from lrcompile.planning.budget import Budget
 from lrcompile.planning.search import Choice, Problem, applied, metric_holds
 from lrcompile.planning.sensitivity import rewritten
@@ -165,6 +165,8 @@ def confirm(
     if budget.size is not None:
         slower = f"measured on the whole model it takes {measured}"
         return choice, measured if measured.ratio <= 1 else replace(measured, remark=f"{slower}; kept for its size")
+    if not choice.candidates and not measured.int8 and _is_original(choice.graph, reference):
+        return choice, replace(measured, after=measured.before)  # measured against itself
     measured = _settled(reference, choice, measured)
     promised = choice.gain_s / problem.base.latency_s
     if _gains(choice, measured, reference) and measured.ratio <= reference.share * (1 - LEAST_OF_GAIN * promised):
@@ -178,6 +180,10 @@ def confirm(
         return better, better_measured
     same_time = replace(measured, after=measured.before, returned_original=True)
     return Choice((), reference.traced.graph.copy(), 0.0), replace(same_time, overruled=f"{overruled}: not emitted")
+
+
+def _is_original(graph: Graph, reference: Reference) -> bool:
+    return fingerprint(graph.gm) == fingerprint(reference.traced.graph.gm)
 
 
 def _settled(reference: Reference, choice: Choice, measured: Measured) -> Measured:

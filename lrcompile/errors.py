@@ -22,10 +22,11 @@ class PluginError(LrcompileError):
 
 
 class PassError(LrcompileError):
-    """A pass broke its contract: names pass and site, what was expected and what was got."""
+    """A pass broke its contract: names pass and site, and what was expected and got (the first line of it)."""
 
     def __init__(self, pass_name: str, site: str, problem: str) -> None:
-        super().__init__(f"pass {pass_name} at {site}: {problem}")
+        first = problem.strip().split("\n")[0]
+        super().__init__(f"pass {pass_name} at {site}: {first}; leave it out with --passes=-{pass_name} and report it")
         self.pass_name = pass_name
         self.site = site
 

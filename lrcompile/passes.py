@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -16,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lrcompile.devices.device import Device
-from lrcompile.errors import LrcompileError, PassError
+from lrcompile.errors import LrcompileError, PassError, is_out_of_memory
 from lrcompile.graph.graph import TRANSPOSED_CONVS, Graph, Site
 from lrcompile.graph.rewrite import Refusal, Rewrite, Rewriter, value_names
 from lrcompile.planning.decompose import Outputs, Spectrum, Tucker, spectrum, tucker
@@ -410,13 +411,46 @@ def proposals(graph: Graph, transform: Pass, context: Context) -> Iterator[Rewri
     try:
         for proposal in transform.propose(graph, context):
             if isinstance(proposal, Rewrite):
-                yield proposal.renamed(pass_name=transform.name)
-            else:
+                yield _checked(proposal.renamed(pass_name=transform.name))
+            elif isinstance(proposal, Refusal):
                 yield replace(proposal, pass_name=transform.name)
+            else:
+                raise TypeError(f"expected a Rewrite or a Refusal, got a {type(proposal).__name__}")
     except LrcompileError:
         raise
-    except Exception as error:  # a plugin may fail in any way: the user should know which one
+    except (Exception, SystemExit) as error:  # a plugin may fail in any way: the user should know which one
         raise PassError(transform.name, "the graph", f"failed to propose: {type(error).__name__}: {error}") from error
+
+
+def _checked(rewrite: Rewrite) -> Rewrite:
+    """A rewrite whose site and parameters a plan can hold, and whose error names the pass where it cannot be told."""
+    if not isinstance(rewrite.site, tuple) or not all(isinstance(name, str) for name in rewrite.site):
+        raise TypeError(f"the site of a rewrite is {rewrite.site!r}; expected a tuple of names")
+    json.dumps(rewrite.params)
+
+    def error() -> float:
+        try:
+            return rewrite.error
+        except Exception as error:
+            if isinstance(error, LrcompileError) or is_out_of_memory(error):
+                raise
+            problem = f"cannot tell the error of {rewrite}: {type(error).__name__}: {error}"
+            raise PassError(rewrite.pass_name, ", ".join(rewrite.site), problem) from error
+
+    return Rewrite(rewrite.pass_name, rewrite.site, rewrite.params, error, rewrite.exact)
+
+
+def remark(transform: Pass, rewrite: Rewrite) -> str:
+    """What a pass has to say of one of its rewrites.
+
+    Raises:
+        PassError: the pass failed.
+    """
+    try:
+        return transform.remark(rewrite)
+    except Exception as error:
+        problem = f"failed to remark on {rewrite}: {type(error).__name__}: {error}"
+        raise PassError(transform.name, ", ".join(rewrite.site), problem) from error
 
 
 def apply(graph: Graph, transform: Pass, rewrite: Rewrite, context: Context) -> Rewriter:
@@ -431,9 +465,12 @@ def apply(graph: Graph, transform: Pass, rewrite: Rewrite, context: Context) -> 
             transform.apply(rewriter, rewrite)
     except LrcompileError:
         raise
-    except Exception as error:  # a plugin may fail in any way: the user should know which one, and where
+    except (Exception, SystemExit) as error:  # a plugin may fail in any way: the user should know which one, and where
         problem = f"cannot apply {rewrite}: {type(error).__name__}: {error}"
         raise PassError(transform.name, ", ".join(rewrite.site), problem) from error
+    if transform.stage is Stage.FACTORIZE and not rewriter.created and not rewriter.erased:
+        problem = f"{rewrite} edits nothing; `apply` has to make its edit through the rewriter"
+        raise PassError(transform.name, ", ".join(rewrite.site), problem)
     return rewriter
 
 

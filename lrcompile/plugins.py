@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from importlib.metadata import EntryPoint, entry_points
@@ -42,7 +43,8 @@ def discover(points: Iterable[EntryPoint] | None = None) -> Discovered:
         try:
             passes = _instances(point.load())
         except (Exception, SystemExit) as error:  # a plugin may fail in any way; the compiler goes on without it
-            problems.append(f"plugin {point.name!r} of {origin} is left out: {type(error).__name__}: {error}")
+            why = (str(error).strip().splitlines() or ["no message"])[0]  # some libraries write pages
+            problems.append(f"plugin {point.name!r} of {origin} is left out: {type(error).__name__}: {why}")
             continue
         for transform in passes:
             if transform.name in found:
@@ -55,13 +57,30 @@ def discover(points: Iterable[EntryPoint] | None = None) -> Discovered:
     return Discovered(tuple(found.values()), origins, tuple(problems))
 
 
+def given(passes: Any) -> tuple[Pass, ...]:
+    """Passes as Python code gives them: instances, or classes whose options all have defaults.
+
+    Raises:
+        PluginError: one is no pass, or two have one name.
+    """
+    try:
+        found = _instances(list(passes) if isinstance(passes, Iterable) and not isinstance(passes, str) else passes)
+    except TypeError as error:
+        raise PluginError(f"passes: {error}; names are for select(discover().passes, names)") from error
+    names = [transform.name for transform in found]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise PluginError(f"passes: two are named {twice!r}; give one of them, or rename the other")
+    return tuple(found)
+
+
 def select(passes: Sequence[Pass], names: Sequence[str]) -> tuple[Pass, ...]:
     """The passes of these names, in pipeline order. A name may also be `-name`: all but that one.
 
     Raises:
         InputError: a name is unknown; the nearest is suggested.
     """
-    names = [name.strip() for name in names]
+    names = [name.strip() for name in ([names] if isinstance(names, str) else names)]
     known = {transform.name for transform in passes}
     for name in names:
         plain = name.removeprefix("-")
@@ -86,7 +105,10 @@ def configure(passes: Sequence[Pass], settings: Sequence[str]) -> tuple[Pass, ..
             raise InputError(f"--option got {setting!r}; expected PASS.OPTION=VALUE; `lrcompile passes` lists them")
         if name not in by_name:
             raise InputError(f"--option {setting}: {_unknown('pass', name, by_name)}")
-        by_name[name] = replace(by_name[name], **parsed_option(type(by_name[name]), name, option, text))
+        try:
+            by_name[name] = replace(by_name[name], **parsed_option(type(by_name[name]), name, option, text))
+        except (TypeError, ValueError) as error:  # of the pass itself, which may check its options
+            raise InputError(f"--option {setting}: {error}") from error
     return tuple(by_name.values())
 
 
@@ -141,4 +163,6 @@ def _instances(loaded: Any) -> list[Pass]:
             raise TypeError(f"expected a Pass or a sequence of passes, got {type(item).__name__}")
         if not isinstance(getattr(item, "stage", None), Stage):
             raise TypeError(f"{type(item).__name__} has no stage; expected one of {', '.join(map(str, Stage))}")
+        if not isinstance(item.name, str) or not re.fullmatch(r"[^-\s,.=][^\s,.=]*", item.name):
+            raise TypeError(f"{type(item).__name__} is named {item.name!r}; expected letters and hyphens, as my-pass")
     return passes

@@ -2,26 +2,33 @@
 
 Where the last one was split already, the product of its factors is split anew at a lower rank: the number of layers
 stays. All of them learn from the original: its outputs, and the values inside that their modules' paths lead back to.
+The more one has lost, the longer it trains.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
 from typing import Any
 
 from torch import Tensor, nn
 
-from lrcompile.compile import Result, compile
+from lrcompile.compile import Prepared, Result, compile, prepare_model, solve
 from lrcompile.errors import BudgetError, InputError
 from lrcompile.frontend.calibration_data import CalibrationData
 from lrcompile.graph.graph import Graph, weight_bytes
 from lrcompile.planning.budget import Budget
+from lrcompile.planning.metric import check_metric
+from lrcompile.planning.search import search
 from lrcompile.recover import check_reached, recover, until_error
 from lrcompile.recovery.checkpoint import Checkpoint
 from lrcompile.recovery.lineage import Lineage
 from lrcompile.recovery.settings import Recovery
 from lrcompile.report.clock import Progress, silent
+
+LEAST_MINUTES = 1e-3  # of a training, whose length in time cannot be nothing
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,8 +72,9 @@ def progressive(
     """Models of the given sizes, shares of the original's bytes of weights, each made of the one before and recovered.
 
     Every one is as accurate as its size allows, within the other limits of `budget`, which are against the original; an
-    error is what its training has to reach. It is trained as `recovery` says, on `data` and `labels`. `options` are
-    those of `compile`, without a plan.
+    error is what its training has to reach. They are trained as `recovery` says, on `data` and `labels`; its steps,
+    or minutes, times the number of sizes are shared in proportion to what the original loses that is cut to each size
+    at once: the square of its error, in the measure of the budget. `options` are those of `compile`, without a plan.
 
     Raises:
         InputError: the sizes do not fall, or are no shares; the user's metric is limited.
@@ -100,18 +108,27 @@ def members(
     budget = budget or Budget()
     if budget.max_drop is not None:
         raise InputError("a family has no limit on the user's metric: leave out max_drop, and judge each member")
+    check_metric(options.get("metric"), budget, None)
+    first = prepare_model(model, args, kwargs, progress=progress, **options)
+    lengths = _lengths(recovery, [_lost(first, Budget(size=size, measure=budget.measure)) for size in sizes])
+    prepared: Prepared | None = first
+    del first
     parent, share, speedup = model, 1.0, 1.0
     lineage: Lineage | None = None
     rewritten: Graph | None = None
-    for size in sizes:
+    for size, length in zip(sizes, lengths, strict=True):
         limit = size if lineage is None else max(2.0, size * weight_bytes(lineage.original.gm))
-        wanted, training = until_error(replace(_left(budget, speedup), size=limit), recovery)
+        wanted, training = until_error(replace(_left(budget, speedup), size=limit), length)
         try:
-            result = compile(parent, args, kwargs, budget=wanted, progress=progress, **options)
+            if prepared is not None:
+                result = solve(prepared, wanted)
+            else:
+                result = compile(parent, args, kwargs, budget=wanted, progress=progress, **options)
         except BudgetError as error:
             if lineage is None:
                 raise
             raise BudgetError(f"size {size:g}, where the original is the member of size {share:g}: {error}") from error
+        prepared = None  # which holds what was seen of the original's values
         traced = result.traced.graph
         lineage = lineage.traced_anew(rewritten, traced) if lineage and rewritten else Lineage.of(traced)
         rewritten = Graph(result.model, traced.fake_mode)
@@ -122,6 +139,25 @@ def members(
         speedup *= result.report.latency_ms["speedup"]
         yield Member(size, share, result, speedup)
         parent, share = result.model, size
+
+
+def _lost(prepared: Prepared, budget: Budget) -> float:
+    """What a model loses that is cut to a size at once: its squared error before any training, 1 where it is none."""
+    try:
+        error = search(prepared.problem(budget), budget).error
+    except BudgetError:
+        return 1.0
+    return error**2 if math.isfinite(error) else 1.0
+
+
+def _lengths(recovery: Recovery, lost: Sequence[float]) -> list[Recovery]:
+    """A training for each member: as long together as so many of the given length, in proportion to what each loses."""
+    shares = [one / sum(lost) if sum(lost) else 1 / len(lost) for one in lost]
+    if recovery.minutes is not None:
+        whole = len(lost) * recovery.minutes
+        return [replace(recovery, minutes=max(share * whole, LEAST_MINUTES)) for share in shares]
+    ends = [round(len(lost) * (recovery.steps or 0) * share) for share in accumulate(shares)]
+    return [replace(recovery, steps=end - begin) for begin, end in pairwise([0, *ends])]
 
 
 def _left(budget: Budget, speedup: float) -> Budget:

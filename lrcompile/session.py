@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -28,7 +29,7 @@ from lrcompile.frontend.files import exists
 from lrcompile.frontend.inputs import call_inputs, example_inputs, flat_names, input_names, parameters, parse_inputs
 from lrcompile.frontend.load import Source, load
 from lrcompile.frontend.trace import Traced
-from lrcompile.planning.budget import Budget, parse_latency, parse_size
+from lrcompile.planning.budget import Budget, parse_latency, parse_size, parse_sizes
 from lrcompile.planning.measures import RELATIVE
 from lrcompile.planning.metric import Evaluation, check_metric
 from lrcompile.planning.plan import Plan, finite
@@ -142,6 +143,8 @@ def compile_files(request: Request, progress: Callable[[str, int, int], None]) -
     report = replace(result.report, notes=[*asked.problems, *result.report.notes])
     if not processes.first:
         return None
+    if request.plan_out is not None:
+        result.plan.dumps()  # what a plugin has that no plan can hold is said before anything is written
     if request.out is not None:
         progress("emit", 0, 0)
         quantize = _quantization(request, asked)
@@ -181,7 +184,8 @@ def tradeoff_files(
         check_plans_folder(files.plans)
     _check_apart(request, {"--out": files.out, "--plot": files.plot, "--plans": files.plans})
     budget = _budget(request)
-    _recovery(request)  # a front has none: what is said of one is refused
+    if any(word.startswith(OF_RECOVERY) for word in request.options):
+        raise InputError("--option recover.… belongs to a recovery, and a front has none; leave it out")
     asked = _asked(request, progress)
     results = tradeoff(
         *asked.inputs, points=points, max_error=budget.max_error, confidence=budget.confidence,
@@ -211,7 +215,7 @@ def family_files(request: Request, progress: Callable[[str, int, int], None]) ->
     Raises:
         LrcompileError: the one of its kinds that says what the user can do.
     """
-    sizes = [parse_size(word) for word in (request.progressive or "").split(",")]
+    sizes = parse_sizes(request.progressive or "")
     recovery = _recovery(request)
     if recovery is None or request.out is None:
         raise InputError("--progressive makes several models and trains each; give --out, and --recover STEPS for each")
@@ -328,6 +332,8 @@ def _recovery(request: Request) -> Recovery | None:
     settings: dict[str, Any] = {"steps": request.recover, "minutes": request.recover_minutes, "seed": request.seed or 0}
     for word in words:
         option, _, text = word.partition("=")
+        if option.strip() in ("steps", "minutes"):
+            raise InputError(f"--option recover.{word} is said by --recover and --recover-minutes; leave it out")
         settings |= parsed_option(Recovery, "recover", option.strip(), text)
     return Recovery(**settings)
 
@@ -342,6 +348,8 @@ def _check_apart(request: Request, outputs: Mapping[str, str | Path | None]) -> 
     for name, path in outputs.items():
         if path is None or is_device(path):
             continue
+        if Path(path).resolve() == Path.cwd():  # also an empty word, as of a variable that is not set
+            raise InputError(f"cannot write {name} {path}: it is the folder that you are in; give a name")
         other = taken.setdefault(Path(path).resolve(), name)
         if other != name and (other, name) != ("--plan", "--plan-out"):
             raise InputError(f"cannot write {name} {path}: it is the file of {other}; give another path")
@@ -471,7 +479,9 @@ def calibrate_file(
         DeviceError: there was too little time, or the machine was too busy.
     """
     if out.suffix != ".toml":
-        raise InputError(f"cannot write {out}: a profile's name ends in .toml; give --out {out.stem}.toml")
+        raise InputError(f"cannot write {out}: a profile's name ends in .toml; give --out {out.stem or 'mine'}.toml")
+    if not 0 < seconds < math.inf:
+        raise InputError(f"--minutes {seconds / 60:g} is no time to measure; expected more than 0, such as 15")
     check_writable(out, text=True)
     if plot is not None:
         check_plottable(plot)

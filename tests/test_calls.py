@@ -336,3 +336,24 @@ def test_torchscript_with_inputs_by_name() -> None:
 
 def test_the_signature_is_that_of_the_model() -> None:
     assert trace(Net().eval(), (X,)).signature == inspect.signature(Net.forward.__get__(Net()))
+
+
+class Keyed(nn.Module):
+    def __init__(self, key: str) -> None:
+        super().__init__()
+        self.layer, self.key = nn.Linear(8, 8), key
+
+    def forward(self, **inputs: Tensor) -> Tensor:
+        return self.layer(inputs[self.key])
+
+
+@pytest.mark.parametrize("key", ["user-id", "class", "self"])
+def test_keys_that_are_no_names_are_refused_in_words(key: str) -> None:
+    with pytest.raises(InputError, match=f"an input named '{key}', which torch.export cannot write as a name"):
+        trace(Keyed(key).eval(), (), {key: X})
+
+
+def test_an_archive_of_keys_that_are_no_names_is_refused_in_words() -> None:
+    program = torch.export.export(Keyed("user-id").eval(), (), {"user-id": X}, strict=False)
+    with pytest.raises(InputError, match="an input named 'user-id'"):
+        trace(program, (), {"user-id": X})

@@ -9,8 +9,10 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import numpy as np
 import onnx
@@ -24,6 +26,7 @@ from lrcompile.plugins import Discovered
 from lrcompile.report.console import Screen
 from lrcompile.report.progress import ProgressDisplay
 
+ROOT = Path(__file__).parents[1]
 MODULE = """
 import torch
 from torch import nn
@@ -205,6 +208,18 @@ def _write_bad_files(cwd: Path) -> None:
     np.savez("names.npz", y=np.zeros((8, 256), np.float32))
     np.savez("shape.npz", x=np.zeros((8, 7), np.float32))
     Path("plan.json").write_text("{}")
+    Path("deep.json").write_text("[" * 100_000)
+    Path("report.json").write_text('{"schema": 1, "latency_ms": {}}')
+    Path("huge.npz").write_bytes(_claims_terabytes())
+
+
+def _claims_terabytes() -> bytes:
+    """An .npz of a few bytes whose one array says that it has 10¹² samples of 256 numbers."""
+    array, archive = BytesIO(), BytesIO()
+    np.lib.format.write_array_header_1_0(array, {"descr": "<f4", "fortran_order": False, "shape": (10**12, 256)})
+    with ZipFile(archive, "w") as packed:
+        packed.writestr("x.npy", array.getvalue())
+    return archive.getvalue()
 
 
 BAD: list[tuple[tuple[str, ...], int, str]] = [
@@ -248,7 +263,29 @@ BAD: list[tuple[tuple[str, ...], int, str]] = [
     (("model.pt", "--max-latency", "1ns"), 2, "--max-latency"),
     (("model.pt", "--size", "0.0001"), 1, "reachable range"),
     (("model.pt", "--target", "local.toml"), 2, "local.toml"),
+    (("model.pt", "--calib", "huge.npz"), 2, "huge.npz claims more than memory holds (Unable to allocate 931. TiB"),
+    (
+        ("model.pt", "--calib", "calib.npz", "--progressive", "0.5,", "--recover", "1"),
+        2,
+        "--progressive got '0.5,'",
+    ),
+    (("model.pt", "--calib", "calib.npz", "--progressive", "0.3,0.5", "--recover", "1"), 2, "expected falling shares"),
+    (("model.pt", "--calib", "calib.npz", "--recover", "1", "--option", "recover.steps=9"), 2, "leave it out"),
+    (("model.pt", "--plan", "deep.json"), 2, "deep.json is not JSON"),
+    (("model.pt", "--plan", "report.json"), 2, "report.json is a report or a front, not a plan"),
+    (
+        ("model.pt", "--plan", "nan.npz"),
+        2,
+        "cannot read plan nan.npz: it is no text; expected a file",
+    ),
+    (("model.pt", "more.pt"), 2, "see: lrcompile compile --help"),
+    (("nomod:x",), 2, "nomod:x: there is no module 'nomod'"),  # and no picture in the place of ":x:"
+    (("tradeof", "model.pt"), 2, "there is no command or file tradeof; did you mean: lrcompile tradeoff"),
     (("explain", "missing.json"), 2, "missing.json"),
+    (("explain",), 2, "Missing argument 'plan'; see: lrcompile explain --help"),
+    (("tradeoff", "model.pt", "--option", "recover.steps=9"), 2, "a front has none; leave it out"),
+    (("calibrate", "--minutes", "0", "--out", "p.toml"), 2, "--minutes 0 is no time to measure"),
+    (("calibrate", "--minutes", "nan", "--out", "p.toml"), 2, "--minutes nan"),
     (("bench", "text.pt", "text.pt"), 2, "text.pt"),
     (("bench", "text.pt", "text.pt", "--batch", "-1"), 2, "batch"),
     (("bench", "text.pt", "text.pt", "--seconds", "nan"), 2, "seconds"),
@@ -265,7 +302,7 @@ def test_bad_usage_is_one_sentence_and_leaves_nothing(
     _write_bad_files(cwd)
     Path("out.onnx").write_bytes(b"precious")
     before = made(cwd)
-    compiling = bool(words) and words[0] not in ("explain", "bench", "predict")
+    compiling = bool(words) and words[0] not in ("explain", "bench", "predict", "tradeoff", "calibrate")
     code, _, err = call(capsys, *words, *(("--out", "out.onnx") if compiling else ()))
     assert code == expected
     assert "Traceback" not in err
@@ -329,6 +366,31 @@ def test_interrupt_leaves_nothing(
     assert capsys.readouterr().err.strip() == "lrcompile: interrupted; what was not finished was not written"
     assert made(cwd) == before
     assert Path("out.onnx").read_bytes() == b"precious"
+
+
+@pytest.mark.parametrize("words", [("model.pt", "--out", ""), ("tradeoff", "model.pt", "--plans", ".")])
+def test_the_folder_that_one_is_in_is_not_replaced(
+    cwd: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
+) -> None:
+    model, here = str(cwd / "model.pt"), cwd / "empty"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    code, _, err = call(capsys, *(model if word == "model.pt" else word for word in words))
+    assert code == 2
+    assert "it is the folder that you are in; give a name" in err
+    assert here.samefile(".")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupt_while_libraries_load(tmp_path: Path, number: signal.Signals) -> None:
+    """As they may abort, in C++, where Python raises, the command ends before anything is raised."""
+    text = f"import os\ntry:\n    os.kill(os.getpid(), {int(number)})\n    import json.tool\nfinally:\n    os.abort()\n"
+    (tmp_path / "torch.py").write_text(text)
+    command = [sys.executable, "-m", "lrcompile", "model.pt"]
+    paths = os.pathsep.join(map(str, (tmp_path, ROOT, ROOT / "passes")))
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, check=False)
+    assert done.returncode == 130
+    assert done.stderr == "lrcompile: interrupted; what was not finished was not written\n"
 
 
 def test_model_with_a_state_dict_key_for_every_kept_layer(cwd: Path, capsys: pytest.CaptureFixture[str]) -> None:

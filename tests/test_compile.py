@@ -88,6 +88,7 @@ def test_skip_leaves_a_site_alone(mlp: Mlp) -> None:
     assert by_site["up"].decision == "kept"
     assert "--skip" in by_site["up"].reason
     assert by_site["down"].decision == "rewritten"
+    assert lrcompile.compile(mlp, (X,), target="v100", skip="up").report.sites[0].reason == by_site["up"].reason
     with pytest.raises(InputError, match=r"matches no site.*up"):
         lrcompile.compile(mlp, (X,), target="v100", skip=["nothing.*"])
 

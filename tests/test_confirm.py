@@ -113,6 +113,13 @@ def test_if_nothing_helps_the_original_is_returned(prepared: lrcompile.Prepared)
     assert len(machine.asked) <= TRIALS + 4
 
 
+def test_a_model_without_rewrites_is_not_found_slower_than_itself(prepared: lrcompile.Prepared) -> None:
+    left, measured, machine = confirmed(prepared, lrcompile.Budget(max_error=0.0), lambda split: 1.013)
+    assert left == set()
+    assert measured.overruled is None
+    assert (measured.ratio, len(machine.asked)) == (1.0, 1)
+
+
 def test_an_error_must_buy_time(prepared: lrcompile.Prepared) -> None:
     left, measured, _ = confirmed(prepared, lrcompile.Budget(), lambda split: 0.9 - 0.001 * len(split))
     assert left == set()

@@ -111,6 +111,8 @@ def test_nonsense_name_is_a_device_error(name: str) -> None:
         (r"value = 1530,", "value = nan,", "hardware.clock.value"),
         (r"value = 1530,", "value = inf,", "hardware.clock.value"),
         (r"value = 1530,", "value = 0,", "hardware.clock.value"),
+        (r"value = 1530,", f"value = 1{'0' * 400},", "hardware.clock.value"),
+        (r"value = 1530,", "value = 1e308,", "hardware.clock.value"),
         (r"value = 1530,", "value = true,", "hardware.clock.value"),
         (r"value = 1530,", 'value = "fast",', "hardware.clock.value"),
         (r'unit = "MHz"', 'unit = "GB/s"', "hardware.clock.unit"),
@@ -144,6 +146,12 @@ def test_bad_profile_names_file_and_key(tmp_path: Path, old: str, new: str, key:
         load_device(path)
     assert path in str(error.value)
     assert key in str(error.value)
+
+
+def test_a_profile_saved_with_a_byte_order_mark_is_read(tmp_path: Path) -> None:
+    path = Path(edited(tmp_path, "", ""))
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert load_device(str(path)).units == 80
 
 
 @pytest.mark.parametrize("content", [b"", b"x = ", b"\xff\xfe", b"kind = 'gpu'\n", b"dtype = 3\n"])

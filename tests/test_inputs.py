@@ -285,6 +285,7 @@ def test_calibration_files_agree(folder: Path, kind: str) -> None:
     arrays = {"x": torch.arange(40.0).reshape(10, 4), "ids": torch.arange(10)}
     saved(kind, arrays, "data")
     data = load_calibration("data", ["x", "ids"], 4)
+    assert load_calibration(Path("data"), ["x", "ids"], 4).digest == data.digest
     assert (len(data.batches), data.samples, data.source) == (2, 8, "data")
     assert all(list(batch) == ["x", "ids"] for batch in data.batches)
     assert torch.equal(data.batches[1]["x"], arrays["x"][4:8])

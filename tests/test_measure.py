@@ -263,6 +263,11 @@ UNSUPPORTED: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...], str]] = {
         (X3,),
         "relu_ writes into a value that others read",
     ),
+    "scale": (
+        lambda tape, x: tape(aten.scaled_dot_product_attention.default, x, x, x, scale=-1.0),
+        (X3,),
+        "a negative scale",
+    ),
     "data type": (of(aten.abs.default), (torch.zeros(2, dtype=torch.complex64),), "data type torch.complex64"),
 }
 
@@ -531,6 +536,16 @@ def test_what_onnx_runtime_cannot_open_is_predicted(tmp_path: Path) -> None:
     assert cost.sigma_s >= 0
     assert sum(model.fallbacks.values()) == 2
     assert model.measured == 0
+
+
+def test_what_memory_does_not_hold_is_predicted(monkeypatch: pytest.MonkeyPatch) -> None:
+    def open_region(region: LoweredRegion, threads: int | None = None) -> Callable[[], None]:
+        raise MemoryError("Unable to allocate 4.00 TiB")
+
+    monkeypatch.setattr("lrcompile.devices.measure.open_region", open_region)
+    model = LocalCostModel(cache_dir=None)
+    assert model.cost(gemm_op(8, 16, 32, "fp32")) == AnalyticCostModel(local_device()).cost(gemm_op(8, 16, 32, "fp32"))
+    assert model.fallbacks == {"ONNX Runtime: Unable to allocate 4.00 TiB": 1}
 
 
 def test_a_hopeless_candidate_is_not_measured(machine: FakeMachine) -> None:

@@ -19,8 +19,10 @@ from lrcompile_passes import PASSES, LowRankLinear
 from torch import nn
 
 import lrcompile
-from lrcompile.errors import InputError, PluginError
-from lrcompile.plugins import GROUP, configure, discover, select
+from lrcompile.errors import InputError, PassError, PluginError
+from lrcompile.graph.rewrite import Rewrite
+from lrcompile.passes import Pass, Stage
+from lrcompile.plugins import GROUP, configure, discover, given, select
 
 FIXTURE = Path(__file__).parent / "plugin"
 BUILTIN = EntryPoint("builtin", "lrcompile_passes:PASSES", GROUP)
@@ -112,6 +114,10 @@ BROKEN = {
     "import module_that_does_not_exist": "No module named 'module_that_does_not_exist'",
     "raise SystemExit('bye')": "SystemExit: bye",
     "def (": "SyntaxError",
+    "raise ImportError('no such library\\n\\nand a page of advice')": "ImportError: no such library",
+    "from lrcompile_plugin_example import FoldScale\nFoldScale = type('Mine', (FoldScale,), {'name': 'my,pass'})": (
+        "Mine is named 'my,pass'; expected letters and hyphens"
+    ),
     "": "has no attribute 'FoldScale'",
     "FoldScale = 3": "expected a Pass or a sequence of passes, got int",
     "FoldScale = [dict]": "expected a Pass or a sequence of passes, got type",
@@ -130,6 +136,7 @@ def test_broken_plugin_is_one_diagnostic(install: Install, module: Callable[[str
     (problem,) = found.problems
     assert problem.startswith("plugin 'aaa' of broken-plugin (broken_plugin:FoldScale) is left out: ")
     assert BROKEN[text] in problem
+    assert "\n" not in problem
 
 
 @pytest.mark.usefixtures("example")
@@ -155,6 +162,7 @@ def test_select() -> None:
     assert [p.name for p in select(PASSES, ["merge-siblings", " fold-batch-norm"])] == some
     assert [p.name for p in select(PASSES, ["-merge-siblings"])] == [n for n in everything if n != "merge-siblings"]
     assert select(PASSES, ["merge-siblings", "-merge-siblings"]) == ()
+    assert select(PASSES, "merge-siblings") == select(PASSES, ["merge-siblings"])
 
 
 @pytest.mark.parametrize("name", ["merge-sibling", "-merge-sibling"])
@@ -208,6 +216,78 @@ def test_options_that_may_be_none_are_set_by_words() -> None:
 def test_options_that_cannot_be_set(setting: str, problem: str) -> None:
     with pytest.raises(InputError, match=re.escape(problem)):
         configure(PASSES, [setting])
+
+
+def test_options_that_a_plugin_checks_itself() -> None:
+    @dataclass(frozen=True)
+    class Mine(LowRankLinear):
+        most: int = 1
+
+        def __post_init__(self) -> None:
+            if self.most < 0:
+                raise ValueError("most has to be 0 or more")
+
+    with pytest.raises(InputError, match=r"--option mine\.most=-1: most has to be 0 or more"):
+        configure([Mine()], ["mine.most=-1"])
+
+
+@pytest.mark.parametrize(
+    ("passes", "problem"),
+    [
+        (["low-rank-linear"], r"expected a Pass or a sequence of passes, got str; names are for select\("),
+        ("low-rank-linear", "got str"),
+        ([None], "got NoneType"),
+        ([LowRankLinear(), LowRankLinear(center=True)], "two are named 'low-rank-linear'"),
+    ],
+)
+def test_passes_given_from_python_that_are_none(passes: object, problem: str) -> None:
+    with pytest.raises(PluginError, match=problem):
+        lrcompile.compile(nn.Linear(4, 4).eval(), (torch.randn(2, 4),), passes=passes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("passes", [LowRankLinear, LowRankLinear(), [LowRankLinear], iter([LowRankLinear()])])
+def test_passes_given_from_python(passes: object) -> None:
+    assert given(passes) == (LowRankLinear(),)
+
+
+def _raises(*_: object) -> float:
+    raise SystemExit("no idea")
+
+
+def _fails(*_: object) -> None:
+    raise RuntimeError("no licence\n\nand a page of advice")
+
+
+FAULTY: list[tuple[dict[str, object], str]] = [
+    ({"propose": lambda *_: iter(["a"])}, r"at the graph: failed to propose: TypeError: .*got a str"),
+    ({"propose": _raises}, "at the graph: failed to propose: SystemExit: no idea"),
+    ({"propose": lambda *_: iter([Rewrite("", "a")])}, "the site of a rewrite is 'a'; expected a tuple"),
+    ({"propose": lambda *_: iter([Rewrite("", ("0",), {"w": torch.ones(1)})])}, "Tensor is not JSON serializable"),
+    (
+        {"propose": lambda *_: iter([Rewrite("", ("0",), {}, lambda: 1 / 0)])},
+        r"at 0: cannot tell the error of mine\(0\)",
+    ),
+    ({"apply": lambda *_: None}, r"at 0: mine\(0\) edits nothing"),
+    ({"apply": _fails}, r"RuntimeError: no licence; leave it out with --passes=-mine and report it$"),
+    ({"apply": _raises}, r"at 0: cannot apply mine\(0\): SystemExit: no idea"),
+    ({"remark": lambda *_: 1 / 0}, r"at 0: failed to remark on mine\(0\): ZeroDivisionError"),
+]
+
+
+@pytest.mark.parametrize(("parts", "problem"), FAULTY)
+def test_a_pass_that_breaks_its_contract_is_named(parts: dict[str, object], problem: str) -> None:
+    def split(self: Pass, rewriter: lrcompile.Rewriter, rewrite: Rewrite) -> None:
+        site, new = rewriter.site(), rewriter.context.constant(torch.ones(8, 2048)).new_zeros
+        inner, outer = nn.Linear(2048, 8, bias=False), nn.Linear(8, 2048, bias=False)
+        inner.weight, outer.weight = nn.Parameter(new(8, 2048)), nn.Parameter(new(2048, 8))
+        rewriter.replace_module(site, [inner, outer])
+
+    whole = {"propose": lambda *_: iter([Rewrite("", ("0",), {}, 0.1)]), "apply": split, "stage": Stage.FACTORIZE}
+    transform = dataclass(frozen=True)(type("Mine", (Pass,), whole | parts))()
+    model = nn.Sequential(nn.Linear(2048, 2048)).eval()
+    budget = lrcompile.Budget(size=0.5)
+    with pytest.raises(PassError, match=f"^pass mine {problem}" if problem.startswith("at") else problem):
+        lrcompile.compile(model, (torch.randn(64, 2048),), passes=[transform], budget=budget)
 
 
 @pytest.mark.usefixtures("example")

@@ -75,6 +75,27 @@ def test_each_is_smaller_and_learns_from_the_original() -> None:
             assert error == pytest.approx(figures["error"][1], rel=0.2)
 
 
+def test_the_one_that_loses_most_trains_longest() -> None:
+    """The length of so many trainings is shared in proportion to what each size costs at once, squared."""
+    lost = []
+    for size in (0.7, 0.5):
+        at_once = lrcompile.compile(net(), (torch.randn(8, WIDTH),), target="rpi5", budget=Budget(size=size))
+        lost.append(at_once.report.error["measured"] ** 2)
+    for given, what, low in (({"steps": 50}, "steps", 0), ({"steps": None, "minutes": 0.01}, "minutes", 1e-3)):
+        trained = [member.result.report.recovery for member in family((0.7, 0.5), **given)]
+        lengths = [figures["settings"][what] for figures in trained if figures is not None]
+        whole = 2 * (given[what] or 0)
+        assert sum(lengths) == pytest.approx(whole)
+        assert low < lengths[0] < lengths[1]
+        assert lengths[0] == pytest.approx(whole * lost[0] / sum(lost), rel=0.05, abs=0.5)
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+def test_next_to_no_training(steps: int) -> None:
+    trained = [member.result.report.recovery for member in family((0.7, 0.5), steps=steps)]
+    assert sum(figures["settings"]["steps"] for figures in trained if figures is not None) == 2 * steps
+
+
 def test_without_training_a_split_of_a_split_is_a_split() -> None:
     """Progressive without recovery is one-shot: the SVD of a product of factors is that of what they were cut from."""
     weight = torch.randn(40, 30, dtype=torch.float64)

@@ -212,6 +212,8 @@ def test_half_precision_and_other_outputs_are_refused(tmp_path: Path) -> None:
     result, given = compiled(Mlp)
     with pytest.raises(InputError, match=r"writes ONNX, got .*out\.pt2"):
         result.save(tmp_path / "out.pt2", quantize=Quantization(given))
+    with pytest.raises(InputError, match="max_error is -1"):
+        Quantization(given, max_error=-1)
     assert list(tmp_path.iterdir()) == []
 
 

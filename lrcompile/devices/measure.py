@@ -49,6 +49,7 @@ VECTOR_UNITS = {  # by the flags of x86, the widest first
     "amx_tile": "AMX", "avx512_vnni": "AVX-512 with VNNI", "avx512f": "AVX-512", "avx_vnni": "AVX2 with VNNI",
     "avx2": "AVX2",
 }  # fmt: skip
+UNMEASURABLE: tuple[type[Exception], ...] = (*ORT_ERRORS, MemoryError)
 LEAST_S = 2e-8  # what any operation takes, where noise hides it
 
 
@@ -188,7 +189,7 @@ class LocalCostModel:
     def _measured(self, key: str, regions: Sequence[LoweredRegion]) -> tuple[Timing, ...] | str:
         try:
             timings = measure([open_region(region, self.threads) for region in regions], self.clock, self.waited)
-        except ORT_ERRORS as error:
+        except UNMEASURABLE as error:
             lines = str(error).strip().splitlines()
             self._unmeasurable[key] = f"ONNX Runtime: {lines[0][:200] if lines else type(error).__name__}"
             return self._unmeasurable[key]

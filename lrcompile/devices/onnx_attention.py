@@ -7,14 +7,16 @@ import math
 import torch
 from torch import Tensor, fx
 
-from lrcompile.devices.onnx_graph import ATTENTION_OPSET, Arguments, Builder, tensor_of
+from lrcompile.devices.onnx_graph import ATTENTION_OPSET, Arguments, Builder, UnsupportedRegion, tensor_of
 
 
 def lower_attention(b: Builder, node: fx.Node, a: Arguments) -> str:
     """Scaled dot-product attention: one operator from `ATTENTION_OPSET` on, before that the operators it is made of."""
     query, key = tensor_of(a["query"]), tensor_of(a["key"])
     dtype, axes = query.dtype, key.dim()
-    factor = math.sqrt(a["scale"] if a["scale"] is not None else 1 / math.sqrt(query.shape[-1]))
+    scale = a["scale"] if a["scale"] is not None else 1 / math.sqrt(query.shape[-1])
+    if scale < 0:
+        raise UnsupportedRegion(node, "attention with a negative scale")
     q, k, v = (b.name(a[name], node) for name in ("query", "key", "value"))
     if b.region.opset >= ATTENTION_OPSET and query.dim() == 4:
         mask_input = [b.name(a["attn_mask"], node)] if a["attn_mask"] is not None else []
@@ -30,8 +32,8 @@ def lower_attention(b: Builder, node: fx.Node, a: Arguments) -> str:
     k = b.emit("Transpose", k, perm=[0, 2, 1] if axes > 2 else [1, 0])
     if axes > 3:
         k = b.reshape(k, turned, node)
-    scale = b.constant(factor, dtype, node)
-    scores = b.emit("MatMul", b.emit("Mul", q, scale), b.emit("Mul", k, scale))
+    factor = b.constant(math.sqrt(scale), dtype, node)
+    scores = b.emit("MatMul", b.emit("Mul", q, factor), b.emit("Mul", k, factor))
     mask, boolean = _mask(b, node, a, query, key)
     weights = b.emit("Softmax", b.emit("Add", scores, mask) if mask else scores, axis=-1)
     if boolean:

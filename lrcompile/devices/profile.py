@@ -54,7 +54,7 @@ def load_device(name_or_path: str) -> Device:
             )
         path = _profile_folder() / f"{name_or_path}.toml"
     try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
+        document = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise DeviceError(f"device profile {path} cannot be read: {error.strerror or error}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -65,6 +65,14 @@ def load_device(name_or_path: str) -> Device:
 def _profile_folder() -> Path:
     installed = Path(str(importlib.resources.files("lrcompile"))) / "hardware_profiles"
     return installed if installed.is_dir() else Path(__file__).resolve().parents[2] / "hardware_profiles"
+
+
+def _number(value: Any) -> float:
+    """A number of a profile; infinite where it has no float, NaN where it is none."""
+    try:
+        return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+    except OverflowError:
+        return math.inf
 
 
 _OPTIONAL = ("lacks", "fuses", "residuals", "network")
@@ -208,20 +216,20 @@ class _Reader:
         self.keys(place, table, ("source", "distance", "reach", "spread", "noise", "points"))
         if table["distance"] not in DISTANCES:
             raise self.error(f"{place}.distance", f"one of {', '.join(DISTANCES)}", repr(table["distance"]))
-        for key in ("spread", "noise"):
-            if not isinstance(table[key], int | float) or not 0 < table[key] < math.inf:
+        spread, noise = (_number(table[key]) for key in ("spread", "noise"))
+        for key, value in (("spread", spread), ("noise", noise)):
+            if not 0 < value < math.inf:
                 raise self.error(f"{place}.{key}", "a finite number above 0", repr(table[key]))
         reach, rows = (self.rows(place, table, key, n) for key, n in (("reach", width), ("points", width + 1)))
         if len(reach) != 1 or not (reach > 0).all():
             raise self.error(f"{place}.reach", f"{width} finite numbers above 0", "something else")
         self.source(place, table)
-        spread, noise = float(table["spread"]), float(table["noise"])
         return Residuals(rows[:, :-1], rows[:, -1], reach[0], spread, noise, table["distance"])
 
     def rows(self, place: str, table: Mapping[str, Any], key: str, width: int) -> np.ndarray:
         try:
             found = np.array(table[key], dtype=float).reshape(-1, width)
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, OverflowError):
             found = np.array([[math.nan]])
         if not np.isfinite(found).all():
             raise self.error(f"{place}.{key}", f"rows of {width} finite numbers", "something else")
@@ -277,12 +285,13 @@ class _Reader:
         if entry["unit"] not in tuple(units):
             raise self.error(f"{where}.{key}.unit", f"one of {', '.join(units)}", repr(entry["unit"]))
         value = entry["value"]
-        number = float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
-        if not math.isfinite(number) or number < least or number > most or (number == 0 and not zero):
+        number = _number(value)
+        scaled = number * units[entry["unit"]]
+        if not math.isfinite(scaled) or number < least or number > most or (number == 0 and not zero):
             bounds = "a finite number " + (f"of at least {least:g}" if zero or least else "above 0")
             limit = f" and at most {most:g}" if most < math.inf else ""
             raise self.error(f"{where}.{key}.value", bounds + limit, repr(value))
-        return number * units[entry["unit"]]
+        return scaled
 
     def whole(self, table: Mapping[str, Any], where: str, key: str) -> int:
         value = self.figure(table, where, key, "count")

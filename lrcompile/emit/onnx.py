@@ -6,8 +6,8 @@ import logging
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -130,18 +130,12 @@ def lower(
     Of the `open_axes` of the flat inputs the first is called "batch", and others after an input, such as "image_2".
     `opset` is 20 unless given, or 22 where a value is bfloat16; from 23 on attention is one operator.
 
+    Sizes are fixed, with a note, where torch cannot express the graph with open ones.
+
     Raises:
         InputError: torch cannot express the graph in ONNX, or the opset its operators in their type.
     """
-    graphs = [part for part in gm.modules() if isinstance(part, fx.GraphModule)]  # those under torch.autocast too
-    nodes = [(part, node) for part in graphs for node in part.graph.nodes]
-    values = pytree.tree_leaves([node.meta.get("val") for _, node in nodes])
-    bfloat16 = any(isinstance(value, torch.Tensor) and value.dtype == torch.bfloat16 for value in values)
-    opset = opset or (BFLOAT16_OPSET if bfloat16 else OPSET)
-    if bfloat16 and opset < BFLOAT16_OPSET and any(_slides(part, node) for part, node in nodes):
-        raise InputError(
-            f"opset {opset} has no convolutions and pooling of bfloat16; give --opset {BFLOAT16_OPSET} or a later one"
-        )
+    opset = opset_of(gm, opset)
     notes: list[str] = []
     outputs = _tensors(output_names, pytree.tree_leaves(list(gm.graph.output_node().args)), "output", notes)
     inputs = _tensors(input_names, pytree.tree_leaves((args, dict(kwargs))), "input", notes)
@@ -158,6 +152,14 @@ def lower(
             RemoveUnusedNodesPass()(converted.model)
             _round_folded(converted.model.graph)
         except (torch.onnx.errors.OnnxExporterError, ir.passes.PassError) as error:
+            if any(kept):  # an open size where an operator takes a number: the groups of a convolution, say
+                with suppress(InputError):
+                    fixed = tuple(() for _ in kept)
+                    closed = lower(
+                        gm, args, kwargs,
+                        input_names=input_names, output_names=output_names, open_axes=fixed, opset=opset,
+                    )  # fmt: skip
+                    return replace(closed, notes=(*closed.notes, *fixed_sizes(input_names, open_axes, fixed)))
             raise InputError(
                 f"torch.onnx cannot express the model in ONNX: {_reason(error)}; "
                 "write a folder or a .pt2 archive instead"
@@ -168,6 +170,24 @@ def lower(
     _name_open(model, _names_of_symbols(program, input_names, is_shared))
     ins, outs = _rename(model.graph, inputs, outputs)
     return OnnxModel(model, ins, outs, kept, tuple(notes))
+
+
+def opset_of(gm: fx.GraphModule, asked: int | None) -> int:
+    """The opset that a graph is written in.
+
+    Raises:
+        InputError: the one asked for has no operators in the graph's type.
+    """
+    graphs = [part for part in gm.modules() if isinstance(part, fx.GraphModule)]  # those under torch.autocast too
+    nodes = [(part, node) for part in graphs for node in part.graph.nodes]
+    values = pytree.tree_leaves([node.meta.get("val") for _, node in nodes])
+    bfloat16 = any(isinstance(value, torch.Tensor) and value.dtype == torch.bfloat16 for value in values)
+    opset = asked or (BFLOAT16_OPSET if bfloat16 else OPSET)
+    if bfloat16 and opset < BFLOAT16_OPSET and any(_slides(part, node) for part, node in nodes):
+        raise InputError(
+            f"opset {opset} has no convolutions and pooling of bfloat16; give --opset {BFLOAT16_OPSET} or a later one"
+        )
+    return opset
 
 
 @cache

@@ -90,15 +90,19 @@ def check_onnx(path: str | Path | None) -> None:
         raise InputError(f"--quantize int8 writes ONNX, got {got}; give --out with a name that ends in .onnx")
 
 
-def check_opset(opset: int | None) -> int | None:
+def check_opset(opset: int | None, gm: fx.GraphModule) -> int | None:
     """The version of ONNX operators asked for.
 
     Raises:
-        InputError: torch does not write it.
+        InputError: torch does not write it, or it has no operators in the type of the graph.
     """
-    if opset is not None and opset not in OPSETS:
+    if opset is None:
+        return None
+    if opset not in OPSETS:
         raise InputError(f"--opset {opset} cannot be written; expected {OPSETS[0]} to {OPSETS[-1]}, or nothing for 20")
-    return opset
+    from lrcompile.emit.onnx import opset_of
+
+    return opset_of(gm, opset)
 
 
 def write_text(path: str | Path, text: str) -> None:

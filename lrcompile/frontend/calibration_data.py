@@ -84,7 +84,7 @@ class CalibrationData:
 
 
 def load_calibration(
-    text: str,
+    text: str | Path,
     input_names: Sequence[str],
     batch: int,
     *,
@@ -101,7 +101,7 @@ def load_calibration(
     Raises:
         InputError: the data cannot be read, do not fit the names, hold no full batch, or hold NaN or infinity.
     """
-    path = Path(text)
+    text, path = str(text), Path(text)
     if is_attribute_path(text) and not exists(path):
         loader = import_attribute(text)
         content = loader if isinstance(loader, Iterable) and not callable(loader) else call(loader, text)
@@ -213,6 +213,8 @@ def _read_numpy(file: IO[bytes], path: Path) -> Any:
     try:
         loaded = np.load(file, allow_pickle=False)
         return loaded if isinstance(loaded, np.ndarray) else {name: loaded[name] for name in loaded.files}
+    except MemoryError as error:
+        raise InputError(f"{path} claims more than memory holds ({first_line(error)}); give fewer samples") from error
     except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         if "allow_pickle" in str(error):
             raise InputError(

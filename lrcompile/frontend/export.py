@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import keyword
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -66,6 +67,20 @@ def check_call(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
             f"the model does not take these inputs: {error}; forward takes {signature}, got {len(args)} by position"
             + (f" and {', '.join(kwargs)} by name" if kwargs else "")
         ) from error
+
+
+def check_names(kwargs: Mapping[str, Any]) -> None:
+    """Refuses names of inputs that torch cannot write code with, as `**inputs` may have.
+
+    Raises:
+        InputError: one is no Python identifier, or is a word of Python.
+    """
+    for name in kwargs:
+        if not name.isidentifier() or keyword.iskeyword(name) or name == "self":
+            raise InputError(
+                f"the model takes an input named {name!r}, which torch.export cannot write as a name in Python; give "
+                "it another name, or let forward take a dictionary in place of **"
+            )
 
 
 def batch_size(flat: Sequence[Any]) -> int | None:

@@ -27,6 +27,7 @@ from lrcompile.frontend.export import (
     batch_axes,
     batch_size,
     check_call,
+    check_names,
     export,
     input_values,
     open_axes,
@@ -130,6 +131,7 @@ def _traced(
         program = _convert_torchscript(program, args)
     if batch_size(pytree.tree_leaves((args, kwargs))) == 0:
         raise InputError("the example inputs hold no sample, so no rewrite can be checked; give one or more samples")
+    check_names(kwargs)
     if isinstance(program, ExportedProgram):
         exported, kept = program, open_axes(program)
         reference: Any = program.module(check_guards=False)  # guards are source text, of what the inputs hold
@@ -217,7 +219,8 @@ def run(gm: fx.GraphModule, flat: Sequence[Any]) -> tuple[Any, ...]:
 
 
 def at_other_batch(gm: fx.GraphModule, flat: Sequence[Any], size: int) -> list[Any]:
-    """Inputs of `size` samples with three or two, or with twice as many where the graph takes multiples of a number.
+    """Inputs of `size` samples with three or two, or first with twice as many where sizes are divided: export may then
+    have left open no other than multiples of a number, even if the graph itself runs on others.
 
     Repeated rows are rolled, so that they differ, unless the graph does not run on those, as where columns are indices
     of different tables, or makes NaN of them.
@@ -226,7 +229,7 @@ def at_other_batch(gm: fx.GraphModule, flat: Sequence[Any], size: int) -> list[A
     divides = any("//" in text for node in gm.graph.nodes for text in node.meta.get("sizes", ()))
     inputs_are = [node.meta.get("sizes", ()) for node in gm.graph.find_nodes(op="placeholder")]
     divides |= any("*" in size for sizes in inputs_are for size in sizes[:1])  # multiples of a number
-    sizes = (few, 2 * size) if divides else (few,)  # where nothing is divided, export knew the sizes
+    sizes = (2 * size, few) if divides else (few,)  # where nothing is divided, export knew the sizes
     inputs: list[Any] = []
     for count, rolls in itertools.product(sizes, (True, False)):
         inputs = [resized(value, count, rolls) for value in flat]

@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # strategies search within budgets
 DEFAULT_MAX_ERROR = 0.05
 DEFAULT_CONFIDENCE = 0.8
 STRATEGY_NAMES = ("milp", "beam", "latency-step", "energy", "uniform")
+LEAST_BARE_BYTES = 1000  # less, without a unit, was meant to be something else
 EXACT_ERROR = 1e-5  # what exact rewrites may show in single precision
 
 
@@ -147,6 +148,8 @@ def parse_size(text: str) -> float:
         raise InputError(f"--size got {text!r}, which is more than all of the original; {expected}")
     if unit == "%":
         return number / 100
+    if not unit and 1 < number < LEAST_BARE_BYTES:
+        raise InputError(f"--size got {text!r}, which is neither a share nor has a unit; {expected}")
     if not unit:
         return number
     power = {"b": 0, "k": 1, "m": 2, "g": 3}[unit[0]]
@@ -154,6 +157,21 @@ def parse_size(text: str) -> float:
     if size_bytes <= 1:
         raise InputError(f"--size got {text!r}, which leaves no model; {expected}")
     return size_bytes
+
+
+def parse_sizes(text: str) -> list[float]:
+    """The falling shares of a family of models, "0.8,0.6,0.4".
+
+    Raises:
+        InputError: one is no share, or does not fall.
+    """
+    try:
+        sizes = [parse_size(word) for word in text.split(",")]
+    except InputError:
+        sizes = []
+    if not sizes or any(not 0 < size < 1 for size in sizes) or sizes != sorted(set(sizes), reverse=True):
+        raise InputError(f"--progressive got {text!r}; expected falling shares of the original, such as 0.8,0.6,0.4")
+    return sizes
 
 
 def parse_latency(text: str) -> float:

@@ -96,11 +96,13 @@ class Plan:
         """
         try:
             data = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise PlanError(f"{source} is not JSON ({error}); expected a file written by --plan-out") from error
         if not isinstance(data, dict) or data.get("schema") != SCHEMA:
             got = data.get("schema") if isinstance(data, dict) else type(data).__name__
             raise PlanError(f"{source} is no plan of schema {SCHEMA} (got {got}); write a new one with --plan-out")
+        if "points" in data or "latency_ms" in data:
+            raise PlanError(f"{source} is a report or a front, not a plan; expected a file written by --plan-out")
         try:
             return cls(
                 target=data["target"],
@@ -127,16 +129,17 @@ class Plan:
             ) from error
 
     @classmethod
-    def load(cls, path: Path) -> Plan:
+    def load(cls, path: str | Path) -> Plan:
         """The plan in a file.
 
         Raises:
             PlanError: the file cannot be read or is no plan.
         """
         try:
-            return cls.loads(path.read_text(encoding="utf-8"), str(path))
-        except (OSError, UnicodeDecodeError) as error:
-            raise PlanError(f"cannot read plan {path}: {error}") from error
+            return cls.loads(Path(path).read_text(encoding="utf-8"), str(path))
+        except (OSError, ValueError) as error:  # a byte that is no text, or a null byte in the name
+            why = error.strerror if isinstance(error, OSError) else "it is no text"
+            raise PlanError(f"cannot read plan {path}: {why}; expected a file written by --plan-out") from error
 
     def check_ranks(self, max_rank: int | None, io_rank: int | None) -> None:
         """Refuses limits that the plan was not made with; None asks for none.

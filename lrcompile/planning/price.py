@@ -25,6 +25,7 @@ from lrcompile.graph.graph import Graph, attribute, owners, read_by_strides, set
 from lrcompile.graph.rewrite import Refusal, Rewrite, set_module
 from lrcompile.passes import Context, Pass, ShapesOnly, Stage, apply, proposals
 
+SIBLINGS = 4  # layers on either side of one that reads the same value, with which what it is split into is tried
 Family = tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...]
 
 
@@ -88,11 +89,15 @@ _Outcome = tuple[tuple[Rewrite, ...], Priced, tuple[int, ...]]  # what follows, 
 
 @dataclass(frozen=True, eq=False)
 class _Trial:
-    """A rewritten copy of a region: the names of all nodes that went or changed, and of the new ones still there."""
+    """A rewritten copy of a region: the names of all nodes that went or changed, and of the new ones still there.
+
+    `parts` are the paths of the layers that each split made, with what they were merged into in their place.
+    """
 
     graph: Graph
     touched: frozenset[str] = frozenset()
     created: frozenset[str] = frozenset()
+    parts: tuple[frozenset[str], ...] = ()
 
 
 def price(
@@ -231,15 +236,14 @@ class _Trials:
     ) -> Iterator[Rewrite]:
         """The FUSE rewrites of what a chain made, together with sites around it."""
         made = _modules_made(trial)
-        split = [rewrite for rewrite in chain if self.passes[rewrite.pass_name].stage is not Stage.FUSE]
         for transform in fuse:
             for follow in list(proposals(trial.graph, transform, self.trial_context)):
                 if isinstance(follow, Refusal) or not made & set(follow.site):
                     continue
                 if not all(site in made or site in region.open for site in follow.site):
                     continue
-                if len(split) == 1 and made <= set(follow.site):
-                    continue  # it would put together again what the rewrite took apart
+                if any(len(part) > 1 and part <= set(follow.site) for part in trial.parts):
+                    continue  # it would put together again what a rewrite took apart
                 yield follow
 
     def continuations(
@@ -259,14 +263,22 @@ class _Trials:
     def applied(self, start: _Trial, rewrites: Iterable[Rewrite]) -> _Trial:
         """A copy of a trial with more rewrites applied."""
         graph = _copied(start.graph)
-        touched, created = set(start.touched), set(start.created)
+        touched, created, parts = set(start.touched), set(start.created), list(start.parts)
         for rewrite in rewrites:
+            before = {node.name for node in graph.nodes}
             with torch.device("meta"):
                 rewriter = apply(graph, self.passes[rewrite.pass_name], rewrite, self.trial_context)
             new = {node.name for node in rewriter.created}
             touched |= new | set(rewriter.erased)
             created |= new
-        return _Trial(graph, frozenset(touched), frozenset(created & {node.name for node in graph.nodes}))
+            fresh = [node for node in rewriter.created if node.name not in before]
+            layers = frozenset(str(node.target) for node in fresh if node.op == "call_module")
+            if self.passes[rewrite.pass_name].stage is Stage.FUSE:
+                parts = [part.difference(rewrite.site) | layers if part & set(rewrite.site) else part for part in parts]
+            else:
+                parts.append(layers)
+        created &= {node.name for node in graph.nodes}
+        return _Trial(graph, frozenset(touched), frozenset(created), tuple(parts))
 
     def compared(self, region: _Region, after: Graph) -> Priced:
         """(cost before, cost after, bytes saved); pairs of the same structure are priced once."""
@@ -290,7 +302,7 @@ class _Trials:
         return self.regions[key]
 
     def neighbourhood(self, chain: Iterable[Rewrite]) -> set[fx.Node]:
-        """The nodes of a chain's sites and on the way between them, their layers' siblings, and what reads them."""
+        """The nodes of a chain's sites and between them, their layers' near siblings, and what reads them."""
         nodes: set[fx.Node] = set()
         for rewrite in chain:
             for site in rewrite.site:
@@ -303,9 +315,16 @@ class _Trials:
             for source in node.all_input_nodes:
                 if source.op == "call_module":
                     nodes.add(source)
-                nodes.update(user for user in source.users if user.op == "call_module")
+                siblings = [user for user in source.users if user.op == "call_module"]
+                nodes.update(self.nearest(node, siblings))
             nodes.update(user for user in node.users if user.op in ("call_module", "call_function"))
         return nodes
+
+    def nearest(self, node: fx.Node, siblings: Sequence[fx.Node]) -> Sequence[fx.Node]:
+        """A node and at most `SIBLINGS` on either side, in graph order: with all, work grows with their square."""
+        ordered = sorted({*siblings, node}, key=self.places.__getitem__)
+        i = ordered.index(node)
+        return ordered[max(0, i - SIBLINGS) : i + SIBLINGS + 1]
 
     def between(self, nodes: set[fx.Node]) -> set[fx.Node]:
         """The nodes on every way from one of some nodes to another."""

@@ -51,6 +51,9 @@ class Quantization:
     max_error: float | None = None
     original: Traced | None = None
 
+    def __post_init__(self) -> None:
+        Budget(max_error=self.max_error)  # refuses what is no limit
+
 
 def check_float32(given: Iterable[Tensor], dtype: str | None = None) -> None:
     """Refuses to quantise anything but single precision.
@@ -176,7 +179,7 @@ class _File:
         if not self.local:
             notes.append("the latency of the int8 file was not predicted: measure it")
         else:
-            self.progress("measure int8", 0, 0)
+            self.progress("confirm", 0, 0)
             against = paired(self.path, choice.model, inputs=self.example, seconds=SECONDS)
             of_original = self._of_original(choice.model)
             figures["latency_ms"] = _latency(against, of_original)

@@ -136,7 +136,8 @@ class _Training:
         if not self._resumed():
             self._begin()
         order = self._order()
-        every = max(1, state.steps // JUDGEMENTS)
+        judged = sum(len(batch) for batch in self.samples.judging)
+        every = max(1, state.steps // JUDGEMENTS, judged // self.samples.size)  # judges no more than it trains on
         while state.step < state.steps and not state.done and (done := self._share_done()) < 1:
             self.progress("recover", state.step, state.steps)
             if state.place >= len(order):

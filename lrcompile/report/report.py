@@ -169,7 +169,7 @@ def latency_figures(kind: str, before: Cost, after: Cost, sigma_s: float | None 
     return {
         "before": before.latency_s * 1e3,
         "after": after.latency_s * 1e3,
-        "speedup": before.latency_s / max(after.latency_s, 1e-12),
+        "speedup": before.latency_s / max(after.latency_s, 1e-12) if before.latency_s else 1.0,
         "kind": kind,
         "sigma": (abs((before - after).sigma_s) if sigma_s is None else sigma_s) * 1e3,
     }

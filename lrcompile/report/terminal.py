@@ -13,10 +13,12 @@ if TYPE_CHECKING:  # they import torch, which takes seconds
     from lrcompile.devices.bench import BenchResult
     from lrcompile.report.report import Decision, Report
 
+NARROW = 100  # columns below which a table of sites has no room for their names and for why
+
 
 def print_report(console: Console, report: Report) -> None:
     """Prints the decision table, the totals and the notes."""
-    console.print(decision_table(report.sites))
+    print_decisions(console, report.sites)
     model, latency, error = report.model, report.latency_ms, report.error
     kind = latency["kind"] if latency["kind"] == "measured" else f"predicted, {latency['kind']}"
     console.print(
@@ -84,8 +86,21 @@ def metric_line(metric: Mapping[str, Any]) -> str:
     )
 
 
-def decision_table(sites: Sequence[Decision]) -> Table:
-    """One row a site: what was decided, at which rank, error and latency, and why not."""
+def print_decisions(console: Console, sites: Sequence[Decision]) -> None:
+    """Prints what was decided for each site, at which rank, error and latency, and why not: a row, or two lines."""
+    if console.width >= NARROW:
+        console.print(_decision_table(sites))
+        return
+    for row in sites:
+        figures = (
+            _ms(row.latency_ms_before, row.latency_ms_after), _figure(row.error, "error {:.3g}"),
+            _figure(row.p_faster, "P(faster) {:.2f}"), row.reason,
+        )  # fmt: skip
+        console.print(f"{row.site}  {row.op}: {_choice(row)}", style="bold" if row.decision == "rewritten" else "dim")
+        console.print("  " + ", ".join(filter(None, figures)))
+
+
+def _decision_table(sites: Sequence[Decision]) -> Table:
     table = Table(box=None, header_style="bold", pad_edge=False)
     for name in ("site", "layer", "choice"):
         table.add_column(name, overflow="fold")
@@ -93,9 +108,8 @@ def decision_table(sites: Sequence[Decision]) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("why", overflow="fold")
     for row in sites:
-        choice = row.decision if row.pass_name is None else f"{row.pass_name} {_options(row.params)}".strip()
         table.add_row(
-            row.site, row.op, choice, _figure(row.error), _figure(row.latency_ms_before, "{:.4f}"),
+            row.site, row.op, _choice(row), _figure(row.error), _figure(row.latency_ms_before, "{:.4f}"),
             _figure(row.latency_ms_after, "{:.4f}"), _figure(row.p_faster, "{:.2f}"), row.reason,
             style=None if row.decision == "rewritten" else "dim",
         )  # fmt: skip
@@ -104,7 +118,22 @@ def decision_table(sites: Sequence[Decision]) -> Table:
 
 def print_site(console: Console, site: Decision) -> None:
     """Prints everything that was considered for one site."""
-    chosen = f"{site.pass_name} {_options(site.params)}" if site.pass_name else site.decision
+    console.print(Text.assemble((site.site, "bold"), f"  {site.op}: {_choice(site)}"))
+    console.print(f"why       {site.reason}")
+    if site.alternatives and console.width >= NARROW:
+        console.print(_alternatives_table(site))
+        return
+    for item in site.alternatives:
+        figures = (
+            _ms(item["latency_ms_before"], item["latency_ms_after"]) + f" ± {item['sigma_ms']:.4f}",
+            _figure(item["error"], "error {:.3g}"), f"P(faster) {item['p_faster']:.2f}",
+            f"{item['bytes_saved'] / 1e6:.3f} MB saved",
+        )  # fmt: skip
+        console.print("; ".join(item["rewrites"]))
+        console.print("  " + ", ".join(filter(None, figures)))
+
+
+def _alternatives_table(site: Decision) -> Table:
     table = Table(
         box=None, header_style="bold", pad_edge=False, title="considered, fastest first", title_justify="left"
     )
@@ -117,10 +146,7 @@ def print_site(console: Console, site: Decision) -> None:
             _figure(item["latency_ms_after"], "{:.4f}"), _figure(item["sigma_ms"], "{:.4f}"),
             _figure(item["p_faster"], "{:.2f}"), _figure(item["bytes_saved"] / 1e6, "{:.3f}"),
         )  # fmt: skip
-    console.print(Text.assemble((site.site, "bold"), f"  {site.op}: {chosen}"))
-    console.print(f"why       {site.reason}")
-    if site.alternatives:
-        console.print(table)
+    return table
 
 
 def print_front(console: Console, figures: Mapping[str, Any], asked: int) -> None:
@@ -187,6 +213,14 @@ def simple_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table
     for row in rows:
         table.add_row(*row)
     return table
+
+
+def _choice(site: Decision) -> str:
+    return site.decision if site.pass_name is None else f"{site.pass_name} {_options(site.params)}".strip()
+
+
+def _ms(before: float | None, after: float | None) -> str:
+    return "" if before is None or after is None else f"{before:.4f} → {after:.4f} ms"
 
 
 def _options(params: Mapping[str, Any]) -> str:

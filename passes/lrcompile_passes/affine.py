@@ -101,15 +101,15 @@ def out_of_step(shift: Tensor | None, dtype: torch.dtype) -> str | None:
 
 
 def cancels(what: str, taken: Tensor, left: Tensor, dtype: torch.dtype) -> str | None:
-    """Why what is `taken` away behind a layer cannot go into it, or None: W′x + b′ cancels elsewhere than Wx + b − t.
+    """Why what is `taken` away behind a layer cannot go into it, or None: W′x + b′ rounds elsewhere than Wx + b − t.
 
-    Rounding grows with what is taken over what is `left`, about. Half precision is looked at as a whole, by what all
-    exact rewrites come to.
+    Rounding shows by what is taken over what is `left` of the layer, about, or what there was of it before. Half
+    precision is looked at as a whole, by what all exact rewrites come to.
     """
     times, limit = float(taken.norm() / left.norm().clamp_min(1e-30)), LARGEST_SHIFT.get(dtype, 0.0)
     if dtype in (torch.float16, torch.bfloat16) or times <= limit:
         return None
-    return f"what {what} takes away is {times:.3g} times what it leaves, at most {limit:g}: rounding would show"
+    return f"what {what} takes away is {times:.3g} times what is beside it, at most {limit:g}: rounding would show"
 
 
 def rounds_again(scale: Tensor | None, dtype: torch.dtype) -> str | None:

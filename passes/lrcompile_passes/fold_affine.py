@@ -116,8 +116,9 @@ def _after(
             kind = module.weight.dtype
             reason = rounds_again(affine.scale, kind) or out_of_range(weight, bias, kind)
             if affine.shift is not None and bias is not None:
-                left = torch.cat([weight.flatten(), bias])  # of inputs of about one
-                reason = reason or cancels("the constant", affine.shift.expand_as(bias), left, kind)
+                shift = affine.shift.expand_as(bias)
+                for beside in (bias, bias - shift):  # with the constant, and without: of inputs of about one
+                    reason = reason or cancels("the constant", shift, torch.cat([weight.flatten(), beside]), kind)
         if reason is not None:
             yield site.refuse(reason)
             return

@@ -319,6 +319,15 @@ def test_what_would_cancel_is_not_folded(bias: float, folds: bool) -> None:
     assert len(shifted) == 1
 
 
+@pytest.mark.parametrize(("constant", "folds"), [(5.0, True), (5000.0, False)])
+def test_a_constant_beside_which_the_layer_is_small_is_not_folded(constant: float, folds: bool) -> None:
+    layer = nn.Linear(300, 8, bias=False)  # sums so long add to a bias in another order than to a constant behind it
+    model, x = Around(layer, lambda m, x: (m.layer(x) - constant).relu() - constant), torch.randn(3, 300)
+    _, applied, refused = folded(common.exported(model, x))
+    assert bool(applied) == folds
+    assert folds or refused["layer"].startswith("what the constant takes away is")
+
+
 def test_what_is_no_constant_step() -> None:
     x = torch.randn(3, 4)
     for use in (
