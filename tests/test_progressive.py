@@ -141,7 +141,7 @@ def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
         (["--progressive", "0.5,0.7", "--out", "x.onnx", "--recover", "5"], "expected falling shares"),
         (["--progressive", "0.5", "--out", "x.onnx", "--recover", "5", "--size", "0.5"], "leave out --size"),
         (["--progressive", "0.5,0.4999999", "--out", "x.onnx", "--recover", "5"], "it is the file of a size of 0.5;"),
-        (["--progressive", "half", "--out", "x.onnx", "--recover", "5"], "expected a share"),
+        (["--progressive", "half", "--out", "x.onnx", "--recover", "5"], "got 'half'; expected falling shares"),
         (["--progressive", "0.5", "--out", "./", "--recover", "5"], "cannot write ./: --progressive writes a file"),
         (["--progressive", "0.5", "--out", "..", "--recover", "5"], "give a name, such as --out small.onnx"),
     ):

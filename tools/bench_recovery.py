@@ -231,7 +231,10 @@ def _cut(layer: nn.Module, rank: int) -> float:
 
 
 def progressive(seeds: int, steps: int, sizes: Sequence[float]) -> Iterator[str]:
-    """Perplexity of a family's members, and of one split to the size of the last, trained as long as the family."""
+    """Perplexity of a family's members, and of one split to the size of the last, trained as long as the family.
+
+    Both are chosen for the divergence of the distributions of the next token.
+    """
     model = novels.trained_on_novels(say=lambda line: print(line, file=sys.stderr, flush=True))
     train, unseen = novels.windows()
     tokens, judged = train[:, :-1], unseen[:: max(1, len(unseen) // 256)]
@@ -242,8 +245,8 @@ def progressive(seeds: int, steps: int, sizes: Sequence[float]) -> Iterator[str]
     options: dict[str, Any] = {"target": TARGET, "calibration": data(tokens[:256])}
     count = sum(p.numel() for p in model.parameters())
     perplexity = novels.perplexity(model, judged)
-    yield f"GPT of {count:,} parameters, perplexity {perplexity:.3f} on {len(judged)} unseen windows; each"
-    yield f"training {steps} steps of 16 windows, from the original alone, rate 0.001; {seeds} seeds."
+    yield f"GPT of {count:,} parameters, perplexity {perplexity:.3f} on {len(judged)} unseen windows, `--measure kl`;"
+    yield f"{len(sizes) * steps} steps of 16 windows, from the original alone, rate 0.001; {seeds} seeds."
     yield ""
     yield "| seed | " + " | ".join(f"{size:.0%} of the bytes" for size in sizes) + f" | {sizes[-1]:.0%} in one go |"
     yield "|---|" + "---|" * (len(sizes) + 1)
@@ -251,9 +254,10 @@ def progressive(seeds: int, steps: int, sizes: Sequence[float]) -> Iterator[str]
     for seed in range(seeds):
         how: dict[str, Any] = {"rate": 1e-3, "batch": 16, "seed": seed, "refit": False, "outputs": "kl"}
         family = lrcompile.progressive(
-            model, (tokens[:8],), sizes=sizes, recovery=Recovery(steps=steps, **how), data=data(tokens[256:]), **options
-        )
-        once = lrcompile.compile(model, (tokens[:8],), budget=Budget(size=sizes[-1]), **options)
+            model, (tokens[:8],), sizes=sizes, recovery=Recovery(steps=steps, **how), data=data(tokens[256:]),
+            budget=Budget(size=sizes[0], measure="kl"), **options,
+        )  # fmt: skip
+        once = lrcompile.compile(model, (tokens[:8],), budget=Budget(size=sizes[-1], measure="kl"), **options)
         untrained = novels.perplexity(once.model, judged)
         once = lrcompile.recover(once, data(tokens[256:]), steps=len(sizes) * steps, **how)
         row = [novels.perplexity(result.model, judged) for result in (*(member.result for member in family), once)]
@@ -261,8 +265,10 @@ def progressive(seeds: int, steps: int, sizes: Sequence[float]) -> Iterator[str]
         yield f"| {seed} | " + " | ".join(f"{value:.2f}" for value in row) + " |"
     means = [statistics.mean(column) for column in zip(*table, strict=True)]
     yield "| mean | " + " | ".join(f"{value:.2f}" for value in means) + " |"
+    lengths = [member.result.report.recovery["steps"] for member in family if member.result.report.recovery]
     yield ""
-    yield f"Before its training the one that is cut in one go has a perplexity of {untrained:.2f}."
+    yield f"The members train {', '.join(map(str, lengths))} steps. The one that is cut in one go has a perplexity of"
+    yield f"{untrained:.2f} before its training."
 
 
 def device(steps: int) -> Iterator[str]:
