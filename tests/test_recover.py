@@ -277,6 +277,7 @@ def test_a_loss_that_stays_no_number_ends_it(compiled: Result, tmp_path: Path, m
         ({"steps": -1}, "steps is -1; expected a number of at least 0"),
         ({"minutes": math.nan}, "minutes is nan"),
         ({"steps": 5, "ema": 1.0}, "ema is 1.0; expected a number from 0"),
+        ({"steps": 2.5}, "steps is 2.5; expected a whole number"),
         ({"steps": 5, "batch": 16.0}, "batch is 16.0; expected a whole number"),
         ({"steps": 5, "seed": 0.5}, "seed is 0.5; expected a whole number"),
         ({"steps": 5, "freeze": "all"}, "expected one of none, regular, sequential"),

@@ -75,7 +75,7 @@ class Recovery:
             ):
                 limits = f"from {low:g} to {high:g}" if math.isfinite(high) else f"of at least {low:g}"
                 raise InputError(f"recovery: {name} is {value!r}; expected a number {limits}")
-        for name, value in (("batch", self.batch or 1), ("seed", self.seed)):
+        for name, value in (("steps", self.steps or 0), ("batch", self.batch or 1), ("seed", self.seed)):
             if not isinstance(value, int):
                 raise InputError(f"recovery: {name} is {value!r}; expected a whole number")
         choices = (("outputs", Outputs), ("freeze", Freeze), ("device", Where), ("precision", Precision))
