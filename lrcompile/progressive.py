@@ -19,7 +19,7 @@ from lrcompile.compile import Prepared, Result, compile, prepare_model, solve
 from lrcompile.errors import BudgetError, InputError
 from lrcompile.frontend.calibration_data import CalibrationData
 from lrcompile.graph.graph import Graph, weight_bytes
-from lrcompile.planning.budget import Budget
+from lrcompile.planning.budget import Budget, are_falling_shares
 from lrcompile.planning.metric import check_metric
 from lrcompile.planning.search import search
 from lrcompile.recover import check_reached, recover, until_error
@@ -103,14 +103,14 @@ def members(
     **options: Any,
 ) -> Iterator[Member]:
     """Those of `progressive`, each when it is made; `finished` is that of `recover`."""
-    if not sizes or any(not 0 < size < 1 for size in sizes) or list(sizes) != sorted(set(sizes), reverse=True):
+    if not are_falling_shares(sizes):
         raise InputError(f"sizes {', '.join(map(str, sizes)) or 'none'}: expected falling shares, such as 0.8,0.6,0.4")
     budget = budget or Budget()
     if budget.max_drop is not None:
         raise InputError("a family has no limit on the user's metric: leave out max_drop, and judge each member")
     check_metric(options.get("metric"), budget, None)
     first = prepare_model(model, args, kwargs, progress=progress, **options)
-    lengths = _lengths(recovery, [_lost(first, Budget(size=size, measure=budget.measure)) for size in sizes])
+    lengths = _lengths(recovery, _lost(first, sizes, budget.measure))
     prepared: Prepared | None = first
     del first
     parent, share, speedup = model, 1.0, 1.0
@@ -141,13 +141,17 @@ def members(
         parent, share = result.model, size
 
 
-def _lost(prepared: Prepared, budget: Budget) -> float:
-    """What a model loses that is cut to a size at once: its squared error before any training, 1 where it is none."""
-    try:
-        error = search(prepared.problem(budget), budget).error
-    except BudgetError:
-        return 1.0
-    return error**2 if math.isfinite(error) else 1.0
+def _lost(prepared: Prepared, sizes: Sequence[float], measure: str) -> list[float]:
+    """What a model loses that is cut to each size at once: its squared error before training, 1 where it is none."""
+    lost = []
+    for size in sizes:
+        budget = Budget(size=size, measure=measure)
+        try:
+            error = search(prepared.problem(budget), budget).error
+        except BudgetError:
+            error = 1.0
+        lost.append(error**2 if math.isfinite(error) else 1.0)
+    return lost
 
 
 def _lengths(recovery: Recovery, lost: Sequence[float]) -> list[Recovery]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -159,6 +160,11 @@ def parse_size(text: str) -> float:
     return size_bytes
 
 
+def are_falling_shares(sizes: Sequence[float]) -> bool:
+    """Whether there are sizes, each a share of the whole and less than the one before."""
+    return bool(sizes) and all(0 < size < 1 for size in sizes) and list(sizes) == sorted(set(sizes), reverse=True)
+
+
 def parse_sizes(text: str) -> list[float]:
     """The falling shares of a family of models, "0.8,0.6,0.4".
 
@@ -169,7 +175,7 @@ def parse_sizes(text: str) -> list[float]:
         sizes = [parse_size(word) for word in text.split(",")]
     except InputError:
         sizes = []
-    if not sizes or any(not 0 < size < 1 for size in sizes) or sizes != sorted(set(sizes), reverse=True):
+    if not are_falling_shares(sizes):
         raise InputError(f"--progressive got {text!r}; expected falling shares of the original, such as 0.8,0.6,0.4")
     return sizes
 
