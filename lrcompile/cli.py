@@ -129,7 +129,8 @@ def compile_command(
     seed: Annotated[int | None, typer.Option(help="Seed of made-up inputs.", show_default="0")] = None,
     plan: Annotated[Path | None, typer.Option(help="Replay this plan.")] = None,
     plan_out: Annotated[Path | None, typer.Option(help="Save the plan here.")] = None,
-    report_json: Annotated[Path | None, typer.Option(help="Save the report here.")] = None,
+    report: Annotated[Path | None, typer.Option(help="Save the report here, .html, to look at in a browser.")] = None,
+    report_json: Annotated[Path | None, typer.Option(help="Save the report's figures here, as JSON.")] = None,
     recover: Annotated[int | None, typer.Option(help="Train what was rewritten, so many steps, on --calib.")] = None,
     recover_minutes: Annotated[float | None, typer.Option(help="The same, for so many minutes.")] = None,
     recover_data: Annotated[str | None, typer.Option(help="Inputs to train on instead, read as --calib is.")] = None,
@@ -152,25 +153,25 @@ def compile_command(
         max_error=max_error, size=size, speedup=speedup, max_latency=max_latency, eval=evaluation, max_drop=max_drop,
         measure=measure, confidence=confidence, strategy=strategy, passes=passes,
         options=tuple(options or ()), skip=tuple(skip or ()), seed=seed, plan=plan, plan_out=plan_out,
-        report_json=report_json, recover=recover, recover_minutes=recover_minutes, recover_data=recover_data,
-        labels=labels, progressive=progressive, quantize=quantize,
+        report=report, report_json=report_json, recover=recover, recover_minutes=recover_minutes,
+        recover_data=recover_data, labels=labels, progressive=progressive, quantize=quantize,
     )  # fmt: skip
     from lrcompile.report.progress import ProgressDisplay
     from lrcompile.report.terminal import print_family, print_report
 
     with ProgressDisplay(_screen(stderr=True)) as display:
         family = family_files(request, display) if progressive is not None else None
-        report = compile_files(request, display) if family is None else None
+        done = compile_files(request, display) if family is None else None
     if family is not None:
         _print_json(family) if as_json else print_family(_console(), family)
-    if report is None:
+    if done is None:
         return
     if as_json:
-        _print_json(report.to_json())
+        _print_json(done.to_json())
         return
     console = _console()
-    print_report(console, report)
-    for path in (out, plan_out, report_json):
+    print_report(console, done)
+    for path in (out, plan_out, report, report_json):
         if path is not None:
             console.print(f"wrote     {path}")
 

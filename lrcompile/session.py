@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +14,8 @@ from torch.utils import _pytree as pytree
 
 from lrcompile.compile import compile as compile_model
 from lrcompile.emit.write import (
-    check_onnx,
     check_plans_folder,
     check_writable,
-    is_device,
     placed_whole,
     write_text,
 )
@@ -25,80 +23,28 @@ from lrcompile.errors import InputError
 from lrcompile.front import front_figures, tradeoff
 from lrcompile.frontend.calibration_data import MOST_BATCHES, CalibrationData, load_calibration, load_labels
 from lrcompile.frontend.export import batch_size
-from lrcompile.frontend.files import exists
 from lrcompile.frontend.inputs import call_inputs, example_inputs, flat_names, input_names, parameters, parse_inputs
 from lrcompile.frontend.load import Source, load
 from lrcompile.frontend.trace import Traced
-from lrcompile.planning.budget import Budget, parse_latency, parse_size, parse_sizes
-from lrcompile.planning.measures import RELATIVE
+from lrcompile.planning.budget import parse_sizes
 from lrcompile.planning.metric import Evaluation, check_metric
 from lrcompile.planning.plan import Plan, finite
-from lrcompile.plugins import configure, discover, parsed_option, select
+from lrcompile.plugins import configure, discover, select
 from lrcompile.progressive import Member, members
-from lrcompile.quantization.quantize import RESERVE, Quantization, check_float32
+from lrcompile.quantization.quantize import Quantization, check_float32
 from lrcompile.recover import check_reached, recover, until_error
 from lrcompile.recovery.checkpoint import Checkpoint
 from lrcompile.recovery.processes import Processes
-from lrcompile.recovery.settings import Recovery
+from lrcompile.report.page import check_page
 from lrcompile.report.plots import check_plottable, plot_calibration, plot_front
 from lrcompile.report.report import Report
+from lrcompile.request import OF_RECOVERY, Request, check_apart, check_opset, check_quantize, check_replay
 
 if TYPE_CHECKING:  # fitting imports what a compile does without
     from lrcompile.devices.calibrate import Calibration, Progress
 
 DEFAULT_TARGET = "v100"
 MOST_LEARNED = 100_000  # batches of a loader that a recovery learns from, as it may have no end
-OF_RECOVERY = "recover."  # begins the options that are of no pass, but of a recovery
-
-
-@dataclass(frozen=True)
-class Request:
-    """What the user asked for, as given."""
-
-    model: str
-    target: str | None
-    out: str | None
-    arch: str | None
-    trust_pickle: bool
-    inputs: tuple[str, ...]
-    calib: str | None
-    batch: int | None
-    dtype: str | None
-    max_rank: int | None
-    io_rank: int | None
-    opset: int | None
-    max_error: float | None
-    size: str | None
-    speedup: float | None
-    max_latency: str | None
-    eval: str | None
-    max_drop: float | None
-    measure: str | None
-    confidence: float | None
-    strategy: str | None
-    passes: str | None
-    options: tuple[str, ...]
-    skip: tuple[str, ...]
-    seed: int | None
-    plan: Path | None
-    plan_out: Path | None
-    report_json: Path | None
-    recover: int | None
-    recover_minutes: float | None
-    recover_data: str | None
-    labels: str | None
-    progressive: str | None
-    quantize: str | None
-
-    def __post_init__(self) -> None:
-        if self.seed is not None and not -(2**63) <= self.seed < 2**64:
-            raise InputError(f"--seed {self.seed} is too large; expected a whole number of 64 bits")
-
-    @classmethod
-    def of(cls, **given: Any) -> Request:
-        """A request of which the rest is left open."""
-        left_open: dict[str, Any] = dict.fromkeys(f.name for f in fields(cls))
-        return cls(**left_open | given)
 
 
 def compile_files(request: Request, progress: Callable[[str, int, int], None]) -> Report | None:
@@ -111,20 +57,23 @@ def compile_files(request: Request, progress: Callable[[str, int, int], None]) -
     """
     if request.out is not None:
         check_writable(request.out)
-    for path in (request.plan_out, request.report_json):
+    if request.report is not None:
+        check_page(request.report)
+    texts = {"--plan-out": request.plan_out, "--report": request.report, "--report-json": request.report_json}
+    for path in texts.values():
         if path is not None:
             check_writable(path, text=True)
-    _check_apart(request, {"--out": request.out, "--plan-out": request.plan_out, "--report-json": request.report_json})
-    _check_opset(request)
+    check_apart(request, {"--out": request.out, **texts})
+    check_opset(request)
     plan = Plan.load(request.plan) if request.plan else None
-    _check_replay(request, plan)
+    check_replay(request, plan)
     if plan is not None:
         batch = plan.batch if request.batch is None and not request.inputs else request.batch
         measure = None if request.max_error is None else plan.budget.measure
         request = replace(request, batch=batch, seed=plan.seed, measure=measure)
-    budget, recovery = until_error(_budget(request), _recovery(request), replayed=plan is not None)
+    budget, recovery = until_error(request.budget(), request.recovery(), replayed=plan is not None)
     metric = check_metric(None if request.eval is None else Evaluation.load(request.eval), budget, plan)
-    _check_quantize(request)
+    check_quantize(request)
     asked = _asked(request, progress)
     processes = Processes.here() if recovery is not None else Processes()
     if processes.count > 1 and plan is None:
@@ -151,6 +100,8 @@ def compile_files(request: Request, progress: Callable[[str, int, int], None]) -
         report = replace(result, report=report).save(request.out, quantize=quantize, progress=progress)
     if request.plan_out is not None:
         write_text(request.plan_out, replace(result.plan.with_int8(report.quantization), metric=report.metric).dumps())
+    if request.report is not None:
+        write_text(request.report, report.to_html(f"{request.model} on {report.target}"))
     if request.report_json is not None:
         write_text(request.report_json, json.dumps(report.to_json(), indent=1, allow_nan=False) + "\n")
     for checkpoint in finished:
@@ -182,8 +133,8 @@ def tradeoff_files(
             check_writable(path, text=True)
     if files.plans is not None:
         check_plans_folder(files.plans)
-    _check_apart(request, {"--out": files.out, "--plot": files.plot, "--plans": files.plans})
-    budget = _budget(request)
+    check_apart(request, {"--out": files.out, "--plot": files.plot, "--plans": files.plans})
+    budget = request.budget()
     if any(word.startswith(OF_RECOVERY) for word in request.options):
         raise InputError("--option recover.… belongs to a recovery, and a front has none; leave it out")
     asked = _asked(request, progress)
@@ -216,21 +167,21 @@ def family_files(request: Request, progress: Callable[[str, int, int], None]) ->
         LrcompileError: the one of its kinds that says what the user can do.
     """
     sizes = parse_sizes(request.progressive or "")
-    recovery = _recovery(request)
+    recovery = request.recovery()
     if recovery is None or request.out is None:
         raise InputError("--progressive makes several models and trains each; give --out, and --recover STEPS for each")
-    for name in ("plan", "plan_out", "report_json", "size", "eval", "max_drop"):
+    for name in ("plan", "plan_out", "report", "report_json", "size", "eval", "max_drop"):
         if getattr(request, name) is not None:
             option = "--" + name.replace("_", "-")
             raise InputError(f"--progressive sets the sizes, and makes several plans and reports; leave out {option}")
-    _check_opset(request)
+    check_opset(request)
     out = Path(request.out)
     if out.name in ("", ".."):
         raise InputError(
             f"cannot write {request.out}: --progressive writes a file or a folder for each size, whose names begin "
             "with that of --out, and this has none; give a name, such as --out small.onnx"
         )
-    budget = _budget(replace(request, size=(request.progressive or "").split(",")[0]))  # each member's own is set later
+    budget = replace(request, size=(request.progressive or "").split(",")[0]).budget()  # each member's own is set later
     folders = request.out.endswith("/") or not out.suffix
     stem, ends = (out.name, "/") if folders else (out.stem, out.suffix)
     manifest = out.with_name(f"{stem}.family.json")
@@ -238,8 +189,8 @@ def family_files(request: Request, progress: Callable[[str, int, int], None]) ->
     for path in paths:
         check_writable(path)
     check_writable(manifest, text=True)
-    _check_apart(request, {f"a size of {size}": path for size, path in zip(sizes, paths, strict=True)})
-    _check_quantize(request)
+    check_apart(request, {f"a size of {size}": path for size, path in zip(sizes, paths, strict=True)})
+    check_quantize(request)
     if Processes.here().count > 1:
         raise InputError("several processes were launched, and each would make a family of its own; run it in one")
     asked = _asked(request, progress)
@@ -301,115 +252,6 @@ def _asked(request: Request, progress: Callable[[str, int, int], None]) -> _Aske
         values = (state() if callable(state) else state).values()
         check_float32([value for value in values if isinstance(value, Tensor)], request.dtype)
     return _Asked(source, (source.program, args, kwargs), options, found.problems)
-
-
-def _budget(request: Request) -> Budget:
-    options: dict[str, Any] = {"max_error": request.max_error, "speedup": request.speedup}
-    options |= {"max_drop": request.max_drop, "measure": request.measure or RELATIVE.name}
-    if request.size is not None:
-        options["size"] = parse_size(request.size)
-    if request.max_latency is not None:
-        options["max_latency_s"] = parse_latency(request.max_latency)
-    if request.confidence is not None:
-        options["confidence"] = request.confidence
-    if request.quantize is not None:
-        options |= {"reserve": RESERVE, "int8": request.progressive is None}  # a family's sizes are those of floats
-    if request.strategy is not None:
-        options["strategy"] = request.strategy
-    return Budget(**options)
-
-
-def _recovery(request: Request) -> Recovery | None:
-    """What is asked of a recovery."""
-    words = [word.removeprefix(OF_RECOVERY) for word in request.options or () if word.startswith(OF_RECOVERY)]
-    asked = request.recover is not None or request.recover_minutes is not None
-    extras = {"--option recover.…": words, "--recover-data": request.recover_data, "--labels": request.labels}
-    for name, given in extras.items():
-        if given and not asked:
-            raise InputError(f"{name} belongs to a recovery; give --recover STEPS or --recover-minutes MINUTES too")
-    if not asked:
-        return None
-    settings: dict[str, Any] = {"steps": request.recover, "minutes": request.recover_minutes, "seed": request.seed or 0}
-    for word in words:
-        option, _, text = word.partition("=")
-        if option.strip() in ("steps", "minutes"):
-            raise InputError(f"--option recover.{word} is said by --recover and --recover-minutes; leave it out")
-        settings |= parsed_option(Recovery, "recover", option.strip(), text)
-    return Recovery(**settings)
-
-
-def _check_apart(request: Request, outputs: Mapping[str, str | Path | None]) -> None:
-    """Refuses outputs in one place, or in that of an input; a plan may be written where it was read."""
-    inputs = {
-        "the model": request.model, "--plan": request.plan, "--calib": request.calib,
-        "--recover-data": request.recover_data, "--labels": request.labels,
-    }  # fmt: skip
-    taken = {Path(path).resolve(): name for name, path in inputs.items() if path is not None and exists(Path(path))}
-    for name, path in outputs.items():
-        if path is None or is_device(path):
-            continue
-        if Path(path).resolve() == Path.cwd():  # also an empty word, as of a variable that is not set
-            raise InputError(f"cannot write {name} {path}: it is the folder that you are in; give a name")
-        other = taken.setdefault(Path(path).resolve(), name)
-        if other != name and (other, name) != ("--plan", "--plan-out"):
-            raise InputError(f"cannot write {name} {path}: it is the file of {other}; give another path")
-
-
-def _check_replay(request: Request, plan: Plan | None) -> None:
-    """Refuses what a replay would do without a word: its plan has decided."""
-    if plan is None:
-        return
-    later = request.quantize is not None or request.recover is not None or request.recover_minutes is not None
-    names = ["size", "speedup", "max_latency", "strategy", "confidence", "passes", *["max_error"] * (not later)]
-    given = next((name for name in names if getattr(request, name) is not None), "skip" if request.skip else None)
-    of_passes = [word for word in request.options if not word.startswith(OF_RECOVERY)]
-    if given is not None or of_passes:
-        option = "--" + given.replace("_", "-") if given else f"--option {of_passes[0]}"
-        raise InputError(
-            f"{option} has no meaning with --plan, whose rewrites are applied as they are; leave it out, or compile "
-            "without --plan"
-        )
-    if request.measure not in (None, plan.budget.measure):
-        raise InputError(
-            f"the plan was made with --measure {plan.budget.measure}, got --measure {request.measure}; leave it out"
-        )
-    if request.seed not in (None, plan.seed):
-        raise InputError(
-            f"the plan was made with --seed {plan.seed}, got --seed {request.seed}; leave it out, or compile without "
-            "--plan"
-        )
-    if request.target is not None and not _same_target(request.target, plan.target):
-        raise InputError(
-            f"the plan was made for --target {plan.target}, got --target {request.target}; leave it out, or compile "
-            "without --plan"
-        )
-
-
-def _same_target(one: str, other: str) -> bool:
-    """Whether two words name one profile, which may be a path."""
-    both_paths = one.endswith(".toml") and other.endswith(".toml")
-    return one == other or (both_paths and Path(one).resolve() == Path(other).resolve())
-
-
-def _check_opset(request: Request) -> None:
-    """Refuses before the work what has no operators of ONNX."""
-    if request.opset is not None and request.out is not None and not request.out.endswith(".onnx"):
-        raise InputError(
-            f"--opset {request.opset} is a version of ONNX, got --out {request.out}; leave it out, or give --out with "
-            "a name that ends in .onnx"
-        )
-
-
-def _check_quantize(request: Request) -> None:
-    """Refuses before the work what cannot be quantised."""
-    if request.quantize is None:
-        return
-    if request.quantize != "int8":
-        raise InputError(f"--quantize {request.quantize} is unknown; expected int8")
-    check_onnx(request.out)
-    check_float32((), request.dtype)
-    if request.calib is None:
-        raise InputError("--quantize int8 needs inputs to calibrate with and to judge by; give --calib data.npz")
 
 
 def _quantization(request: Request, asked: _Asked, original: Traced | None = None) -> Quantization | None:

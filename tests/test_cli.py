@@ -106,12 +106,13 @@ def made(cwd: Path) -> set[str]:
 def test_main_form_writes_a_verified_model(cwd: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = call(
         capsys, "model.pt", "--target", "v100", "--out", "model_lr.onnx", "--report-json", "r.json",
-        "--plan-out", "plan.json",
+        "--plan-out", "plan.json", "--report", "r.html",
     )  # fmt: skip
     assert (code, err) == (0, "")
     assert "low-rank-linear" in out
     assert "predicted, analytic" in out
-    assert made(cwd) == {"model_lr.onnx", "r.json", "plan.json"}
+    assert made(cwd) == {"model_lr.onnx", "r.json", "r.html", "plan.json"}
+    assert "<title>model.pt on v100</title>" in Path("r.html").read_text(encoding="utf-8")
     report = json.loads(Path("r.json").read_text())
     assert set(report) >= {"schema", "target", "model", "latency_ms", "error", "sites", "verification", "timings_s"}
     figures = {"params_before", "params_after", "flops_before", "flops_after", "ops_before", "ops_after"}
@@ -244,6 +245,7 @@ BAD: list[tuple[tuple[str, ...], int, str]] = [
     (("model.pt", "--calib", "shape.npz", "--batch", "8"), 2, "7"),
     (("model.pt", "--target", "v10"), 2, "v100"),
     (("model.pt", "--passes", "low-rank-liner"), 2, "low-rank-linear"),
+    (("model.pt", "--report", "r.json"), 2, "whose name ends in .html; got '.json'"),
     (("model.pt", "--opset", "17"), 2, "expected 18 to 23"),
     (("model.pt", "--passes", ""), 2, "unknown pass ''"),
     (("model.pt", "--passes=-low-rank-conv", "--option", "low-rank-conv.pairs=3"), 2, "-low-rank-conv leaves out"),

@@ -43,8 +43,9 @@ MAY_IMPORT = {
     "recovery": "errors memory cache graph",
     "recover": "errors memory graph frontend lower planning report recovery compile",
     "progressive": "errors frontend graph planning report recovery compile recover",
+    "request": "errors emit frontend planning plugins quantization recovery",
     "session": "errors devices frontend emit plugins planning report quantization compile front recovery recover "
-    "progressive",
+    "progressive request",
     "cli": "errors devices plugins planning report session",
     "__main__": "cli",
     "lrcompile": "errors graph devices frontend passes plugins planning report quantization compile front recovery "

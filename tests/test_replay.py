@@ -113,6 +113,7 @@ def test_a_recovery_of_a_plan_within_a_measure(capsys: pytest.CaptureFixture[str
     ("words", "says"),
     [
         (["--plan-out", "r.json", "--report-json", "r.json"], "--plan-out"),
+        (["--report", "r.html", "--report-json", "r.html"], "--report"),
         (["--plan-out", "./net.pt2"], "the model"),
         (["--out", "m.onnx", "--plan-out", "m.onnx"], "--out"),
         (["--calib", "calib.npz", "--report-json", "calib.npz"], "--calib"),

@@ -1,1 +1,1 @@
-"""What a compile tells: progress, tables, JSON and HTML."""
+"""What a compile tells: progress, tables, JSON and a page for a browser."""

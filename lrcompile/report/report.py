@@ -19,6 +19,7 @@ from lrcompile.graph.rewrite import Rewrite
 from lrcompile.planning.budget import Budget
 from lrcompile.planning.plan import finite
 from lrcompile.planning.price import Candidate, Pricing
+from lrcompile.report.page import html_page
 
 SCHEMA = 1
 
@@ -103,6 +104,10 @@ class Report:
                 "notes": list(self.notes),
             }
         )
+
+    def to_html(self, title: str = "lrcompile") -> str:
+        """The report as a page for a browser, under a title: a whole file, which loads nothing and runs nothing."""
+        return html_page(self, title)
 
 
 def decide(
