@@ -201,6 +201,18 @@ def test_volumes_and_signals_are_convolutions_too() -> None:
     assert 1e-5 < model.cost(conv_op(signal, "fp16")).latency_s < 1e-3
 
 
+def test_batched_products_run_in_tiles_of_their_own() -> None:
+    device = load_device("a100")
+
+    def latency_s(rows: int, batch: int, depth: int = 2048) -> float:
+        return gemm_latency_s(device, GemmShape(rows, 128, depth, batch, "NN"), "fp32")
+
+    assert latency_s(16, 512) == pytest.approx(latency_s(128, 512), rel=0.05)  # one tile is as long as another
+    assert latency_s(16, 1, 65536) < 0.8 * latency_s(128, 1, 65536)
+    assert latency_s(16, 2, 65536) > 3 * latency_s(16, 1, 65536)  # which is cut along K
+    assert latency_s(16, 2) == pytest.approx(latency_s(16, 60), rel=0.2)  # each on a unit of its own
+
+
 def test_fused_attention_saves_the_scores() -> None:
     long = OpDesc("attention", "fp16", 1e9, 0, 1e7, attention=replace(ATTENTION, queries=4096, keys=4096))
     device = load_device("a100")

@@ -152,13 +152,15 @@ SETS = (
     *(Set(f"T4 {op.removeprefix('conv2d_')} {dtype}", "t4", (_deepbench("conv", "T4", dtype, op),))
       for op in CONV for dtype in ("fp16", "fp32")),
     Set("A100 linear fp32", "a100", (_neusight("gemm", "A100-PCIE-40GB", "linear"),), (), 13, 0.95),
-    Set("A100 bmm fp32", "a100", (_neusight("gemm", "A100-PCIE-40GB", "bmm"),)),
+    Set("A100 bmm fp32", "a100", (_neusight("gemm", "A100-PCIE-40GB", "bmm"),),
+        tuple(f"{CUDA}.batched.{key}" for key in ("efficiency", "prologue", "overlap", "setup_s")), 6, 0.95),
     Set("A100 GEMM fp16", "a100", (Table("llmcompass_gemm", "A100-SXM4-80GB", "fp16", ("gemm",), eager=True),),
         ("l2_bandwidth_bytes_s",), 6),
     Set("H100 linear fp32", "h100", (_neusight("gemm", "H100-80GB-HBM3", "linear"),), (), 13, 0.95),
     Set("H100 bmm fp32", "h100", (_neusight("gemm", "H100-80GB-HBM3", "bmm"),), (), 13, 0.95),
     Set("T4 linear fp32", "t4", (_neusight("gemm", "T4", "linear"),), (), 24, 0.92),
-    Set("V100 bmm fp32", "v100", (_neusight("gemm", "V100-PCIE-32GB", "bmm"),)),
+    Set("V100 bmm fp32", "v100", (_neusight("gemm", "V100-PCIE-32GB", "bmm"),),
+        tuple(f"{CUDA}.batched.{key}" for key in ("efficiency", "prologue", "overlap")), 15, 0.89),
     Set("V100 3×3 convolution, eager", "v100", (_neusight("conv", "V100-PCIE-32GB", CONV[0]),)),
 )  # fmt: skip
 

@@ -123,7 +123,7 @@ def turned(shape: GemmShape, direction: Direction) -> GemmShape:
 
 def gemm_latency_s(device: Device, shape: GemmShape, dtype: str) -> float:
     """Latency in s of `batch` products [m×k]·[k×n] with their launch."""
-    setup_s = device.engine_for(dtype).gemm.setup_s
+    setup_s = device.engine_for(dtype).products(shape.batch).setup_s
     return device.launch_s["gemm"] + setup_s + _gemm_s(device, shape, dtype, DTYPE_BYTES[dtype] * shape.elements)
 
 
@@ -214,7 +214,7 @@ def memory_latency_s(device: Device, traffic_bytes: float) -> float:
 
 def _gemm_s(device: Device, shape: GemmShape, dtype: str, traffic_bytes: float) -> float:
     """A product without its launch, extents rounded up to the alignment."""
-    kernels = device.engine_for(dtype).gemm
+    kernels = device.engine_for(dtype).products(shape.batch)
     step = device.alignment[device.compute_dtype(dtype)]
     aligned = replace(shape, n=_round_up(shape.n, step), k=_round_up(shape.k, step))
     if aligned != shape:
@@ -234,7 +234,7 @@ def _product_s(
         return dram_s
     engine = device.engine_for(dtype)
     m, n, k, batch = (float(extent) for extent in (shape.m, shape.n, shape.k, shape.batch))
-    menu = _menu(engine.tiles, kernels, device.units)
+    menu = _menu(kernels.tiles or engine.tiles, kernels, device.units)
     rows, columns = np.ceil(m / menu.tile_m), np.ceil(n / menu.tile_n)
     waves = batch * rows * columns * menu.split_per_unit
     waves = (1 - kernels.overlap) * np.ceil(waves) + kernels.overlap * np.maximum(waves, 1.0)

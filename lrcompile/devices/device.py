@@ -45,6 +45,8 @@ KERNEL_FIGURES: Mapping[str, tuple[str, str, str, Mapping[str, Any]]] = {
     "split_setup": ("split_setup_s", "time", "us", {"zero": True}),
 }
 """Of kernels in a profile: the field that holds a figure, its dimension, the unit it is written in, and its bounds."""
+OPTIONAL_KERNELS = ("conv_data", "conv_weight", "attention", "batched")
+"""Of an engine: kernels that are priced as others where a profile has none of their own."""
 WINOGRAD_RATES = ("transformed", "five", "fused", "filter_bandwidth")
 
 
@@ -59,7 +61,7 @@ class Kernels:
     of the sustained bandwidth that is reached. `skinny_bandwidth_bytes_s` limits products with a short side whose
     operands are both stored along K; `few_channels` is the rate of convolutions of less than 8 channels over that of
     others, `misaligned` that of operations with an extent that is no multiple of the alignment. Partial sums of a
-    product cut along K take `split_setup_s` to start adding.
+    product cut along K take `split_setup_s` to start adding. `tiles` is a menu of their own, in place of the engine's.
     """
 
     efficiency: float
@@ -73,6 +75,7 @@ class Kernels:
     few_channels: float = 1.0
     misaligned: float = 1.0
     split_setup_s: float = 0.0
+    tiles: tuple[tuple[int, int], ...] | None = None
 
     @property
     def slower(self) -> Kernels:
@@ -102,8 +105,9 @@ class Engine:
 
     A kernel computes m×n outputs at a time, for (m, n) of `tiles`. `conv_data` and `conv_weight` are the gradients of
     a convolution's input and weight. `depthwise_efficiency` is the part of the device's fp32 peak that a depthwise
-    kernel reaches, `l2_share` the part of the L2 cache's bandwidth that its kernels do. `attention` is that of fused
-    attention, which else costs what its products do.
+    kernel reaches, `l2_share` the part of the L2 cache's bandwidth that its kernels do. `batched` is that of batched
+    products, which else are priced as single ones; `attention` that of fused attention, which else costs what its
+    products do.
     """
 
     tiles: tuple[tuple[int, int], ...]
@@ -115,6 +119,11 @@ class Engine:
     l2_share: float = 1.0
     winograd: Winograd | None = None
     attention: Kernels | None = None
+    batched: Kernels | None = None
+
+    def products(self, batch: int) -> Kernels:
+        """The kernels of so many products at once."""
+        return self.gemm if batch <= 1 or self.batched is None else self.batched
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from lrcompile.devices.device import (
     FUSIONS,
     KERNEL_FIGURES,
     LAUNCH_CLASSES,
+    OPTIONAL_KERNELS,
     PROVENANCE,
     SIGMA_CLASSES,
     UNITS,
@@ -171,7 +172,7 @@ class _Reader:
         where = f"engine.{name}"
         table = self.table(self.document["engine"], "engine", name)
         required = ("tiles", "depthwise_efficiency", "gemm", "conv")
-        self.keys(where, table, required, optional=("conv_data", "conv_weight", "attention", "winograd", "l2_share"))
+        self.keys(where, table, required, optional=(*OPTIONAL_KERNELS, "winograd", "l2_share"))
         gemm, conv = (self.kernels(table, where, name, None) for name in ("gemm", "conv"))
         return Engine(
             tiles=self.tiles(table, where),
@@ -183,6 +184,7 @@ class _Reader:
             l2_share=self.figure(table, where, "l2_share", "number", most=1) if "l2_share" in table else 1.0,
             winograd=self.winograd(table, where) if "winograd" in table else None,
             attention=self.kernels(table, where, "attention", gemm) if "attention" in table else None,
+            batched=self.kernels(table, where, "batched", gemm) if "batched" in table else None,
         )
 
     def kernels(self, engine: Mapping[str, Any], where: str, name: str, base: Kernels | None) -> Kernels:
@@ -192,9 +194,11 @@ class _Reader:
         table, place = self.table(engine, where, name), f"{where}.{name}"
         needed = ("efficiency", "tile_exponent", "split_k")
         others = ("prologue", "overlap", "setup", "bandwidth", "misaligned", "split_setup")
-        special = {"gemm": "skinny_bandwidth", "conv": "few_channels"}.get(name)
+        special = {"gemm": "skinny_bandwidth", "conv": "few_channels", "batched": "tiles"}.get(name)
         self.keys(place, table, () if base else needed, optional=(*needed, *others, *((special,) if special else ())))
         given: dict[str, Any] = {"split_k": self.split_k(table, place, "split_k")} if "split_k" in table else {}
+        if "tiles" in table:
+            given["tiles"] = self.tiles(table, place)
         for key in (key for key in KERNEL_FIGURES if key in table):
             field_name, dimension, _, bounds = KERNEL_FIGURES[key]
             given[field_name] = self.figure(table, place, key, dimension, **bounds)

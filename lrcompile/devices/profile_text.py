@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from lrcompile.devices.device import KERNEL_FIGURES, UNITS, WINOGRAD_RATES, Device, Engine, Kernels
+from lrcompile.devices.device import KERNEL_FIGURES, OPTIONAL_KERNELS, UNITS, WINOGRAD_RATES, Device, Engine, Kernels
 from lrcompile.devices.residual import Residuals
 
 
@@ -82,14 +82,16 @@ def _engine(place: str, engine: Engine, source: Mapping[str, str], figure: Any) 
     yield figure(place, "depthwise_efficiency", engine.depthwise_efficiency, "of peak")
     if f"{place}.l2_share" in source:
         yield figure(place, "l2_share", engine.l2_share, "factor")
-    for name in ("gemm", "conv", "conv_data", "conv_weight", "attention"):
+    for name in ("gemm", "conv", *OPTIONAL_KERNELS):
         kernels: Kernels | None = getattr(engine, name)
         if kernels is None:
             continue
         table = f"{place}.{name}"
         keys = [key for key in (*KERNEL_FIGURES, "split_k") if f"{table}.{key}" in source]
-        if keys:
+        if keys or kernels.tiles is not None:
             yield f"\n[{table}]"
+        if kernels.tiles is not None:
+            yield listed(f"{table}.tiles", [f"{m}x{n}" for m, n in kernels.tiles])
         for key in keys:
             if key == "split_k":
                 yield listed(f"{table}.{key}", kernels.split_k)
