@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -48,6 +49,14 @@ def test_sizes(text: str, expected: float) -> None:
 )
 def test_latencies(text: str, expected: float) -> None:
     assert parse_latency(text) == pytest.approx(expected)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    budget = Budget(max_error=np.float32(0.25), size=np.float64(0.5), speedup=np.int64(2))
+    assert budget == Budget(max_error=0.25, size=0.5, speedup=2)
+    assert json.loads(replace(PLAN, budget=budget).dumps())["budget"]["max_error"] == 0.25
+    with pytest.raises(InputError, match="expected a finite number"):
+        Budget(max_error=np.float32("nan"))
 
 
 @pytest.mark.parametrize("text", ["", "half", "1.2.3", "-5", "5 apples", "nan", "1e400MB", "%"])

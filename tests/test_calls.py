@@ -282,6 +282,15 @@ def test_any_number_of_inputs_of_the_graph_itself() -> None:
         gm(X, A, B, scale=B, shift=C)
 
 
+def test_inputs_may_be_called_what_the_code_of_graphs_calls() -> None:
+    class Named(nn.Module):
+        def forward(self, flat_inputs: Tensor, device: Tensor) -> Tensor:
+            return flat_inputs + 3 * device
+
+    gm = trace(Named().eval(), (X, A)).graph.gm
+    same(gm(C, B), C + 3 * B)
+
+
 @pytest.mark.parametrize(
     ("net", "args", "kwargs", "call"),
     [

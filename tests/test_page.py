@@ -11,7 +11,7 @@ import pytest
 from lrcompile.report.report import Decision, Report
 from tests.test_terminal import SITES
 
-VOID = {"meta", "br", "input"}
+VOID = {"meta", "br", "input", "wbr"}
 KEPT = Decision("mid", "Linear 8→8", "kept", None, {}, None, 0.125, 0.125, None, "nothing is faster")
 
 

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from lrcompile.devices.cost import Cost
 from lrcompile.report.report import Decision, latency_figures
-from lrcompile.report.terminal import print_decisions, print_site
+from lrcompile.report.terminal import print_decisions, print_family, print_front, print_site
 
 SITES = (
     Decision(
@@ -33,6 +33,42 @@ def test_nothing_is_left_out_for_want_of_columns(width: int) -> None:
         (decisions, ["encoder.layer.0", "head", "384→1536", "rank=64", "0.0125", "0.2500", "0.97", "2.00×", "small"]),
         (site, ["encoder.layer.0", "rank=64)", "0.5000", "0.2500", "0.0300", "2.000"]),
     ):
+        text = "".join(shown.getvalue().split())
+        assert all(word in text for word in expected), shown.getvalue()
+
+
+FRONT = {
+    "points": [
+        {
+            "point": 1, "latency_ms": {"before": 2.0, "after": 1.25, "sigma": 0.03, "kind": "analytic"},
+            "speedup": 1.6, "weight_bytes": 3.5e6, "error": 0.0475, "rewrites": 17, "plan": "plans/1.json", "notes": [],
+        }
+    ],
+    "error": {"metric": "relative output error", "basis": "8 samples"}, "settings": {"strategy": "milp"},
+    "target": "v100", "notes": [],
+}  # fmt: skip
+FAMILY = {
+    "members": [
+        {
+            "size": 0.8, "parent": 1.0, "weight_bytes": 3.5e6, "operations": 17, "quantization": None, "notes": [],
+            "latency_ms": {"after": 1.25, "kind": "analytic"}, "recovery": {"error": [0.0475, 0.0321]},
+            "file": "folder/small-0.8.onnx",
+        }
+    ],
+    "notes": [], "manifest": "small.family.json",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("width", [20, 40, 80, 200])
+def test_fronts_and_families_are_whole_on_few_columns(width: int) -> None:
+    front, family = (io.StringIO() for _ in range(2))
+    print_front(Console(file=front, width=width), FRONT, 1)
+    print_family(Console(file=family, width=width), FAMILY)
+    for shown, expected in (
+        (front, ["weightsMB", "1.25", "0.03", "1.60×", "3.50", "0.0475", "17", "plans/1.json"]),
+        (family, ["weightsMB", "0.8", "3.50", "17", "1.25analytic", "0.0475", "0.0321", "folder/small-0.8.onnx"]),
+    ):
+        assert max(map(len, shown.getvalue().splitlines())) <= width
         text = "".join(shown.getvalue().split())
         assert all(word in text for word in expected), shown.getvalue()
 

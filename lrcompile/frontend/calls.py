@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 if TYPE_CHECKING:
     from lrcompile.frontend.trace import Traced
 
+_FLAT_INPUTS = "_lrcompile_flat_inputs"  # what the code of a graph calls `flat_inputs`, lest an input be called so
 _VARIADIC: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
 
 
@@ -161,15 +162,15 @@ class CodeOfCall(_PyTreeCodeGen):
         left = ", ".join(f"{name!r}: ({_name(name)}, {text!r})" for name, text in call.left_out.items())
         names = "".join(f"{name.split(':')[0].split('#')[0]}, " for name in free_vars)
         given = f"(({args}), {{{kwargs}}})"
-        return f"{head}\n    {names}= flat_inputs({given}, self._in_spec, {dict(call.fixed)!r}, {{{left}}})"
+        return f"{head}\n    {names}= {_FLAT_INPUTS}({given}, self._in_spec, {dict(call.fixed)!r}, {{{left}}})"
 
     def additional_globals(self) -> list[tuple[str, Any]]:
         """What the code needs besides torch."""
-        return [*super().additional_globals(), ("flat_inputs", flat_inputs)]
+        return [*super().additional_globals(), (_FLAT_INPUTS, flat_inputs)]
 
 
 def _name(name: str) -> str:
-    return f"{name}_" if name in _custom_builtins or name in ("self", "flat_inputs") else name
+    return f"{name}_" if name in _custom_builtins or name in ("self", _FLAT_INPUTS) else name
 
 
 def _default(parameter: inspect.Parameter) -> Any:

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 from lrcompile.errors import InputError
@@ -53,8 +54,11 @@ class Budget:
     def __post_init__(self) -> None:
         for name in ("max_error", "size", "speedup", "max_latency_s", "confidence", "max_drop"):
             value = getattr(self, name)
-            if value is not None and not (isinstance(value, int | float) and math.isfinite(value) and value >= 0):
+            if value is None:
+                continue
+            if not (isinstance(value, Real) and math.isfinite(value) and float(value) >= 0):
                 raise InputError(f"budget {name} is {value!r}; expected a finite number of at least 0")
+            object.__setattr__(self, name, float(value))  # of numpy too, which no plan could hold
         limits = (self.max_error, self.size, self.speedup, self.max_latency_s, self.max_drop)
         if measure_named(self.measure) != RELATIVE and all(limit is None for limit in limits):
             raise InputError(f"--measure {self.measure} has no default limit; say how much with --max-error")

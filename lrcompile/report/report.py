@@ -239,8 +239,8 @@ def _rewritten(
     names = "+".join(dict.fromkeys(rewrite.pass_name for rewrite in candidate.rewrites))
     params = dict(candidate.rewrites[0].params) if len(candidate.rewrites) == 1 else _joined_params(candidate)
     first = candidate.sites[0] == path
-    ratio = candidate.before.latency_s / max(candidate.after.latency_s, 1e-12)
-    reason = f"{ratio:.2f}× faster here" if ratio >= 1 else f"{1 / ratio:.2f}× slower here, for the size asked for"
+    ratio, slower = _over(candidate.before, candidate.after), _over(candidate.after, candidate.before)
+    reason = f"{ratio:.2f}× faster here" if ratio >= 1 else f"{slower:.2f}× slower here, for the size asked for"
     reason = "; ".join([reason, *filter(None, map(remark, candidate.rewrites))])
     return Decision(
         site=path,
@@ -271,6 +271,11 @@ def _kept(
     return Decision(path, label, decision, None, {}, None, latency, latency, None, reason, alternatives)
 
 
+def _over(one: Cost, other: Cost) -> float:
+    """How many times another's latency one's is; a plugin may work on what a device does for nothing."""
+    return one.latency_s / max(other.latency_s, 1e-12)
+
+
 def _is_sure(candidate: Candidate, budget: Budget) -> bool:
     return candidate.p_faster >= budget.confidence and candidate.gain.latency_s > 0
 
@@ -279,9 +284,9 @@ def _why_kept(candidates: Sequence[Candidate], budget: Budget) -> str:
     best = max(candidates, key=lambda c: c.gain.latency_s)
     name = best.rewrites[-1]
     text = f"{name.pass_name}({', '.join(f'{k}={v}' for k, v in name.params.items())})"
-    ratio = best.before.latency_s / max(best.after.latency_s, 1e-12)
+    ratio = _over(best.before, best.after)
     if best.gain.latency_s <= 0:
-        return f"nothing is faster: at best {1 / ratio:.2f}× the time, {text}"
+        return f"nothing is faster: at best {_over(best.after, best.before):.2f}× the time, {text}"
     sure = [c for c in candidates if _is_sure(c, budget)]
     if not sure:
         return f"not sure enough: {text} {ratio:.2f}× faster with P = {best.p_faster:.2f} < {budget.confidence:.2f}"

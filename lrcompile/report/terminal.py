@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -16,6 +17,7 @@ if TYPE_CHECKING:  # they import torch, which takes seconds
     from lrcompile.report.report import Decision, Report
 
 NARROW = 100  # columns below which a table of sites has no room for their names and for why
+LEAST_FOLDED = 12  # columns of a text that is folded
 
 
 def print_report(console: Console, report: Report) -> None:
@@ -92,18 +94,15 @@ def print_front(console: Console, figures: Mapping[str, Any], asked: int) -> Non
     """Prints the points of a front, slowest first, and the notes."""
     points = figures["points"]
     kind = points[0]["latency_ms"]["kind"]
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    names = ("point", f"latency ms ({kind})", "± ms", "speed-up", "weights MB", "error", "rewrites")
-    for name in names:
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("plan", overflow="fold")
+    names = ("point", f"latency ms ({kind})", "± ms", "speed-up", "weights MB", "error", "rewrites", "plan")
+    rows = []
     for point in points:
         latency = point["latency_ms"]
-        table.add_row(
+        rows.append((
             str(point["point"]), f"{latency['after']:.4g}", f"{latency['sigma']:.2g}", f"{point['speedup']:.2f}×",
             f"{point['weight_bytes'] / 1e6:.2f}", f"{point['error']:.3g}", str(point["rewrites"]), point["plan"] or "",
-        )  # fmt: skip
-    console.print(table)
+        ))  # fmt: skip
+    _print_figures(console, names, rows)
     error, strategy = figures["error"], figures["settings"]["strategy"]
     left = "" if len(points) == asked else "; the others are beaten by one of these, or not reached"
     console.print(f"error     {error['metric']} (measured; {error['basis']})")
@@ -120,19 +119,17 @@ def print_front(console: Console, figures: Mapping[str, Any], asked: int) -> Non
 
 def print_family(console: Console, family: Mapping[str, Any]) -> None:
     """Prints the members of a family, the largest first; what holds for all is noted once, at the end."""
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for name in ("size", "of", "weights MB", "operations", "latency ms", "error before", "recovered"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("file", overflow="fold")
+    names = ("size", "of", "weights MB", "operations", "latency ms", "error before", "recovered", "file")
+    rows = []
     for member in family["members"]:
         recovery, latency = member["recovery"], member["latency_ms"]
         errors = ("", f"{member['error']['measured']:.3g}") if recovery is None else map(figure, recovery["error"])
         written = f" ({member['quantization']['written']})" if member["quantization"] else ""
-        table.add_row(
+        rows.append((
             f"{member['size']:g}", f"{member['parent']:g}", f"{member['weight_bytes'] / 1e6:.2f}",
             str(member["operations"]), f"{latency['after']:.4g} {latency['kind']}", *errors, member["file"] + written,
-        )  # fmt: skip
-    console.print(table)
+        ))  # fmt: skip
+    _print_figures(console, names, rows)
     first, *others = (member["notes"] for member in family["members"])
     shared = [note for note in first if all(note in notes for notes in others)]
     for member in family["members"]:
@@ -142,6 +139,22 @@ def print_family(console: Console, family: Mapping[str, Any]) -> None:
     for note in (*family["notes"], *shared):
         console.print(f"note      {note}")
     console.print(f"wrote     {family['manifest']} and what it names")
+
+
+def _print_figures(console: Console, names: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Prints columns of figures and a last one of text; where they have no room, each row in words."""
+    widths = [max(map(cell_len, column)) for column in zip(names, *rows, strict=True)]
+    if sum(widths[:-1]) + min(widths[-1], LEAST_FOLDED) + 2 * len(widths[1:]) > console.width:
+        for row in rows:
+            console.print(", ".join(f"{name} {text}" for name, text in zip(names, row, strict=True) if text))
+        return
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for name in names[:-1]:
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column(names[-1], overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
 
 
 def simple_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
