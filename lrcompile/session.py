@@ -13,12 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lrcompile.compile import compile as compile_model
-from lrcompile.emit.write import (
-    check_plans_folder,
-    check_writable,
-    placed_whole,
-    write_text,
-)
+from lrcompile.emit.write import check_plans_folder, check_writable, placed_whole, write_text
 from lrcompile.errors import InputError
 from lrcompile.front import front_figures, tradeoff
 from lrcompile.frontend.calibration_data import MOST_BATCHES, CalibrationData, load_calibration, load_labels
