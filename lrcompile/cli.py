@@ -234,7 +234,7 @@ def tradeoff_command(
 def devices(as_json: Json = False) -> None:
     """Lists the device profiles."""
     from lrcompile.devices.profile import available_devices, load_device
-    from lrcompile.report.terminal import simple_table
+    from lrcompile.report.terminal import plain_table
 
     found = [load_device(name) for name in available_devices()]
     if as_json:
@@ -242,14 +242,14 @@ def devices(as_json: Json = False) -> None:
         return
     rows = [(d.name, d.kind, d.description) for d in found]
     rows.append(("local", "cpu", "this machine, measured with ONNX Runtime"))
-    _console().print(simple_table(("name", "kind", "description"), rows))
+    _console().print(plain_table(("name", "kind", "description"), rows))
 
 
 @app.command()
 def passes(as_json: Json = False) -> None:
     """Lists the passes that are installed, in pipeline order."""
     from lrcompile.plugins import discover
-    from lrcompile.report.terminal import simple_table
+    from lrcompile.report.terminal import plain_table
 
     found = discover()
     rows = [
@@ -268,7 +268,7 @@ def passes(as_json: Json = False) -> None:
         _print_json({"passes": listed, "problems": list(found.problems)})
         return
     console = _console()
-    console.print(simple_table(("name", "stage", "equation", "options", "from"), rows))
+    console.print(plain_table(("name", "stage", "equation", "options", "from"), rows))
     for problem in found.problems:
         console.print(f"note      {problem}")
 
@@ -333,7 +333,7 @@ def calibrate(
 ) -> None:
     """Measures this machine's CPU or GPU and writes a profile that predicts it."""
     from lrcompile.report.progress import ProgressDisplay
-    from lrcompile.report.terminal import simple_table
+    from lrcompile.report.terminal import plain_table
     from lrcompile.session import calibrate_file
 
     with ProgressDisplay(_screen(stderr=True)) as progress:
@@ -346,7 +346,7 @@ def calibrate(
     cells = [(row["family"], str(row["count"]), *(f"{row[key]:.1%}" for key in shares)) for row in rows]
     names = ("operations", "measured", "error on operations left out", "within 10 %", "σ", "robust σ", "formula alone")
     console = _console()
-    console.print(simple_table(names, cells))
+    console.print(plain_table(names, cells))
     console.print(f"measured {len(found.measurements)} operations, left {found.noisy} noisy ones out; wrote {out}")
 
 

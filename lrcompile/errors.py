@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 
 class LrcompileError(Exception):
     """Base of every error that is reported as a message instead of a traceback."""
@@ -49,3 +51,9 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error of Python or torch says that memory ran out."""
     words = ("out of memory", "allocate memory", "not enough memory")
     return isinstance(error, MemoryError) or any(word in str(error).lower() for word in words)
+
+
+def first_line(error: BaseException | str) -> str:
+    """The first line of an error's message, without terminal colours; its kind where it has none."""
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip().splitlines()
+    return lines[0].rstrip(" .")[:300] if lines else type(error).__name__

@@ -10,7 +10,7 @@ from importlib.metadata import EntryPoint, entry_points
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from lrcompile.errors import InputError, PluginError
+from lrcompile.errors import InputError, PluginError, first_line
 from lrcompile.passes import Pass, Stage
 
 GROUP = "lrcompile.passes"
@@ -43,8 +43,8 @@ def discover(points: Iterable[EntryPoint] | None = None) -> Discovered:
         try:
             passes = _instances(point.load())
         except (Exception, SystemExit) as error:  # a plugin may fail in any way; the compiler goes on without it
-            why = (str(error).strip().splitlines() or ["no message"])[0]  # some libraries write pages
-            problems.append(f"plugin {point.name!r} of {origin} is left out: {type(error).__name__}: {why}")
+            why = f"{type(error).__name__}: {first_line(error)}"  # some libraries write pages
+            problems.append(f"plugin {point.name!r} of {origin} is left out: {why}")
             continue
         for transform in passes:
             if transform.name in found:

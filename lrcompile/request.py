@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from lrcompile.emit.write import check_onnx, is_device
+from lrcompile.emit.write import check_onnx
 from lrcompile.errors import InputError
 from lrcompile.frontend.files import exists
 from lrcompile.planning.budget import Budget, parse_latency, parse_size
@@ -16,6 +16,7 @@ from lrcompile.planning.plan import Plan
 from lrcompile.plugins import parsed_option
 from lrcompile.quantization.quantize import RESERVE, check_float32
 from lrcompile.recovery.settings import Recovery
+from lrcompile.writing import is_device
 
 OF_RECOVERY = "recover."  # begins the options that are of no pass, but of a recovery
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lrcompile.compile import compile as compile_model
-from lrcompile.emit.write import check_plans_folder, check_writable, placed_whole, write_text
+from lrcompile.emit.write import check_writable
 from lrcompile.errors import InputError
 from lrcompile.front import front_figures, tradeoff
 from lrcompile.frontend.calibration_data import MOST_BATCHES, CalibrationData, load_calibration, load_labels
@@ -34,6 +34,7 @@ from lrcompile.report.page import check_page
 from lrcompile.report.plots import check_plottable, plot_calibration, plot_front
 from lrcompile.report.report import Report
 from lrcompile.request import OF_RECOVERY, Request, check_apart, check_opset, check_quantize, check_replay
+from lrcompile.writing import check_file, check_plans_folder, placed_whole, write_text
 
 if TYPE_CHECKING:  # fitting imports what a compile does without
     from lrcompile.devices.calibrate import Calibration, Progress
@@ -57,7 +58,7 @@ def compile_files(request: Request, progress: Callable[[str, int, int], None]) -
     texts = {"--plan-out": request.plan_out, "--report": request.report, "--report-json": request.report_json}
     for path in texts.values():
         if path is not None:
-            check_writable(path, text=True)
+            check_file(path)
     check_apart(request, {"--out": request.out, **texts})
     check_opset(request)
     plan = Plan.load(request.plan) if request.plan else None
@@ -125,7 +126,7 @@ def tradeoff_files(
         check_plottable(files.plot)
     for path in (files.out, files.plot):
         if path is not None:
-            check_writable(path, text=True)
+            check_file(path)
     if files.plans is not None:
         check_plans_folder(files.plans)
     check_apart(request, {"--out": files.out, "--plot": files.plot, "--plans": files.plans})
@@ -183,7 +184,7 @@ def family_files(request: Request, progress: Callable[[str, int, int], None]) ->
     paths = [f"{out.with_name(f'{stem}-{size:g}')}{ends}" for size in sizes]
     for path in paths:
         check_writable(path)
-    check_writable(manifest, text=True)
+    check_file(manifest)
     check_apart(request, {f"a size of {size}": path for size, path in zip(sizes, paths, strict=True)})
     check_quantize(request)
     if Processes.here().count > 1:
@@ -319,10 +320,10 @@ def calibrate_file(
         raise InputError(f"cannot write {out}: a profile's name ends in .toml; give --out {out.stem or 'mine'}.toml")
     if not 0 < seconds < math.inf:
         raise InputError(f"--minutes {seconds / 60:g} is no time to measure; expected more than 0, such as 15")
-    check_writable(out, text=True)
+    check_file(out)
     if plot is not None:
         check_plottable(plot)
-        check_writable(plot, text=True)
+        check_file(plot)
     from lrcompile.devices.calibrate import calibrate_here
 
     found, text = calibrate_here(out.stem, seconds, seed, progress, runtime)

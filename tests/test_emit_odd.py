@@ -22,8 +22,8 @@ from lrcompile import Budget
 from lrcompile.cli import run
 from lrcompile.emit.folder import _in_a_docstring, load_folder
 from lrcompile.emit.pt2 import load_pt2
-from lrcompile.emit.write import write_text
 from lrcompile.errors import InputError
+from lrcompile.writing import write_text
 
 EXACT = Budget(max_error=0.0)
 FRAMES = 4

@@ -16,12 +16,13 @@ import pytest
 import torch
 from torch import fx, nn
 
-from lrcompile.emit import verify, write
+from lrcompile.emit import verify
 from lrcompile.emit.onnx import save
 from lrcompile.emit.verify import VerifiedOnnx
-from lrcompile.emit.write import MARK, Emitted, check_writable, emit, write_text
+from lrcompile.emit.write import _EMITTERS, MARK, Emitted, check_writable, emit
 from lrcompile.errors import InputError, VerificationError
 from lrcompile.frontend.trace import Traced, trace
+from lrcompile.writing import check_file, install, write_text
 
 SUFFIXES = (".onnx", ".pt2", "")
 
@@ -117,14 +118,14 @@ def test_paths_that_cannot_be_written(tmp_path: Path, name: str, problem: str) -
 def test_paths_that_can_be_written(tmp_path: Path) -> None:
     for name in ("a.onnx", "a.pt2", "folder", "folder.v2/"):
         check_writable(f"{tmp_path}/{name}")
-    check_writable(tmp_path / "report.json", text=True)
+    check_file(tmp_path / "report.json")
     (tmp_path / "empty").mkdir()
     check_writable(tmp_path / "empty")
     put(tmp_path / "ours")
     (tmp_path / "ours" / "__pycache__").mkdir()
     check_writable(tmp_path / "ours")
     with pytest.raises(InputError, match="it is a folder"):
-        check_writable(tmp_path / "ours", text=True)
+        check_file(tmp_path / "ours")
 
 
 def test_a_folder_without_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,7 +143,7 @@ def test_a_failure_leaves_no_trace(
         path.with_name("partial").write_text("partial")
         raise error
 
-    monkeypatch.setitem(write._EMITTERS, suffix or "folder", fail)
+    monkeypatch.setitem(_EMITTERS, suffix or "folder", fail)
     put(tmp_path / f"out{suffix}")
     before = listing(tmp_path)
     expected = InputError if isinstance(error, OSError) else type(error)
@@ -185,13 +186,13 @@ def test_many_files_move_together_or_not_at_all(tmp_path: Path, monkeypatch: pyt
     for stop in range(1, 6):  # noqa: B007, read by failing
         calls = 0
         with pytest.raises(KeyboardInterrupt):
-            write._install([(staging / name, tmp_path / name) for name in names], staging)
+            install([(staging / name, tmp_path / name) for name in names], staging)
         for kept in staging.iterdir():
             if kept.is_dir():
                 kept.rmdir()  # empty
         assert listing(tmp_path) == before
     stop = 0
-    write._install([(staging / name, tmp_path / name) for name in names], staging)
+    install([(staging / name, tmp_path / name) for name in names], staging)
     assert [(tmp_path / name).read_text() for name in names] == ["new a", "new b", "new c"]
 
 
@@ -218,7 +219,8 @@ def test_text_is_written_whole(tmp_path: Path) -> None:
 FULL = """
 import resource, sys
 from test_emit_write import Small
-from lrcompile.emit.write import emit, write_text
+from lrcompile.emit.write import emit
+from lrcompile.writing import write_text
 from lrcompile.errors import InputError
 from lrcompile.frontend.trace import trace
 import torch

@@ -20,12 +20,13 @@ MAY_IMPORT = {
     "errors": "",
     "memory": "",
     "cache": "",
+    "writing": "errors",
     "nn": "",
     "graph": "errors",
-    "devices": "errors cache graph",
+    "devices": "errors cache writing graph",
     "frontend": "errors nn graph",
     "lower": "errors nn graph frontend",
-    "emit": "errors nn graph frontend",
+    "emit": "errors writing nn graph frontend",
     "planning.moments": "errors",
     "planning.decompose": "planning.moments",
     "planning.windows": "planning.moments planning.decompose",
@@ -43,9 +44,9 @@ MAY_IMPORT = {
     "recovery": "errors memory cache graph",
     "recover": "errors memory graph frontend lower planning report recovery compile",
     "progressive": "errors frontend graph planning report recovery compile recover",
-    "request": "errors emit frontend planning plugins quantization recovery",
-    "session": "errors devices frontend emit plugins planning report quantization compile front recovery recover "
-    "progressive request",
+    "request": "errors writing emit frontend planning plugins quantization recovery",
+    "session": "errors writing devices frontend emit plugins planning report quantization compile front recovery "
+    "recover progressive request",
     "cli": "errors devices plugins planning report session",
     "__main__": "cli",
     "lrcompile": "errors graph devices frontend passes plugins planning report quantization compile front recovery "

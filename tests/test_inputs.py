@@ -143,7 +143,9 @@ def test_duplicate_inputs() -> None:
 
 
 def test_float_dtype() -> None:
-    assert [parse_float_dtype(t) for t in ("fp32", "fp16", "bf16")] == [torch.float32, torch.float16, torch.bfloat16]
+    kinds = [torch.float32, torch.float16, torch.bfloat16]
+    assert [parse_float_dtype(t) for t in ("fp32", "fp16", "bf16")] == kinds
+    assert [parse_float_dtype(t) for t in kinds] == kinds
     with pytest.raises(InputError, match="did you mean fp16"):
         parse_float_dtype("fp1")
     with pytest.raises(InputError, match="int8"):
@@ -380,8 +382,9 @@ def test_bad_data(data: Any, part: str) -> None:
 
 
 def test_bad_batch() -> None:
-    with pytest.raises(InputError, match="--batch 0 is not positive"):
-        calibration_from(torch.ones(2), ["x"], 0)
+    for batch in (0, -3, 2.0, 0.5):
+        with pytest.raises(InputError, match=f"--batch {batch} is no count of samples; expected a whole number"):
+            calibration_from(torch.ones(2), ["x"], batch)  # type: ignore[arg-type]
 
 
 def test_hostile_calibration_files_do_not_run(folder: Path) -> None:

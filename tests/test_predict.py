@@ -138,9 +138,9 @@ def test_unreadable_and_unwritable(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot read"):
         predict_csv(tmp_path, tmp_path / "out.csv", V100)
     with pytest.raises(InputError, match=r"cannot write .*: there is no folder .*no; make it with mkdir -p"):
-        predict_csv(source, tmp_path / "no" / "out.csv", V100)
+        predict_csv(tmp_path / "nothing.csv", tmp_path / "no" / "out.csv", V100)
     (tmp_path / "folder").mkdir()
-    with pytest.raises(InputError, match="cannot write"):
+    with pytest.raises(InputError, match="it is a folder; give the name of a file"):
         predict_csv(source, tmp_path / "folder", V100)
     assert sorted(os.listdir(tmp_path)) == ["folder", "in.csv"]
 

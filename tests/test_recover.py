@@ -280,12 +280,21 @@ def test_a_loss_that_stays_no_number_ends_it(compiled: Result, tmp_path: Path, m
         ({"steps": 2.5}, "steps is 2.5; expected a whole number"),
         ({"steps": 5, "batch": 16.0}, "batch is 16.0; expected a whole number"),
         ({"steps": 5, "seed": 0.5}, "seed is 0.5; expected a whole number"),
+        ({"steps": 5, "seed": None}, "seed is None; expected a whole number"),
+        ({"steps": 5, "hidden": np.float32("nan")}, "hidden is .*nan.*; expected a number of at least 0"),
         ({"steps": 5, "freeze": "all"}, "expected one of none, regular, sequential"),
     ],
 )
 def test_bad_settings(settings: dict[str, Any], says: str) -> None:
     with pytest.raises(InputError, match=says):
         Recovery(**settings)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    settings = Recovery(steps=np.int64(5), rate=np.float32(0.5), batch=np.int8(16), hidden=2, seed=np.uint64(3))
+    assert settings == Recovery(steps=5, rate=0.5, batch=16, hidden=2.0, seed=3)
+    assert json.loads(json.dumps(settings.to_json()))["rate"] == 0.5
+    assert Recovery(minutes=np.float64(0.5)).steps is None
 
 
 def test_what_python_users_give(compiled: Result, tmp_path: Path) -> None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import csv
-import os
-import tempfile
+import io
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from lrcompile.devices.analytic import AnalyticCostModel, Direction, conv_latenc
 from lrcompile.devices.device import Device
 from lrcompile.errors import DeviceError, InputError
 from lrcompile.graph.op import DTYPE_BYTES, ConvShape, Function, Layout, OpDesc, RecurrentShape, conv_op, gemm_op
+from lrcompile.writing import check_file, write_text
 
 _GEMM_OPS = ("gemm", "linear", "bmm")
 _CONV_OPS: dict[str, Direction] = {"conv2d_fwd": "forward", "conv2d_bwd_data": "data", "conv2d_bwd_weight": "weight"}
@@ -53,11 +53,16 @@ def predict_csv(path_in: str | Path, path_out: str | Path, device: Device, dtype
 
     The output appears whole or not at all. InputError when the table cannot be read, used or written.
     """
+    check_file(path_out)
     columns, rows = _read(Path(path_in))
     results = predict_rows(rows, device, dtype)
     for row, (predicted_ms, sigma_ms) in zip(rows, results, strict=True):
         row.update(predicted_ms=f"{predicted_ms:.6g}", sigma=f"{sigma_ms:.6g}")
-    _write(Path(path_out), [*columns, *(name for name in _RESULTS if name not in columns)], rows)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [*columns, *(name for name in _RESULTS if name not in columns)], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path_out, text.getvalue())
     return len(rows)
 
 
@@ -217,30 +222,3 @@ def _read(path: Path) -> tuple[Sequence[str], list[dict[str, str]]]:
         if None in row or None in row.values():
             raise InputError(f"row {number} of {path}: expected {len(columns)} values as in the header")
     return columns, rows
-
-
-def _write(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, str]]) -> None:
-    if not path.parent.is_dir():
-        raise InputError(f"cannot write {path}: there is no folder {path.parent}; make it with mkdir -p")
-    try:
-        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, columns, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, path)
-    except BaseException as error:
-        Path(name).unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise InputError(f"cannot write {path}: {error.strerror or error}") from error
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

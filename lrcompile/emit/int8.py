@@ -24,8 +24,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from lrcompile.errors import VerificationError
-from lrcompile.frontend.archives import first_line
+from lrcompile.errors import VerificationError, first_line
 
 KINDS = (STATIC, DYNAMIC, TABLES) = ("convolutions", "products", "embeddings")
 Feeds = Mapping[str, np.ndarray]

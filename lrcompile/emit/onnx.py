@@ -26,8 +26,7 @@ from torch.utils import _pytree as pytree
 
 from lrcompile.emit.express import expressible, is_tensor
 from lrcompile.emit.shapes import fold_shapes
-from lrcompile.errors import InputError
-from lrcompile.frontend.archives import first_line
+from lrcompile.errors import InputError, first_line
 from lrcompile.frontend.export import OpenAxes, batch_size, export, input_values
 from lrcompile.frontend.trace import Traced
 from lrcompile.graph.graph import ALL_CONVS, submodule

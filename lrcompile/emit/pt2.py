@@ -14,8 +14,7 @@ from torch.export import ExportedProgram
 
 from lrcompile.emit.onnx import quiet
 from lrcompile.emit.structure import set_plain_outputs
-from lrcompile.errors import InputError
-from lrcompile.frontend.archives import first_line
+from lrcompile.errors import InputError, first_line
 from lrcompile.frontend.export import OpenAxes, export
 from lrcompile.graph.graph import Graph
 

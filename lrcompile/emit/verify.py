@@ -19,8 +19,7 @@ from torch import fx
 
 from lrcompile.emit.onnx import save
 from lrcompile.emit.widen import widen_onnx, widen_tensor, widen_torch
-from lrcompile.errors import VerificationError
-from lrcompile.frontend.archives import first_line
+from lrcompile.errors import VerificationError, first_line
 from lrcompile.frontend.export import batch_size
 from lrcompile.frontend.trace import at_other_batch, run
 from lrcompile.graph.verify import is_float, relative_error, rounded_error

@@ -2,14 +2,7 @@
 
 from __future__ import annotations
 
-import errno
-import math
-import os
-import re
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,13 +15,13 @@ from lrcompile.errors import InputError, VerificationError
 from lrcompile.frontend.export import OpenAxes
 from lrcompile.frontend.trace import Traced
 from lrcompile.graph.graph import weight_bytes
+from lrcompile.writing import cannot_write, check_place, followed, install, staging
 
 MARK = '"""Written by lrcompile'
 """The first words of every `model.py` that lrcompile writes: a folder with one may be replaced."""
 
 OPSETS = range(18, 24)
 _FOLDER_FILES = frozenset(("model.py", "weights.safetensors", "__pycache__"))
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _LIMITS = {torch.float16: 5e-2, torch.bfloat16: 2e-1}
 _LIMIT = 1e-3
 _WIDENED_LIMIT = 5e-2  # half-precision weights that were folded together in another order, then widened
@@ -64,16 +57,16 @@ def emit(path: str | Path, gm: fx.GraphModule, traced: Traced, refine: Refine | 
     check_writable(path)
     if refine is not None:
         check_onnx(path)
-    kind, path = _kind(path), _real(Path(path))
+    kind, path = _kind(path), followed(path)
     stale = _data_file(path) if kind == ".onnx" else None
-    with _staging(path, weight_bytes(gm)) as folder:
+    with staging(path, weight_bytes(gm)) as folder:
         emitted, written = _EMITTERS[kind](folder / path.name, gm, traced)
         if refine is not None:
             if len(written) > 1:
                 raise InputError("--quantize takes models of up to 2 GB of weights; compile this one without it")
             refined, notes = refine(written[0])
             emitted = replace(emitted, refined=refined, notes=(*emitted.notes, *notes))
-        _install([(file, path.with_name(file.name)) for file in written], folder)
+        install([(file, path.with_name(file.name)) for file in written], folder)
     if stale is not None and stale.name not in {file.name for file in written}:
         stale.unlink(missing_ok=True)
     return emitted
@@ -105,97 +98,20 @@ def check_opset(opset: int | None, gm: fx.GraphModule) -> int | None:
     return opset_of(gm, opset)
 
 
-def write_text(path: str | Path, text: str) -> None:
-    """Writes a text file in UTF-8, whole or not at all; a device or a pipe is written to directly.
-
-    Raises:
-        InputError: the path cannot be written or the disk is full.
-    """
-    check_writable(path, text=True)
-    if is_device(path):
-        Path(path).write_text(text, encoding="utf-8")
-        return
-    path = _real(Path(path))
-    data = text.encode()
-    with _staging(path, len(data)) as folder:
-        staged = folder / path.name
-        staged.write_bytes(data)
-        _install([(staged, path)], folder)
-
-
-@contextmanager
-def placed_whole(path: str | Path) -> Iterator[Path]:
-    """A path to write a file or a folder to, which takes the place of `path` when the block ends without an error.
-
-    Raises:
-        InputError: the path cannot be written or the disk is full.
-    """
-    path = _real(Path(path))
-    with _staging(path, 0) as folder:
-        yield folder / path.name
-        _install([(folder / path.name, path)], folder)
-
-
-def check_plans_folder(path: Path) -> None:
-    """Checks before the work that a folder of numbered plans can be written: a new one, or one that holds only such.
-
-    Raises:
-        InputError: it cannot be; the message says what to do.
-    """
-    real = _real(path)
-    if not real.is_dir():
-        check_writable(path, text=True)
-        if real.exists():
-            raise InputError(f"cannot write {path}: it is a file where a folder is expected; give another path")
-        return
-    try:
-        strangers = sorted(file.name for file in real.iterdir() if not re.fullmatch(r"\d+\.json", file.name))
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}; give another path") from error
-    if strangers:
-        raise InputError(
-            f"cannot write {path}: the folder holds {strangers[0]}, which is no numbered plan; give a new folder"
-        )
-    if not os.access(real.parent, os.W_OK | os.X_OK):
-        raise InputError(f"cannot write {path}: no permission to write in {real.parent}; give another path")
-
-
-def is_device(path: str | Path) -> bool:
-    """Whether a path is neither a file nor a folder, but something else that can be written to, as /dev/stdout."""
-    path = Path(path)
-    return path.exists() and not path.is_file() and not path.is_dir()
-
-
-def check_writable(path: str | Path, *, text: bool = False) -> None:
+def check_writable(path: str | Path) -> None:
     """Checks before the work that its result can be written.
 
-    `text` means a file of any suffix. A path that ends with "/" or has no suffix is a folder; one that exists is
-    replaced only if lrcompile wrote it.
+    A path that ends with "/" or has no suffix is a folder; one that exists is replaced only if lrcompile wrote it.
 
     Raises:
         InputError: it cannot be; the message says what to do.
     """
-    try:
-        if text and is_device(path):
-            if not os.access(path, os.W_OK):
-                raise InputError(f"cannot write {path}: no permission; give another path")
-            return
-        real = _real(Path(path))
-        if not real.parent.exists():
-            raise InputError(f"cannot write {path}: there is no folder {real.parent}; make it with mkdir -p")
-        if not real.parent.is_dir():
-            raise InputError(f"cannot write {path}: {real.parent} is a file, not a folder; give another path")
-        if not os.access(real.parent, os.W_OK | os.X_OK):
-            raise InputError(f"cannot write {path}: no permission to write in {real.parent}; give another path")
-        if text:
-            if real.is_dir():
-                raise InputError(f"cannot write {path}: it is a folder; give the name of a file")
-        elif _kind(path) == "folder":
+    with cannot_write(path):
+        real = check_place(path)
+        if _kind(path) == "folder":
             _check_folder(path, real)
         elif real.exists() and not real.is_file():
             raise InputError(f"cannot write {path}: it exists and is not a file; give another path")
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}; give another path") from error
 
 
 def _kind(path: str | Path) -> str:
@@ -234,11 +150,6 @@ def _is_ours(file: Path) -> bool:
         return False
 
 
-def _real(path: Path) -> Path:
-    """The path with links followed, so that what a link points to is replaced and not the link."""
-    return Path(os.path.realpath(path))
-
-
 def _data_file(path: Path) -> Path | None:
     """The weights beside an ONNX file that lrcompile wrote: nothing reads them once that file is replaced."""
     data = path.with_name(path.name + ".data")
@@ -254,46 +165,6 @@ def _data_file(path: Path) -> Path | None:
         entry.value for tensor in old.graph.initializer for entry in tensor.external_data if entry.key == "location"
     }
     return data if old.producer_name == "lrcompile" and data.name in used else None
-
-
-@contextmanager
-def _staging(path: Path, size_bytes: int) -> Iterator[Path]:
-    """A folder beside the path, on the same file system, that is gone afterwards whatever happens."""
-    try:
-        folder = Path(tempfile.mkdtemp(prefix=f".{path.name[:64]}.", dir=path.parent))
-        try:
-            yield folder
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-    except OSError as error:
-        if error.errno in _FULL:
-            raise InputError(
-                f"no space left on the file system of {path.parent}: {path.name} needs about "
-                f"{math.ceil(size_bytes / 1e6)} MB; make room or write elsewhere"
-            ) from error
-        raise InputError(f"cannot write {path}: {error.strerror or error}; give another path") from error
-
-
-def _install(moves: Sequence[tuple[Path, Path]], folder: Path) -> None:
-    """Moves what is complete to where it goes: all of it, or on any failure none, with what was there put back."""
-    if len(moves) == 1 and not moves[0][1].is_dir():
-        os.replace(*moves[0])  # atomic
-        return
-    old = Path(tempfile.mkdtemp(dir=folder))  # of a name that none of the new ones has
-    begun: list[tuple[Path, Path]] = []
-    try:
-        for new, final in moves:
-            begun.append((new, final))
-            if final.exists():
-                os.replace(final, old / final.name)
-            os.replace(new, final)
-    except BaseException:
-        for new, final in reversed(begun):
-            if not new.exists() and final.exists():
-                os.replace(final, new)
-            if (old / final.name).exists():
-                os.replace(old / final.name, final)
-        raise
 
 
 def _emit_onnx(path: Path, gm: fx.GraphModule, traced: Traced) -> tuple[Emitted, Sequence[Path]]:

@@ -12,16 +12,10 @@ from typing import IO
 
 import torch
 
-from lrcompile.errors import InputError
+from lrcompile.errors import InputError, first_line
 
 MOST_UNPACKED = 1 << 28  # bytes of an archive that unpacks to more than a hundred times its size: torch packs nothing
 FILE_OPERATORS = frozenset(("save", "load", "from_file", "read_file", "write_file"))  # they reach the file system
-
-
-def first_line(error: BaseException | str) -> str:
-    """The first line of an error's message, without terminal colours."""
-    lines = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip().splitlines()
-    return lines[0].rstrip(" .")[:300] if lines else type(error).__name__
 
 
 def open_archive(file: IO[bytes], path: Path) -> torch._C.PyTorchFileReader:

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lrcompile.errors import InputError
-from lrcompile.frontend.archives import first_line
+from lrcompile.errors import InputError, first_line
 from lrcompile.frontend.files import describe, exists, open_input, read_pickle, read_safetensors, recognise
 from lrcompile.frontend.imports import call, import_attribute, is_attribute_path, working_directory_importable
+from lrcompile.frontend.inputs import check_batch
 from lrcompile.graph.verify import is_float
 
 _EXPECTED = (
@@ -127,8 +127,7 @@ def calibration_from(
     Raises:
         InputError: as for `load_calibration`.
     """
-    if batch < 1:
-        raise InputError(f"--batch {batch} is not positive; expected the number of samples, such as --batch 8")
+    check_batch(batch)
     chunks: list[dict[str, Tensor]] = []
     total = 0
     names = list(input_names)

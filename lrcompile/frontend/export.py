@@ -15,8 +15,7 @@ from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
-from lrcompile.errors import InputError
-from lrcompile.frontend.archives import first_line
+from lrcompile.errors import InputError, first_line
 
 OpenAxes: TypeAlias = tuple[tuple[int, ...], ...]
 """For each flat input the axes of which the size is open."""

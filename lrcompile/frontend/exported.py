@@ -34,8 +34,8 @@ from torch.export import ExportedProgram
 from torch.export.pt2_archive import constants
 from torch.export.pt2_archive._package import load_pt2
 
-from lrcompile.errors import InputError
-from lrcompile.frontend.archives import FILE_OPERATORS, first_line, open_archive
+from lrcompile.errors import InputError, first_line
+from lrcompile.frontend.archives import FILE_OPERATORS, open_archive
 
 _MODEL = constants.MODELS_FILENAME_FORMAT.format("model")
 _NAME = re.compile(r"[\w .\-/+@]*")  # nothing that could call or end a statement in generated source text

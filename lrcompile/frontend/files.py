@@ -16,8 +16,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from lrcompile.errors import InputError
-from lrcompile.frontend.archives import first_line, open_archive
+from lrcompile.errors import InputError, first_line
+from lrcompile.frontend.archives import open_archive
 from lrcompile.frontend.imports import working_directory_importable
 
 Form = Literal["exported", "torchscript", "safetensors", "checkpoint", "legacy checkpoint", "pickle"]

@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from numbers import Integral
 from typing import Any, TypeVar
 
 import torch
@@ -82,12 +83,13 @@ def parse_inputs(texts: Sequence[str]) -> tuple[InputSpec, ...]:
     return specs
 
 
-def parse_float_dtype(text: str) -> torch.dtype:
-    """The dtype of `--dtype fp32|fp16|bf16` (or its long name).
+def parse_float_dtype(given: str | torch.dtype) -> torch.dtype:
+    """The dtype of `--dtype fp32|fp16|bf16` (or its long name), or one of torch's own.
 
     Raises:
         InputError: there is no such floating-point dtype.
     """
+    text = str(given).removeprefix("torch.")
     if text not in _FLOATS:
         raise InputError(f"there is no floating-point dtype {text!r}; {_dtype_hint(text, _FLOATS)}")
     return _FLOATS[text]
@@ -215,6 +217,16 @@ def _listed(names: Sequence[str], optional: Sequence[str]) -> str:
     return listed + (f" (optional: {', '.join(optional)})" if optional else "")
 
 
+def check_batch(batch: int) -> None:
+    """Refuses what is no positive whole number of samples.
+
+    Raises:
+        InputError: `batch` is not one.
+    """
+    if not isinstance(batch, Integral) or batch < 1:
+        raise InputError(f"--batch {batch} is no count of samples; expected a whole number from 1, such as --batch 8")
+
+
 def with_batch(tree: T, batch: int) -> T:
     """Brings every tensor of the batch to `batch` samples: repeats them in turn, or keeps the first ones.
 
@@ -222,10 +234,9 @@ def with_batch(tree: T, batch: int) -> T:
     has one; tensors with another first dimension (a table of positions, say) stay as they are.
 
     Raises:
-        InputError: `batch` is not positive, or no tensor has a dimension or a sample.
+        InputError: `batch` is no positive whole number, or no tensor has a dimension or a sample.
     """
-    if batch < 1:
-        raise InputError(f"--batch {batch} is not positive; expected the number of samples, such as --batch 8")
+    check_batch(batch)
     sizes = [t.shape[0] for t in pytree.tree_leaves(tree) if isinstance(t, Tensor) and t.dim()]
     if not sizes or sizes[0] == 0:
         raise InputError(

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from lrcompile.errors import InputError
-from lrcompile.frontend.archives import first_line, read_torchscript
+from lrcompile.errors import InputError, first_line
+from lrcompile.frontend.archives import read_torchscript
 from lrcompile.frontend.files import describe, exists, open_input, read_pickle, read_safetensors, recognise, some
 from lrcompile.frontend.imports import call, import_attribute, is_attribute_path
 

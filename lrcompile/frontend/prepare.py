@@ -21,7 +21,11 @@ from lrcompile.graph.describe import DTYPE_NAMES
 
 
 def prepare(
-    program: Program, args: Sequence[Any], kwargs: Mapping[str, Any] | None, dtype: str | None, batch: int | None
+    program: Program,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None,
+    dtype: str | torch.dtype | None,
+    batch: int | None,
 ) -> tuple[Program, tuple[Any, ...], dict[str, Any], str]:
     """(program, args, kwargs, precision) with floating parameters and inputs in `dtype` and `batch` samples.
 

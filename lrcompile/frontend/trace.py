@@ -18,8 +18,7 @@ from torch.export.graph_signature import InputKind
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
-from lrcompile.errors import InputError, VerificationError
-from lrcompile.frontend.archives import first_line
+from lrcompile.errors import InputError, VerificationError, first_line
 from lrcompile.frontend.calls import Call, CodeOfCall, script_signature, signature_of
 from lrcompile.frontend.export import (
     OpenAxes,

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from lrcompile.errors import InputError, LrcompileError, PlanError, is_out_of_memory
-from lrcompile.frontend.archives import first_line
+from lrcompile.errors import InputError, LrcompileError, PlanError, first_line, is_out_of_memory
 from lrcompile.graph.graph import ALL_CONVS, Graph
 from lrcompile.memory import in_pieces, samples_in
 from lrcompile.planning.moments import Moments, Window, moments

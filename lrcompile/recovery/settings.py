@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
+from numbers import Integral, Real
 from typing import Any, Literal, get_args
 
 import torch
@@ -17,6 +18,7 @@ Where = Literal["cpu", "cuda"]
 
 RATES = (1e-4, 3e-4, 1e-3, 3e-3)
 DEFAULT_BATCH = 32
+WHOLE = ("steps", "batch", "seed")
 
 
 @dataclass(frozen=True)
@@ -70,13 +72,18 @@ class Recovery:
             ("smoothing", 0, 0.99), ("subset", 1e-3, 1), ("sam", 0, 10), ("ema", 0, 0.99999),
         ):  # fmt: skip
             value = getattr(self, name)
-            if value is not None and not (
-                isinstance(value, int | float) and math.isfinite(value) and low <= value <= high
-            ):
+            if value is None:
+                continue
+            if not (isinstance(value, Real) and math.isfinite(value) and low <= value <= high):
                 limits = f"from {low:g} to {high:g}" if math.isfinite(high) else f"of at least {low:g}"
                 raise InputError(f"recovery: {name} is {value!r}; expected a number {limits}")
-        for name, value in (("steps", self.steps or 0), ("batch", self.batch or 1), ("seed", self.seed)):
-            if not isinstance(value, int):
+            if name not in WHOLE:
+                object.__setattr__(self, name, float(value))  # of numpy too, which no checkpoint could hold
+        for name in WHOLE:
+            value = getattr(self, name)
+            if isinstance(value, Integral):
+                object.__setattr__(self, name, int(value))
+            elif value is not None or name == "seed":
                 raise InputError(f"recovery: {name} is {value!r}; expected a whole number")
         choices = (("outputs", Outputs), ("freeze", Freeze), ("device", Where), ("precision", Precision))
         for name, kind in choices:

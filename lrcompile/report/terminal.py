@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.cells import cell_len
@@ -42,12 +42,8 @@ def print_decisions(console: Console, sites: Sequence[Decision]) -> None:
 
 
 def _decision_table(sites: Sequence[Decision]) -> Table:
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for name in ("site", "layer", "choice"):
-        table.add_column(name, overflow="fold")
-    for name in ("error", "before ms", "after ms", "P(faster)"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("why", overflow="fold")
+    figures = ("error", "before ms", "after ms", "P(faster)")
+    table = plain_table(("site", "layer", "choice", *figures, "why"), figures=figures)
     for row in sites:
         table.add_row(
             row.site, row.op, choice(row), figure(row.error), figure(row.latency_ms_before, "{:.4f}"),
@@ -75,12 +71,9 @@ def print_site(console: Console, site: Decision) -> None:
 
 
 def _alternatives_table(site: Decision) -> Table:
-    table = Table(
-        box=None, header_style="bold", pad_edge=False, title="considered, fastest first", title_justify="left"
-    )
-    table.add_column("rewrites", overflow="fold")
-    for name in ("error", "before ms", "after ms", "± ms", "P(faster)", "MB saved"):
-        table.add_column(name, justify="right", no_wrap=True)
+    figures = ("error", "before ms", "after ms", "± ms", "P(faster)", "MB saved")
+    table = plain_table(("rewrites", *figures), figures=figures)
+    table.title, table.title_justify = "considered, fastest first", "left"
     for item in site.alternatives:
         table.add_row(
             "; ".join(item["rewrites"]), figure(item["error"]), figure(item["latency_ms_before"], "{:.4f}"),
@@ -148,20 +141,17 @@ def _print_figures(console: Console, names: Sequence[str], rows: Sequence[Sequen
         for row in rows:
             console.print(", ".join(f"{name} {text}" for name, text in zip(names, row, strict=True) if text))
         return
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for name in names[:-1]:
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column(names[-1], overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
+    console.print(plain_table(names, rows, figures=names[:-1]))
 
 
-def simple_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
-    """A plain table of text."""
+def plain_table(columns: Sequence[str], rows: Iterable[Sequence[str]] = (), *, figures: Collection[str] = ()) -> Table:
+    """A table without lines: columns of `figures` stand to the right and whole, text is folded."""
     table = Table(box=None, header_style="bold", pad_edge=False)
     for name in columns:
-        table.add_column(name, overflow="fold")
+        if name in figures:
+            table.add_column(name, justify="right", no_wrap=True)
+        else:
+            table.add_column(name, overflow="fold")
     for row in rows:
         table.add_row(*row)
     return table
@@ -177,7 +167,7 @@ def print_bench(console: Console, first: object, second: object, result: BenchRe
         (str(first), f"{result.median_a_s * 1e3:.3f}", f"{result.min_a_s * 1e3:.3f}"),
         (str(second), f"{result.median_b_s * 1e3:.3f}", f"{result.min_b_s * 1e3:.3f}"),
     ]
-    console.print(simple_table(("model", "median ms", "least ms"), rows))
+    console.print(plain_table(("model", "median ms", "least ms"), rows))
     console.print(
         f"the second takes {result.ratio:.3f}× the time of the first "
         f"(95 % interval {result.ratio_low:.3f}–{result.ratio_high:.3f}, {result.blocks} paired blocks "
