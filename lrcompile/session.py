@@ -157,7 +157,7 @@ def tradeoff_files(
 def family_files(request: Request, progress: Callable[[str, int, int], None]) -> dict[str, Any]:
     """A family of models, each of a size, beside a manifest that says what was made of what; returns the manifest.
 
-    A member is written when it is there, the manifest last; each of them whole.
+    A member is written when it is there, and a manifest of those that are; each of them whole.
 
     Raises:
         LrcompileError: the one of its kinds that says what the user can do.
@@ -194,6 +194,13 @@ def family_files(request: Request, progress: Callable[[str, int, int], None]) ->
     finished: list[Checkpoint] = []
     family: list[Member] = []
     written: list[dict[str, Any]] = []
+    figures = {
+        "model": request.model,
+        "target": asked.options["target"],
+        "sizes": sizes,
+        "notes": list(asked.problems),
+        "members": written,
+    }
     made = members(
         *asked.inputs, sizes=sizes, recovery=recovery, data=data, labels=labels, budget=budget,
         finished=finished, progress=progress, **asked.options,
@@ -205,13 +212,7 @@ def family_files(request: Request, progress: Callable[[str, int, int], None]) ->
         report = member.result.save(path, quantize=quantize, progress=progress)
         more = {"verification": dict(report.verification), "quantization": report.quantization}
         written.append({**member.to_json(), "file": Path(path).name, **more, "notes": list(report.notes)})
-    figures = {
-        "model": request.model,
-        "target": asked.options["target"],
-        "notes": list(asked.problems),
-        "members": written,
-    }
-    write_text(manifest, json.dumps(finite(figures), indent=1, allow_nan=False) + "\n")
+        write_text(manifest, json.dumps(finite(figures), indent=1, allow_nan=False) + "\n")
     for checkpoint in finished:
         checkpoint.drop()
     return finite({**figures, "manifest": str(manifest)})

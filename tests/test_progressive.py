@@ -170,19 +170,8 @@ def test_what_was_trained_is_not_trained_again_after_a_stop(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     torch.export.save(torch.export.export(net(), (torch.randn(8, WIDTH),)), "net.pt2")
     np.savez("calib.npz", x=torch.cat([batch["x"] for batch in data().batches]).numpy())
-    words = [
-        "net.pt2",
-        "--target",
-        "rpi5",
-        "--calib",
-        "calib.npz",
-        "--progressive",
-        "0.7,0.5",
-        "--recover",
-        "20",
-        "--out",
-    ]
-    assert run([*words, "whole.onnx"]) == 0, capsys.readouterr()
+    words = "net.pt2 --target rpi5 --calib calib.npz --progressive 0.7,0.5 --recover 20"
+    assert run([*words.split(), "--out", "whole.onnx"]) == 0, capsys.readouterr()
     assert not list(tmp_path.glob("cache/lrcompile/recover/*"))
     save, saved = lrcompile.Result.save, list[str]()
 
@@ -194,10 +183,13 @@ def test_what_was_trained_is_not_trained_again_after_a_stop(
 
     with monkeypatch.context() as patch:
         patch.setattr(lrcompile.Result, "save", stopped)
-        assert run([*words, "again.onnx"]) == 130
-    assert [path.name for path in tmp_path.glob("again*")] == ["again-0.7.onnx"]  # written when it was there
+        assert run([*words.split(), "--out", "again.onnx"]) == 130
+    assert sorted(path.name for path in tmp_path.glob("again*")) == ["again-0.7.onnx", "again.family.json"]
+    manifest = json.loads(Path("again.family.json").read_text())  # of what is there
+    assert manifest["sizes"] == [0.7, 0.5]
+    assert [member["file"] for member in manifest["members"]] == ["again-0.7.onnx"]
     monkeypatch.setattr(_Training, "_step", lambda *given: pytest.fail("it trains again"))
-    assert run([*words, "again.onnx"]) == 0, capsys.readouterr()
+    assert run([*words.split(), "--out", "again.onnx"]) == 0, capsys.readouterr()
     for size in ("0.7", "0.5"):
         assert Path(f"whole-{size}.onnx").read_bytes() == Path(f"again-{size}.onnx").read_bytes()
     assert not list(tmp_path.glob("cache/lrcompile/recover/*"))
