@@ -297,6 +297,9 @@ def predict(
 def bench(
     first: Annotated[Path, typer.Argument(help="An ONNX model.")],
     second: Annotated[Path, typer.Argument(help="Another, with the same inputs.")],
+    inputs: Annotated[
+        list[str] | None, typer.Option("--input", help="An input of random values, as NAME=float32[1,128].")
+    ] = None,
     batch: Annotated[int, typer.Option(help="Size of open batch dimensions.")] = 1,
     seconds: Annotated[float, typer.Option(help="How long to measure.")] = 10.0,
     seed: Annotated[int, typer.Option(help="Seed of the inputs.")] = 0,
@@ -308,7 +311,12 @@ def bench(
     from lrcompile.report.terminal import print_bench
 
     with ProgressDisplay(_screen(stderr=True)) as progress:
-        result = paired(first, second, batch=batch, seconds=seconds, seed=seed, progress=progress)
+        given = None
+        if inputs:  # only then, as it takes seconds to import torch
+            from lrcompile.frontend.inputs import as_arrays, example_inputs, parse_inputs
+
+            given = as_arrays(example_inputs(parse_inputs(inputs), seed, int_high=2))  # fits any table of an embedding
+        result = paired(first, second, inputs=given, batch=batch, seconds=seconds, seed=seed, progress=progress)
     if as_json:
         _print_json(result.to_json())
     else:

@@ -22,7 +22,7 @@ from torch.export import ExportedProgram
 from lrcompile.cache import cache_folder
 from lrcompile.confirm import Measured, Reference, confirm
 from lrcompile.devices.cost import Cost, total
-from lrcompile.devices.target import Target, resolve_target
+from lrcompile.devices.target import DEFAULT_TARGET, Target, resolve_target
 from lrcompile.emit.write import check_opset, emit
 from lrcompile.errors import InputError, PlanError
 from lrcompile.frontend.calibration_data import CalibrationData
@@ -153,7 +153,7 @@ def compile(  # the name that users look for
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
     *,
-    target: str | Target = "v100",
+    target: str | Target = DEFAULT_TARGET,
     budget: Budget | None = None,
     calibration: CalibrationData | None = None,
     passes: Sequence[Pass] | None = None,
@@ -188,6 +188,7 @@ def compile(  # the name that users look for
     options |= {"max_rank": max_rank, "io_rank": io_rank, "opset": opset}
     evaluation = check_metric(metric, budget, plan)
     if plan is not None:
+        plan.check_decided(target, skip, seed, budget)
         return replay(model, args, kwargs, plan=plan, progress=progress, **options)
     options |= {"target": target, "skip": skip, "seed": seed, "metric": evaluation, "progress": progress}
     return solve(prepare_model(model, args, kwargs, **options), budget or Budget())
@@ -198,7 +199,7 @@ def prepare_model(
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
     *,
-    target: str | Target = "v100",
+    target: str | Target = DEFAULT_TARGET,
     calibration: CalibrationData | None = None,
     passes: Sequence[Pass] | None = None,
     skip: Sequence[str] = (),

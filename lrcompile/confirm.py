@@ -327,7 +327,7 @@ def int8_of(traced: Traced, graph: Graph) -> bytes:
 def example_of(traced: Traced) -> dict[str, Any]:
     """The example's tensors by the names of inputs."""
     named = zip(traced.input_names, traced.flat, strict=True)
-    return {name: value.numpy() for name, value in named if isinstance(value, torch.Tensor)}
+    return {name: value.detach().numpy() for name, value in named if isinstance(value, torch.Tensor)}
 
 
 def _onnx(traced: Traced, graph: Graph) -> bytes:

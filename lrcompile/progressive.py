@@ -22,7 +22,7 @@ from lrcompile.graph.graph import Graph, weight_bytes
 from lrcompile.planning.budget import Budget, are_falling_shares
 from lrcompile.planning.metric import check_metric
 from lrcompile.planning.search import search
-from lrcompile.recover import check_reached, recover, until_error
+from lrcompile.recover import reached, recover, until_error
 from lrcompile.recovery.checkpoint import Checkpoint
 from lrcompile.recovery.lineage import Lineage
 from lrcompile.recovery.settings import Recovery
@@ -118,7 +118,8 @@ def members(
     rewritten: Graph | None = None
     for size, length in zip(sizes, lengths, strict=True):
         limit = size if lineage is None else max(2.0, size * weight_bytes(lineage.original.gm))
-        wanted, training = until_error(replace(_left(budget, speedup), size=limit), length)
+        whole = replace(_left(budget, speedup), size=limit)
+        wanted, training = until_error(whole, length)
         try:
             if prepared is not None:
                 result = solve(prepared, wanted)
@@ -135,9 +136,10 @@ def members(
         result = recover(
             result, data, training, labels=labels, original=lineage, finished=finished, progress=progress
         )  # fmt: skip
-        check_reached(result, training)
+        result = reached(result, whole, length)
         speedup *= result.report.latency_ms["speedup"]
         yield Member(size, share, result, speedup)
+        result.model.meta["open_axes"] = result.traced.open_axes  # what is made of it has the same
         parent, share = result.model, size
 
 

@@ -15,6 +15,8 @@ from torch import Tensor, fx
 from lrcompile.compile import Result
 from lrcompile.errors import BudgetError, InputError
 from lrcompile.frontend.calibration_data import CalibrationData
+from lrcompile.frontend.export import batch_size
+from lrcompile.frontend.trace import takes_any_batch
 from lrcompile.graph.graph import Graph, attribute, fingerprint
 from lrcompile.graph.verify import is_float
 from lrcompile.lower.batches import model_batches
@@ -71,7 +73,10 @@ def recover(
         return replace(result, report=replace(result.report, notes=[*result.report.notes, note]))
     start = time.perf_counter()
     batches = model_batches(result.traced, data)
-    size = (recovery.batch or DEFAULT_BATCH) if result.traced.dynamic_batch else None
+    mixed = result.traced.dynamic_batch and takes_any_batch(
+        result.traced.graph.gm, result.traced.flat, batch_size(result.traced.flat) or 1
+    )
+    size = (recovery.batch or DEFAULT_BATCH) if mixed else None
     if size is None and recovery.batch is not None:
         raise InputError("recovery: the model takes batches of one size only, so its batch cannot be set")
     if size is None and recovery.subset < 1:
@@ -91,6 +96,7 @@ def recover(
     couple = pair(teacher, fitted, batches[0], lineage.substitutes(student), attention=attention)
     facts = [data.digest, _digest(labels), recovery.to_json(), measure.name if recovery.until is not None else None]
     facts += [[fingerprint(graph.gm), _constants(graph.gm)] for graph in (teacher, fitted)]
+    facts += [couple.inside, attention]
     checkpoint = Checkpoint.of(*facts, folder=checkpoints, outlives=finished is not None)
     if finished is not None:
         finished.append(checkpoint)
@@ -104,7 +110,7 @@ def recover(
         parameter.requires_grad_(parameter.is_floating_point())
         parameter.grad = None
     after = evaluator.error(couple.trained)
-    if recovery.until is None and _breaks(result.plan.budget, before, after):
+    if _breaks(result.plan.budget, before, after, until if result.replayed else None):
         return _as_it_was(result, _rise(measure, before, after))
     figures = {
         "processes": processes.count, "device": trained.device, "seconds": trained.seconds,
@@ -121,7 +127,7 @@ def recover(
     error = {**result.report.error, **judged, "measured": measure.value(after), "basis": basis}
     report = replace(
         result.report,
-        error=error if recovery.until is None else {**error, "budget": recovery.until},
+        error=error,
         recovery=figures,
         verification={**result.report.verification, "torch_vs_original": relative},
         timings_s={**result.report.timings_s, "recover": time.perf_counter() - start},
@@ -134,27 +140,41 @@ def recover(
 
 def until_error(budget: Budget, recovery: Recovery | None, *, replayed: bool = False) -> tuple[Budget, Recovery | None]:
     """A limit on the error beside one on size or latency is what a recovery has to reach, not what it begins with."""
-    others = (budget.size, budget.speedup, budget.max_latency_s)
-    if recovery is None or budget.max_error is None or not (replayed or any(others)):
+    until = _to_reach(budget, recovery, replayed)
+    if recovery is None or until is None:
         return budget, recovery
-    assert budget.error_limit is not None
-    until = budget.measure_in_use.value(budget.error_limit)  # what a quantisation is left is not for the training
+    until = until if recovery.until is None else min(until, recovery.until)
     return budget if replayed else replace(budget, max_error=None), replace(recovery, until=until)
 
 
-def check_reached(result: Result, recovery: Recovery | None) -> None:
-    """Holds a recovery to the error that was asked for.
+def reached(result: Result, budget: Budget, recovery: Recovery | None, *, replayed: bool = False) -> Result:
+    """The result of a recovery, held to the error that the budget, as given to `until_error`, asked it to reach.
 
     Raises:
         BudgetError: it did not reach that.
     """
+    until = _to_reach(budget, recovery, replayed)
+    if until is None:
+        return result
     error = result.report.error["measured"]
-    if recovery is None or recovery.until is None or error <= recovery.until:
-        return
+    if error <= until:
+        figures = {**result.report.error, "budget": budget.max_error}
+        return replace(result, report=replace(result.report, error=figures))
+    share = f" that rewrites and training may take of {budget.max_error:g}" if budget.reserve else " allowed"
+    why = "" if result.report.recovery is not None else f" ({result.report.notes[-1]})"
     raise BudgetError(
-        f"after recovery the error is {error:.3g}, above the {recovery.until:g} allowed; allow that, ask for less "
+        f"after recovery the error is {error:.3g}, above the {until:.3g}{share}{why}; allow more, ask for less "
         "speed-up or a larger size, train longer, or leave out --max-error to take what comes"
     )
+
+
+def _to_reach(budget: Budget, recovery: Recovery | None, replayed: bool) -> float | None:
+    """The error that a recovery has to reach; what a quantisation is left is not for the training."""
+    others = (budget.size, budget.speedup, budget.max_latency_s)
+    if recovery is None or budget.max_error is None or not (replayed or any(others)):
+        return None
+    assert budget.error_limit is not None
+    return budget.measure_in_use.value(budget.error_limit)
 
 
 def _held_to_metric(before: Result, after: Result) -> Result:
@@ -172,10 +192,10 @@ def _held_to_metric(before: Result, after: Result) -> Result:
     return replace(after, report=replace(after.report, metric=metric), plan=replace(after.plan, metric=metric))
 
 
-def _breaks(budget: Budget, before: float, after: float) -> bool:
-    """Whether training has raised the root of what a budget was asked to limit, and above that limit."""
+def _breaks(budget: Budget, before: float, after: float, until: float | None) -> bool:
+    """Whether training has raised the root of what a budget was asked to limit, and above that limit and `until`."""
     asked = budget.error_limit if budget.max_error is not None else None
-    return asked is not None and after > max(before, asked)
+    return asked is not None and after > max(before, asked, until or 0.0)
 
 
 def _rise(measure: Measure, before: float, after: float) -> str:

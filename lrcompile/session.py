@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lrcompile.compile import compile as compile_model
+from lrcompile.devices.target import DEFAULT_TARGET
 from lrcompile.emit.write import check_writable
 from lrcompile.errors import InputError
 from lrcompile.front import front_figures, tradeoff
@@ -27,7 +28,7 @@ from lrcompile.planning.plan import Plan, finite
 from lrcompile.plugins import configure, discover, select
 from lrcompile.progressive import Member, members
 from lrcompile.quantization.quantize import Quantization, check_float32
-from lrcompile.recover import check_reached, recover, until_error
+from lrcompile.recover import reached, recover, until_error
 from lrcompile.recovery.checkpoint import Checkpoint
 from lrcompile.recovery.processes import Processes
 from lrcompile.report.page import check_page
@@ -39,7 +40,6 @@ from lrcompile.writing import check_file, check_plans_folder, placed_whole, writ
 if TYPE_CHECKING:  # fitting imports what a compile does without
     from lrcompile.devices.calibrate import Calibration, Progress
 
-DEFAULT_TARGET = "v100"
 MOST_LEARNED = 100_000  # batches of a loader that a recovery learns from, as it may have no end
 
 
@@ -66,8 +66,9 @@ def compile_files(request: Request, progress: Callable[[str, int, int], None]) -
     if plan is not None:
         batch = plan.batch if request.batch is None and not request.inputs else request.batch
         measure = None if request.max_error is None else plan.budget.measure
-        request = replace(request, batch=batch, seed=plan.seed, measure=measure)
-    budget, recovery = until_error(request.budget(), request.recovery(), replayed=plan is not None)
+        request = replace(request, batch=batch, seed=plan.seed, measure=measure, target=plan.target)
+    whole, recovery = request.budget(), request.recovery()
+    budget, training = until_error(whole, recovery, replayed=plan is not None)
     metric = check_metric(None if request.eval is None else Evaluation.load(request.eval), budget, plan)
     check_quantize(request)
     asked = _asked(request, progress)
@@ -79,12 +80,13 @@ def compile_files(request: Request, progress: Callable[[str, int, int], None]) -
         )
     learned = _learned(request, asked) if recovery is not None else None
     finished: list[Checkpoint] = []
-    result = compile_model(*asked.inputs, budget=budget, plan=plan, metric=metric, progress=progress, **asked.options)
+    options = {**asked.options, "budget": budget} if plan is None else {**asked.options, "plan": plan}
+    result = compile_model(*asked.inputs, metric=metric, progress=progress, **options)
     if learned is not None:
         result = recover(
-            result, learned[0], recovery, labels=learned[1], finished=finished, progress=progress
+            result, learned[0], training, labels=learned[1], finished=finished, progress=progress
         )  # fmt: skip
-        check_reached(result, recovery)
+        result = reached(result, whole, recovery, replayed=plan is not None)
     report = replace(result.report, notes=[*asked.problems, *result.report.notes])
     if not processes.first:
         return None
@@ -270,9 +272,9 @@ def _calibration(
 ) -> CalibrationData | None:
     if path is None:
         return None
-    size = batch_size(pytree.tree_leaves((source.args, source.kwargs)))
     required, optional = parameters(source.program)
     example = _example(request, source)
+    size = batch_size(pytree.tree_leaves(example))
     if example is not None and isinstance(source.program, nn.Module) and source.kind == "module":
         required, optional = flat_names(source.program, *example), ()
     if not required and not optional:

@@ -189,8 +189,9 @@ def test_groups(model: AnalyticCostModel) -> None:
     assert depthwise > moved_s
     formula = AnalyticCostModel(replace(model.device, residuals={}))  # those of a family are of what was measured
     lacking = AnalyticCostModel(replace(formula.device, lacks=frozenset({"grouped_conv"})))
-    grouped = lacking.cost(conv_op(replace(wide, groups=32), "fp32"))
-    assert grouped.latency_s == formula.cost(conv_op(wide, "fp32")).latency_s
+    for groups in (32, 128, 512):  # also groups of few channels
+        grouped = lacking.cost(conv_op(replace(wide, groups=groups), "fp32"))
+        assert grouped.latency_s == formula.cost(conv_op(wide, "fp32")).latency_s
 
 
 def test_volumes_and_signals_are_convolutions_too() -> None:

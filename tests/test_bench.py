@@ -13,6 +13,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from lrcompile.cli import run
 from lrcompile.devices import bench
 from lrcompile.devices.bench import MIN_BLOCKS, OPENINGS, compare_outputs, interleave, median_interval, paired, waited_s
 from lrcompile.errors import InputError
@@ -239,6 +240,19 @@ def test_files_are_opened_and_named(tmp_path: Path) -> None:
         quick(good, tmp_path / "missing.onnx")
     with pytest.raises(InputError, match=r"cannot open .*bad\.onnx as an ONNX model"):
         quick(bad, good)
+
+
+def test_the_command_takes_inputs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.onnx").write_bytes(model(shape=("batch", "length")))
+    words = ["bench", str(tmp_path / "a.onnx"), str(tmp_path / "a.onnx"), "--seconds", "0.1"]
+    assert run(words) == 2
+    assert "give the input, such as --input x=float32[…]" in " ".join(capsys.readouterr().err.split())
+    assert run([*words, "--input", "x=float32[2,3]"]) == 0
+    assert run([*words, "--input", "z=float32[2,3]"]) == 2
+    assert "the models have no input 'z'; their inputs are x" in " ".join(capsys.readouterr().err.split())
+    for wrong in ("float64[2,3]", "bfloat16[2,3]", "float32[2]"):
+        assert run([*words, "--input", f"x={wrong}"]) == (2 if wrong != "bfloat16[2,3]" else 0)
+    assert "but the models take float32" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_model_that_fails_on_its_inputs_is_named() -> None:

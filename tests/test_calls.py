@@ -291,6 +291,15 @@ def test_inputs_may_be_called_what_the_code_of_graphs_calls() -> None:
     same(gm(C, B), C + 3 * B)
 
 
+def test_a_name_that_torch_takes_for_itself_is_refused_where_it_is_given() -> None:
+    class Named(nn.Module):
+        def forward(self, x: Tensor, device: Tensor) -> Tensor:
+            return x + device
+
+    with pytest.raises(InputError, match=r"an input named 'device', which torch.fx uses .* give it by position"):
+        trace(Named().eval(), (X,), {"device": A})
+
+
 @pytest.mark.parametrize(
     ("net", "args", "kwargs", "call"),
     [

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 
 import lrcompile
@@ -82,6 +84,20 @@ def test_keys_of_untouched_layers_survive(mlp: Mlp) -> None:
     assert {"head.weight", "head.bias", "up.0.weight", "up.1.weight", "up.1.bias"} <= keys
 
 
+def test_what_would_be_merged_with_a_skipped_layer_says_so() -> None:
+    class Siblings(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.v = (nn.Linear(64, 64) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.q(x) + self.k(x) * self.v(x)
+
+    result = lrcompile.compile(Siblings().eval(), (torch.randn(8, 64),), target="x86-ort", skip=["q"])
+    reasons = {site.site: site.reason for site in result.report.sites}
+    assert all("together with q, which --skip leaves alone" in reasons[name] for name in "kv"), reasons
+
+
 def test_skip_leaves_a_site_alone(mlp: Mlp) -> None:
     result = lrcompile.compile(mlp, (X,), target="v100", skip=["u*"])
     by_site = {s.site: s for s in result.report.sites}
@@ -135,6 +151,20 @@ def test_plan_replays_to_the_same_weights(mlp: Mlp, tmp_path: Path) -> None:
     assert list(first) == list(second)
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert again.plan.dumps() == result.plan.dumps()
+
+
+def test_a_plan_has_decided(mlp: Mlp) -> None:
+    plan = lrcompile.compile(mlp, (X,), target="v100", seed=np.int64(3)).plan  # type: ignore[arg-type]
+    plan = Plan.loads(plan.dumps())
+    assert plan.seed == 3
+    assert lrcompile.compile(mlp, (X,), target="v100", seed=3, plan=plan).plan == plan
+    others: dict[str, Any] = {
+        "target 'rpi5'": {"target": "rpi5"}, r"skip \['up'\]": {"skip": ["up"]}, "seed 4": {"seed": 4},
+        "a budget": {"budget": lrcompile.Budget(speedup=50)},
+    }  # fmt: skip
+    for words, options in others.items():
+        with pytest.raises(PlanError, match=f"^{words} has no meaning with a plan"):
+            lrcompile.compile(mlp, (X,), plan=plan, **options)
 
 
 def test_plan_of_another_model_is_refused(mlp: Mlp) -> None:

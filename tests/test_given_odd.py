@@ -81,6 +81,29 @@ class Waves(Pieces):
         return torch.fft.rfft(self.layer(x)) / x.norm()
 
 
+class Turned(nn.Module):
+    """A layer of complex numbers, with a bias, on three axes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.real, self.turn = nn.Linear(32, 32), nn.Linear(16, 16, dtype=torch.complex64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.view_as_real(self.turn(torch.view_as_complex(self.real(x).reshape(4, 8, 16, 2))))
+
+
+@pytest.mark.parametrize("target", ["v100", "x86-ort"])
+def test_layers_of_complex_numbers_have_a_price(target: str) -> None:
+    result = lrcompile.compile(Turned().eval(), (torch.randn(4, 8, 32),), target=target)
+    assert result.report.latency_ms["before"] > 0
+
+
+def test_examples_that_gradients_are_wanted_of() -> None:
+    x = torch.randn(8, 64, requires_grad=True)
+    result = lrcompile.compile(nn.Linear(64, 64).eval(), (x,), target="local")
+    assert result.report.latency_ms["kind"] == "measured"
+
+
 def test_complex_numbers_that_are_not_finite() -> None:
     with pytest.raises(InputError, match="output 0 of the model holds NaN"):
         trace(Waves().eval(), (torch.zeros(4, 16),))

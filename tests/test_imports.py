@@ -47,7 +47,7 @@ MAY_IMPORT = {
     "request": "errors writing emit frontend planning plugins quantization recovery",
     "session": "errors writing devices frontend emit plugins planning report quantization compile front recovery "
     "recover progressive request",
-    "cli": "errors devices plugins planning report session",
+    "cli": "errors devices frontend plugins planning report session",
     "__main__": "cli",
     "lrcompile": "errors graph devices frontend passes plugins planning report quantization compile front recovery "
     "recover progressive",

@@ -107,6 +107,18 @@ def test_without_training_a_split_of_a_split_is_a_split() -> None:
         assert torch.allclose(again @ below, once @ under, atol=1e-6)
 
 
+@pytest.mark.parametrize("open_axes", [(0, 1), (0,), (1,), ()])
+def test_all_members_have_the_open_sizes_of_the_archive(open_axes: tuple[int, ...]) -> None:
+    dims = dict.fromkeys(open_axes, torch.export.Dim.AUTO)
+    x = torch.randn(8, 7, WIDTH)
+    program = torch.export.export(net(), (x,), dynamic_shapes=(dims or None,))
+    learned = calibration_from({"x": torch.randn(64, 7, WIDTH)}, ["x"], 8)
+    made = lrcompile.progressive(
+        program, (x,), sizes=(0.7, 0.5), recovery=Recovery(steps=2, rate=1e-3), data=learned, target="rpi5"
+    )  # fmt: skip
+    assert [member.result.traced.open_axes for member in made] == [(open_axes,)] * 2
+
+
 @pytest.mark.parametrize("sizes", [(), (0.5, 0.7), (0.5, 0.5), (1.2,), (0.0,)])
 def test_bad_sizes(sizes: tuple[float, ...]) -> None:
     with pytest.raises(InputError, match="expected falling shares"):

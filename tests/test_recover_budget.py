@@ -13,9 +13,12 @@ import torch
 from torch import Tensor, nn
 
 import lrcompile
-from lrcompile import Budget, Result
+from lrcompile import Budget, Recovery, Result
 from lrcompile.cli import run
+from lrcompile.errors import BudgetError
+from lrcompile.frontend.trace import trace
 from lrcompile.planning.sensitivity import Evaluator
+from lrcompile.recover import reached, until_error
 from lrcompile.recovery.checkpoint import Checkpoint
 from tests.recovered import WIDTH, data, net
 
@@ -123,15 +126,47 @@ def test_an_error_alone_holds_after_a_training_too(split: Result, tmp_path: Path
     assert after.model is before.model
     assert after.report.error == before.report.error
     assert any("recovery let the relative output error rise from 0." in note for note in after.report.notes)
+    stays = recovered(before, tmp_path, **wrong, until=1e-9)  # which it does not reach
+    assert stays.model is before.model
     for taken in (split, replace(split, plan=replace(split.plan, budget=Budget()))):  # nothing was asked of the error
         assert figures(recovered(taken, tmp_path, **wrong))["error"][1] > limit
 
 
-def kept_in(result: Result, tmp_path: Path) -> Path:
+def kept_in(result: Result, tmp_path: Path, **options: Any) -> Path:
     """The file of a training that has nothing to do."""
     found: list[Checkpoint] = []
-    lrcompile.recover(result, data(), checkpoints=tmp_path, finished=found, steps=0, until=10.0, refit=False)
+    lrcompile.recover(result, data(), checkpoints=tmp_path, finished=found, steps=0, until=10.0, refit=False, **options)
     return found[0].path
+
+
+def test_what_has_to_be_reached(split: Result) -> None:
+    """The limit beside one on size, not where a user's own training is to end early; a reserve is told as one."""
+    asked, settings = Budget(size=0.6, max_error=0.2), Recovery(steps=5, until=0.01)
+    assert until_error(asked, settings)[1] == settings
+    assert until_error(asked, Recovery(steps=5, until=0.5))[1] == Recovery(steps=5, until=0.2)
+    assert until_error(Budget(size=0.6), settings) == (Budget(size=0.6), settings)
+
+    def of_error(error: float) -> Result:
+        figures = {**split.report.error, "measured": error}
+        return replace(split, report=replace(split.report, error=figures, recovery={}))
+
+    assert reached(of_error(0.1), asked, settings).report.error["budget"] == 0.2
+    assert reached(of_error(0.9), Budget(size=0.6), settings).report.error["measured"] == 0.9
+    with pytest.raises(BudgetError, match=r"the error is 0.9, above the 0.2 allowed; allow more"):
+        reached(of_error(0.9), asked, settings)
+    kept_back = replace(asked, reserve=0.5)
+    with pytest.raises(BudgetError, match=r"above the 0.141 that rewrites and training may take of 0.2; allow more"):
+        reached(of_error(0.15), kept_back, settings)
+    assert reached(of_error(0.14), kept_back, settings).report.error["budget"] == 0.2
+    refused = replace(of_error(0.9).report, recovery=None, notes=["recovery let the metric fall"])
+    with pytest.raises(BudgetError, match=r"allowed \(recovery let the metric fall\); allow more"):
+        reached(replace(split, report=refused), asked, settings)
+
+
+def test_what_is_compared_tells_a_training_from_others(split: Result, tmp_path: Path) -> None:
+    """With an original that was traced apart, outputs alone are compared."""
+    apart = trace(net(), (torch.randn(8, WIDTH),)).graph
+    assert kept_in(split, tmp_path) != kept_in(split, tmp_path, original=apart)
 
 
 def test_what_is_limited_tells_a_training_from_others(split: Result, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from lrcompile.recovery import refit as refit_module
 from lrcompile.recovery.freeze import factors_of
 from lrcompile.recovery.lineage import Lineage
 from lrcompile.recovery.loss import probabilities_off, right
-from lrcompile.recovery.optimise import Masters
+from lrcompile.recovery.optimise import Masters, sharpness_aware
 from lrcompile.recovery.pair import difference
 from lrcompile.recovery.processes import Processes
 from lrcompile.recovery.refit import refit
@@ -61,6 +61,37 @@ def test_small_gradients_do_not_vanish_in_float16(tmp_path: Path) -> None:
     assert found.report.recovery is not None
     before, after = found.report.recovery["error"]
     assert after < 0.9 * before
+
+
+def test_gradients_that_overflow_are_not_followed_to_the_worst_point_near_by() -> None:
+    weight = nn.Parameter(torch.ones(3))
+    weight.grad = torch.tensor([1.0, torch.inf, 0.0])
+    sharpness_aware([weight], 0.05, lambda: pytest.fail("it goes there"))
+    assert weight.tolist() == [1, 1, 1]
+
+
+class Clips(nn.Module):
+    """Three frames are one sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x).relu().view(x.shape[0] // 3, 3, WIDTH).mean(1))
+
+
+def test_samples_of_several_rows_stay_together() -> None:
+    torch.manual_seed(0)
+    result = lrcompile.compile(Clips().eval(), (torch.randn(6, WIDTH),), target="rpi5", budget=Budget(size=0.6))
+    assert result.traced.open_axes == ((0,),)
+    x = torch.randn(120, WIDTH, generator=torch.Generator().manual_seed(1))
+    found = lrcompile.recover(result, calibration_from({"x": x}, ["x"], 6), steps=20, rate=1e-3)
+    assert found.report.recovery is not None
+    before, after = found.report.recovery["error"]
+    assert after < before
+    with pytest.raises(InputError, match="takes batches of one size only, so its batch cannot be set"):
+        lrcompile.recover(result, calibration_from({"x": x}, ["x"], 6), steps=20, batch=32)
 
 
 def test_a_loss_that_is_too_large_for_float16_is_scaled_less(compiled: Result, tmp_path: Path) -> None:

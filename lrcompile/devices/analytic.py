@@ -137,8 +137,8 @@ def conv_latency_s(device: Device, shape: ConvShape, dtype: str, direction: Dire
     engine = device.engine_for(dtype)
     element = DTYPE_BYTES[dtype]
     step = (device.alignment if len(shape.kernel) == 3 else device.alignment_conv)[kind]
-    has_few_channels = shape.channels_in // shape.groups < _FEW_CHANNELS
     wanted = replace(shape, groups=1) if "grouped_conv" in device.lacks else shape
+    has_few_channels = wanted.channels_in // wanted.groups < _FEW_CHANNELS
     shape = _aligned(wanted, wanted.groups, step)
     is_aligned, shape = shape == wanted, _plain(shape)
     direction = _MIRRORED[direction] if shape.transposed else direction

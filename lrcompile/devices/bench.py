@@ -307,7 +307,7 @@ def _run(session: ort.InferenceSession, feeds: dict[str, np.ndarray], name: str)
         return session.run(None, feeds)
     except ORT_ERRORS as error:
         raise InputError(
-            f"{name} does not run on these inputs: {_first_line(error)}; give them with --input"
+            f"{name} does not run on these inputs: {_first_line(error)}; give shapes that it takes with --input"
         ) from error
 
 
@@ -376,7 +376,7 @@ def _size(port: Any, axis: int, size: Any, batch: int, leading: set[Any]) -> int
         return batch
     raise InputError(
         f"axis {axis} of input {port.name!r} has no fixed size ({size or 'unnamed'}); "
-        f"give the input, as --input {port.name}=…, or export the model with that axis fixed"
+        f"give the input, such as --input {port.name}=float32[…], or export the model with that axis fixed"
     )
 
 

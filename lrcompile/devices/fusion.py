@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from lrcompile.graph.describe import DTYPE_NAMES, describe
+from lrcompile.graph.describe import describe, dtype_name
 from lrcompile.graph.graph import submodule
 from lrcompile.graph.nested import nested
 from lrcompile.graph.op import OpDesc
@@ -170,7 +170,7 @@ def _bias(node: fx.Node) -> OpDesc:
     value: Tensor = node.meta["val"]
     row = value.shape[-1]
     return OpDesc(
-        "elementwise", DTYPE_NAMES[value.dtype], value.numel(), row * value.element_size(), 2 * _bytes(node),
+        "elementwise", dtype_name(value), value.numel(), row * value.element_size(), 2 * _bytes(node),
         function="bias", row=row, label="bias",
     )  # fmt: skip
 

@@ -16,6 +16,8 @@ from lrcompile.devices.measure import LocalCostModel, local_device
 from lrcompile.devices.onnx_graph import OPSET
 from lrcompile.devices.profile import load_device
 
+DEFAULT_TARGET = "v100"
+
 
 @dataclass(frozen=True)
 class Target:

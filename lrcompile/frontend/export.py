@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind
+from torch.fx.graph import _custom_builtins
 from torch.utils import _pytree as pytree
 
 from lrcompile.errors import InputError, first_line
@@ -75,6 +76,11 @@ def check_names(kwargs: Mapping[str, Any]) -> None:
         InputError: one is no Python identifier, or is a word of Python.
     """
     for name in kwargs:
+        if name in _custom_builtins:
+            raise InputError(
+                f"the model takes an input named {name!r}, which torch.fx uses in the code that it writes; give it by "
+                "position, or another name"
+            )
         if not name.isidentifier() or keyword.iskeyword(name) or name == "self":
             raise InputError(
                 f"the model takes an input named {name!r}, which torch.export cannot write as a name in Python; give "

@@ -11,6 +11,7 @@ from difflib import get_close_matches
 from numbers import Integral
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
@@ -215,6 +216,11 @@ def _exported_leaves(program: ExportedProgram) -> list[str | ConstantArgument]:
 def _listed(names: Sequence[str], optional: Sequence[str]) -> str:
     listed = ", ".join(names) or "no required inputs"
     return listed + (f" (optional: {', '.join(optional)})" if optional else "")
+
+
+def as_arrays(inputs: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+    """Tensors by name as NumPy's arrays; it has no bfloat16, which becomes float32."""
+    return {name: (t.float() if t.dtype is torch.bfloat16 else t).numpy() for name, t in inputs.items()}
 
 
 def check_batch(batch: int) -> None:

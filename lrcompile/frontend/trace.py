@@ -225,16 +225,26 @@ def at_other_batch(gm: fx.GraphModule, flat: Sequence[Any], size: int) -> list[A
     of different tables, or makes NaN of them.
     """
     few = 3 if size != 3 else 2
-    divides = any("//" in text for node in gm.graph.nodes for text in node.meta.get("sizes", ()))
-    inputs_are = [node.meta.get("sizes", ()) for node in gm.graph.find_nodes(op="placeholder")]
-    divides |= any("*" in size for sizes in inputs_are for size in sizes[:1])  # multiples of a number
-    sizes = (2 * size, few) if divides else (few,)  # where nothing is divided, export knew the sizes
+    sizes = (2 * size, few) if _divides(gm) else (few,)  # where nothing is divided, export knew the sizes
     inputs: list[Any] = []
     for count, rolls in itertools.product(sizes, (True, False)):
         inputs = [resized(value, count, rolls) for value in flat]
         if _takes(gm, inputs):
             break
     return inputs
+
+
+def takes_any_batch(gm: fx.GraphModule, flat: Sequence[Any], size: int) -> bool:
+    """Whether a graph with an open batch, traced on inputs of `size` samples, runs on more than its multiples."""
+    return not _divides(gm) or _takes(gm, [resized(value, size + 1) for value in flat])
+
+
+def _divides(gm: fx.GraphModule) -> bool:
+    """Whether sizes are divided in a graph, or those of its inputs are multiples of a number."""
+    inputs_are = [node.meta.get("sizes", ()) for node in gm.graph.find_nodes(op="placeholder")]
+    return any("//" in text for node in gm.graph.nodes for text in node.meta.get("sizes", ())) or any(
+        "*" in size for sizes in inputs_are for size in sizes[:1]
+    )
 
 
 def _takes(gm: fx.GraphModule, flat: Sequence[Any]) -> bool:
@@ -262,8 +272,8 @@ def _exported(
     """(program, its open axes, why its batch is not open)."""
     flat = pytree.tree_leaves((args, kwargs))
     size = batch_size(flat)
-    known = module.meta.get("open_axes", ()) if isinstance(module, fx.GraphModule) else ()  # of an archive
-    if any(map(any, known)):
+    known = module.meta.get("open_axes") if isinstance(module, fx.GraphModule) else None  # of what it was made of
+    if known is not None:
         program, kept, reason = export(module, args, kwargs, known)
         return program, kept, f"sizes that the archive leaves open are fixed: {reason}" if reason else None
     if size is None:

@@ -58,7 +58,7 @@ def describe(gm: fx.GraphModule, node: fx.Node) -> OpDesc:
         return _SPECIAL[packet](node)
     if packet in _TRANSPOSES:
         return _transpose(node)
-    if packet in (aten.to, aten._to_copy) and _dtype(_value(node.args[0])) == _dtype(_value(node)):
+    if packet in (aten.to, aten._to_copy) and dtype_name(_value(node.args[0])) == dtype_name(_value(node)):
         return _plain("view", node, 0.0)
     if packet in _RESHAPES and _is_copied(node):
         return _plain("movement", node, 0.0)
@@ -133,13 +133,13 @@ def _describe_module(module: nn.Module, node: fx.Node) -> OpDesc:
     match module:
         case nn.Linear():
             rows = x.numel() // max(1, x.shape[-1])
-            op = gemm_op(rows, module.out_features, module.in_features, _dtype(y), label="Linear")
+            op = gemm_op(rows, module.out_features, module.in_features, dtype_name(y), label="Linear")
             return replace(op, weight_bytes=weight_bytes)
         case nn.Conv1d() | nn.Conv2d() | nn.Conv3d():
-            op = conv_op(_conv_shape(module, x, y, transposed=False), _dtype(y), label=label)
+            op = conv_op(_conv_shape(module, x, y, transposed=False), dtype_name(y), label=label)
             return replace(op, weight_bytes=weight_bytes)
         case nn.ConvTranspose1d() | nn.ConvTranspose2d() | nn.ConvTranspose3d():
-            op = conv_op(_conv_shape(module, x, y, transposed=True), _dtype(y), label=label)
+            op = conv_op(_conv_shape(module, x, y, transposed=True), dtype_name(y), label=label)
             return replace(op, weight_bytes=weight_bytes)
         case nn.Embedding():
             return replace(_plain("gather", node, 0.0), weight_bytes=0.0, activation_bytes=2.0 * _bytes(y), label=label)
@@ -187,7 +187,7 @@ def _matmul(node: fx.Node) -> OpDesc:
     batch = max(1, y.numel() // max(1, m * n))
     weight = _is_weight(arguments[1])
     layout: Layout = "TN" if b.stride()[-2] == 1 and n > 1 else "NN"
-    return gemm_op(m, n, k, _dtype(y), batch=batch, weight=weight, label=_name(node), layout=layout)
+    return gemm_op(m, n, k, dtype_name(y), batch=batch, weight=weight, label=_name(node), layout=layout)
 
 
 def _linear(node: fx.Node) -> OpDesc:
@@ -195,7 +195,7 @@ def _linear(node: fx.Node) -> OpDesc:
     if weight.dim() < 2:
         return _plain("reduction", node, 2.0)
     rows = x.numel() // max(1, x.shape[-1])
-    return gemm_op(rows, weight.shape[0], weight.shape[1], _dtype(y), label=_name(node))
+    return gemm_op(rows, weight.shape[0], weight.shape[1], dtype_name(y), label=_name(node))
 
 
 def _attention(node: fx.Node) -> OpDesc:
@@ -211,8 +211,8 @@ def _attention(node: fx.Node) -> OpDesc:
     inputs = sum(_bytes(v) for v in (q, k, _value(node.args[2])))
     given: Any = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
     if given is not None:
-        shape = replace(shape, mask="boolean" if _dtype(_value(given)) == "bool" else "number")
-    return OpDesc("attention", _dtype(y), products, 0.0, inputs + _bytes(y), attention=shape, label="attention")
+        shape = replace(shape, mask="boolean" if dtype_name(_value(given)) == "bool" else "number")
+    return OpDesc("attention", dtype_name(y), products, 0.0, inputs + _bytes(y), attention=shape, label="attention")
 
 
 def _recurrent(gates: int) -> Callable[[fx.Node], OpDesc]:
@@ -228,7 +228,7 @@ def _recurrent(gates: int) -> Callable[[fx.Node], OpDesc]:
         macs = sum(w.numel() for w in weights if w.dim() == 2) * batch * steps
         outputs = sum(_bytes(v) for v in pytree.tree_leaves(node.meta["val"]))
         return OpDesc(
-            "recurrent", _dtype(x), 2.0 * macs, sum(_bytes(w) for w in weights), _bytes(x) + outputs,
+            "recurrent", dtype_name(x), 2.0 * macs, sum(_bytes(w) for w in weights), _bytes(x) + outputs,
             recurrent=shape, label=_name(node),
         )  # fmt: skip
 
@@ -240,7 +240,7 @@ def _cell(gates: int) -> Callable[[fx.Node], OpDesc]:
         x, recurrent = _value(node.args[0]), _value(node.args[3])
         batch = x.numel() // max(1, x.shape[-1])
         shape = RecurrentShape(batch, 1, x.shape[-1], recurrent.shape[-1], 1, 1, gates)
-        return replace(recurrent_op(shape, _dtype(x)), label=_name(node))
+        return replace(recurrent_op(shape, dtype_name(x)), label=_name(node))
 
     return describe_cell
 
@@ -250,14 +250,14 @@ def _tensordot(node: fx.Node) -> OpDesc:
     a, b, lost = _value(node.args[0]), _value(node.args[1]), node.args[2]
     k = math.prod(a.shape[axis] for axis in lost)  # type: ignore[union-attr, index, misc]
     m, n = a.numel() // max(1, k), b.numel() // max(1, k)
-    return gemm_op(m, n, k, _dtype(a), weight=_is_weight(node.args[1]), label=_name(node), layout="NN")
+    return gemm_op(m, n, k, dtype_name(a), weight=_is_weight(node.args[1]), label=_name(node), layout="NN")
 
 
 def _bilinear(node: fx.Node) -> OpDesc:
     """Its larger product: of all rows of the first input by the weight [out × first × second]."""
     x, weight = _value(node.args[0]), _value(node.args[2])
     out, first, second = weight.shape
-    return gemm_op(x.numel() // max(1, first), out * second, first, _dtype(x), label=_name(node), layout="NN")
+    return gemm_op(x.numel() // max(1, first), out * second, first, dtype_name(x), label=_name(node), layout="NN")
 
 
 def _einsum(node: fx.Node) -> OpDesc:
@@ -275,7 +275,7 @@ def _einsum(node: fx.Node) -> OpDesc:
     k = math.prod(size for name, size in a.items() if name in b and name not in output)
     m = math.prod(size for name, size in a.items() if name not in b and name in output)
     n = math.prod(size for name, size in b.items() if name not in a and name in output)
-    return gemm_op(m, n, k, _dtype(y), batch=batch, weight=False, label="einsum", layout="NN")
+    return gemm_op(m, n, k, dtype_name(y), batch=batch, weight=False, label="einsum", layout="NN")
 
 
 def _repeats(name: str) -> bool:
@@ -288,7 +288,7 @@ def _convolution(node: fx.Node) -> OpDesc:
         return _transposed_convolution(node)
     weight, y = _value(node.args[1]), _value(node)
     out, positions = weight.shape[0], y.numel() // max(1, weight.shape[0])
-    return gemm_op(positions, out, weight.numel() // max(1, out), _dtype(y), weight=False, label=_name(node))
+    return gemm_op(positions, out, weight.numel() // max(1, out), dtype_name(y), weight=False, label=_name(node))
 
 
 def _transposed_convolution(node: fx.Node) -> OpDesc:
@@ -297,14 +297,15 @@ def _transposed_convolution(node: fx.Node) -> OpDesc:
     into = max(1, weight.shape[0])
     groups = max(1, y.shape[1 - weight.dim()] // max(1, weight.shape[1]))
     window = weight.numel() // into
-    return gemm_op(x.numel() // into, window, into // groups, _dtype(y), batch=groups, weight=False, label=_name(node))
+    rows, dtype = x.numel() // into, dtype_name(y)
+    return gemm_op(rows, window, into // groups, dtype, batch=groups, weight=False, label=_name(node))
 
 
 def _bag(node: fx.Node) -> OpDesc:
     """Rows of a table, added up: what is read is as many rows as there are indices."""
     table, indices, y = _value(node.args[0]), _value(node.args[1]), pytree.tree_leaves(node.meta["val"])[0]
-    read = float(indices.numel() * table.shape[-1] * table.element_size())
-    return OpDesc("gather", _dtype(y), 0.0, 0.0, read + _bytes(y), function="copy", row=y.shape[-1], label=_name(node))
+    moved = float(indices.numel() * table.shape[-1] * table.element_size()) + _bytes(y)
+    return OpDesc("gather", dtype_name(y), 0.0, 0.0, moved, function="copy", row=y.shape[-1], label=_name(node))
 
 
 _SPECIAL: dict[Any, Callable[[fx.Node], OpDesc]] = {
@@ -405,7 +406,7 @@ def _plain(kind: Kind, node: fx.Node, per_element: float) -> OpDesc:
         for v in pytree.tree_leaves(n.meta.get("val"))
         if isinstance(v, Tensor)
     ]
-    name = _dtype(outputs[0]) if outputs else "int64"
+    name = dtype_name(outputs[0]) if outputs else "int64"
     if kind == "view":
         return OpDesc("view", name, 0.0, 0.0, 0.0, label=_name(node))
     elements = max([v.numel() for v in [*inputs, *outputs]], default=0)
@@ -427,7 +428,8 @@ def _bytes(value: Any) -> float:
     return float(value.numel() * value.element_size()) if isinstance(value, Tensor) else 0.0
 
 
-def _dtype(value: Tensor) -> str:
+def dtype_name(value: Tensor) -> str:
+    """The precision that a value is priced in."""
     return DTYPE_NAMES.get(value.dtype, "fp32")
 
 

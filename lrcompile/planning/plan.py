@@ -9,6 +9,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from lrcompile.devices.target import DEFAULT_TARGET
 from lrcompile.errors import PlanError
 from lrcompile.graph.rewrite import Rewrite
 from lrcompile.planning.budget import Budget
@@ -80,7 +83,7 @@ class Plan:
             "sites": finite(list(self.sites)),
         }
         try:
-            return json.dumps(data, indent=1) + "\n"
+            return json.dumps(data, indent=1, default=_plain) + "\n"
         except TypeError as error:
             raise PlanError(
                 f"the plan cannot be written: {error}; a plugin has an option or made a rewrite with such a value, and "
@@ -141,6 +144,24 @@ class Plan:
             why = error.strerror if isinstance(error, OSError) else "it is no text"
             raise PlanError(f"cannot read plan {path}: {why}; expected a file written by --plan-out") from error
 
+    def check_decided(self, target: object, skip: Sequence[str], seed: int, budget: Budget | None) -> None:
+        """Refuses what a replay would do without a word; defaults ask for nothing.
+
+        Raises:
+            PlanError: another target or seed, layers to skip, or a budget is given.
+        """
+        name = getattr(target, "name", target)
+        given = {
+            f"target {name!r}": name not in (DEFAULT_TARGET, self.target), f"skip {list(skip)!r}": bool(skip),
+            f"seed {seed}": seed not in (0, self.seed), "a budget": budget is not None,
+        }  # fmt: skip
+        for what, decided in given.items():
+            if decided:
+                raise PlanError(
+                    f"{what} has no meaning with a plan, whose rewrites are applied as they are; leave it out, or "
+                    "compile without the plan"
+                )
+
     def check_ranks(self, max_rank: int | None, io_rank: int | None) -> None:
         """Refuses limits that the plan was not made with; None asks for none.
 
@@ -173,6 +194,13 @@ class Plan:
                 f"the plan was made with {had}, got {got}; the factors depend on them: give the same --calib and "
                 "--batch as then, and the same --input"
             )
+
+
+def _plain(value: Any) -> Any:
+    """A number of numpy as one of Python."""
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"Object of type {type(value).__name__} is not JSON serializable")
 
 
 def finite(value: Any) -> Any:

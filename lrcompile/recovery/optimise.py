@@ -81,6 +81,8 @@ def sharpness_aware(parameters: Sequence[nn.Parameter], radius: float, backward:
     """
     moved = [parameter for parameter in parameters if parameter.grad is not None]
     norm = torch.stack([p.grad.float().norm() for p in moved if p.grad is not None]).norm()
+    if not torch.isfinite(norm):  # the caller sees that too, and moves nothing
+        return
     with torch.no_grad():
         steps = [(p.grad.float() * (radius / (norm + 1e-12))).to(p.dtype) for p in moved if p.grad is not None]
         for parameter, step in zip(moved, steps, strict=True):

@@ -210,6 +210,8 @@ def _projection(graph: Graph, value: fx.Node, heads: int, samples: int | None) -
     if not all(re.fullmatch(r"\d+", size) for size in sizes_of(value)[1:]):
         raise NotUnderstoodError("the sequence length is open")
     placed = followed(source, moves, symbols)
+    if placed.dim() != 4:
+        raise NotUnderstoodError(f"what is read of {source.name} is of rank {placed.dim()}, not heads of rank 4")
     head_axis, reads_base = 1, None
     if base is not None:
         head_axis, reads_base = _tail(end, tail, symbols)

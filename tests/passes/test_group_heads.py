@@ -552,6 +552,17 @@ class Mixed(Plain):
         return super().attend(q, k + k.flip(1), v)
 
 
+class FlatFirst(Plain):
+    """Scales all heads in one table, before they are laid out as heads."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return super().attend(self.placed(q), self.placed(k), self.placed(v))
+
+    def placed(self, x: Tensor) -> Tensor:
+        rows = x.transpose(1, 2).reshape(-1, x.shape[-1]) * torch.arange(1.0, x.shape[-1] + 1)
+        return (rows.reshape(x.shape[0], x.shape[2], x.shape[1], -1) + torch.ones(1, 1, 1, x.shape[-1])).transpose(1, 2)
+
+
 QK_NORM = "queries or keys are normalised (QK-norm): an average would go through it"
 REFUSALS: dict[type[nn.Module], dict[str, str]] = {
     WithNorm: {"q": QK_NORM},
@@ -571,6 +582,7 @@ REFUSALS: dict[type[nn.Module], dict[str, str]] = {
     Short: {"q": "attention over tensors that hold nothing"},
     WithoutHeads: {"q": "attention over tensors that are not [batch, heads, length, size]"},
     Dropping: {"q": "attention drops weights at random"},
+    FlatFirst: {"q": ""},
     Mixed: {"q": "flip between the layer and attention is not understood"},
 }
 
