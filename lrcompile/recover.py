@@ -15,8 +15,6 @@ from torch import Tensor, fx
 from lrcompile.compile import Result
 from lrcompile.errors import BudgetError, InputError
 from lrcompile.frontend.calibration_data import CalibrationData
-from lrcompile.frontend.export import batch_size
-from lrcompile.frontend.trace import takes_any_batch
 from lrcompile.graph.graph import Graph, attribute, fingerprint
 from lrcompile.graph.verify import is_float
 from lrcompile.lower.batches import model_batches
@@ -73,14 +71,12 @@ def recover(
         return replace(result, report=replace(result.report, notes=[*result.report.notes, note]))
     start = time.perf_counter()
     batches = model_batches(result.traced, data)
-    mixed = result.traced.dynamic_batch and takes_any_batch(
-        result.traced.graph.gm, result.traced.flat, batch_size(result.traced.flat) or 1
-    )
-    size = (recovery.batch or DEFAULT_BATCH) if mixed else None
+    size = (recovery.batch or DEFAULT_BATCH) if result.traced.takes_any_batch() else None
+    only = "recovery: the model takes batches of one size, or of multiples of a number, only, so"
     if size is None and recovery.batch is not None:
-        raise InputError("recovery: the model takes batches of one size only, so its batch cannot be set")
+        raise InputError(f"{only} its batch cannot be set")
     if size is None and recovery.subset < 1:
-        raise InputError("recovery: the model takes batches of one size only, so no subset of samples can be chosen")
+        raise InputError(f"{only} no subset of samples can be chosen")
     if not any(is_float(node.meta.get("val")) for node in teacher.gm.graph.output_node().all_input_nodes):
         raise InputError("recovery: the outputs are whole numbers alone, which tell of no direction to train in")
     labels = None if labels is None else data.in_batches(torch.as_tensor(labels))

@@ -90,7 +90,7 @@ def test_samples_of_several_rows_stay_together() -> None:
     assert found.report.recovery is not None
     before, after = found.report.recovery["error"]
     assert after < before
-    with pytest.raises(InputError, match="takes batches of one size only, so its batch cannot be set"):
+    with pytest.raises(InputError, match="or of multiples of a number, only, so its batch cannot be set"):
         lrcompile.recover(result, calibration_from({"x": x}, ["x"], 6), steps=20, batch=32)
 
 

@@ -76,6 +76,13 @@ class Traced:
             for value, axes in zip(self.flat, self.open_axes, strict=True)
         )
 
+    def takes_any_batch(self) -> bool:
+        """Whether its batch is open, and not for multiples of a number alone."""
+        size, gm = batch_size(self.flat), self.graph.gm
+        if not self.dynamic_batch or size is None:
+            return False
+        return not _divides(gm) or _takes(gm, [resized(value, size + 1) for value in self.flat])
+
 
 def trace(
     program: nn.Module | ExportedProgram | torch.jit.ScriptModule,
@@ -232,11 +239,6 @@ def at_other_batch(gm: fx.GraphModule, flat: Sequence[Any], size: int) -> list[A
         if _takes(gm, inputs):
             break
     return inputs
-
-
-def takes_any_batch(gm: fx.GraphModule, flat: Sequence[Any], size: int) -> bool:
-    """Whether a graph with an open batch, traced on inputs of `size` samples, runs on more than its multiples."""
-    return not _divides(gm) or _takes(gm, [resized(value, size + 1) for value in flat])
 
 
 def _divides(gm: fx.GraphModule) -> bool:

@@ -271,7 +271,9 @@ def metric_after(metric: Mapping[str, Any] | None, figures: Mapping[str, Any] | 
         return metric
     value = figures["metric_value"] if figures["written"] == "int8" else None
     more = {} if value is None else {"after": value}
-    return {**metric, "evaluations": metric["evaluations"] + figures["metric_evaluations"], **more}
+    count = metric["evaluations"] + figures["metric_evaluations"]
+    most = max(metric["most_evaluations"], count)  # a budget without a reserve has kept none back
+    return {**metric, "evaluations": count, "most_evaluations": most, **more}
 
 
 def _figures(choice: Choice, int8: Quantizer, judge: Judge, split: Split, times: float) -> dict[str, Any]:

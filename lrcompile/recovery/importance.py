@@ -30,12 +30,12 @@ class Importance:
         """Whether samples are chosen before this epoch."""
         return self.samples.mixed and epoch >= WARM_UP_EPOCHS and (epoch - WARM_UP_EPOCHS) % REFRESH_EPOCHS == 0
 
-    def choose(self, loss: Loss, epoch: int) -> tuple[Tensor, str | None]:
-        """(the numbers of the samples to train on, what the user should know)."""
+    def choose(self, loss: Loss, epoch: int, most: int) -> tuple[Tensor, str | None]:
+        """(the numbers of the samples to train on, what the user should know); memory lasts for `most` at a time."""
         scores, hits = [], []
         whole = self.samples.training[0]
         with torch.no_grad():
-            for numbers in torch.arange(len(whole)).split(self.samples.size):
+            for numbers in torch.arange(len(whole)).split(min(self.samples.size, most)):
                 batch = whole.take(numbers).to(loss.device)
                 value = loss(batch)
                 if batch.labels is not None and loss.scores is not None:

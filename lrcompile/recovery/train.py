@@ -334,7 +334,7 @@ class _Training:
 
     def _choose_samples(self) -> None:
         if self.importance and self.importance.is_due(self.state.epoch):
-            self.state.kept, note = self.importance.choose(self.loss, self.state.epoch)
+            self.state.kept, note = self.importance.choose(self.loss, self.state.epoch, self.most)
             self._note(note)
 
     def _note(self, text: str | None) -> None:
