@@ -26,7 +26,7 @@ from tests.test_calibrate import use_made_up_machine
 ROOT = Path(__file__).parents[1]
 PLUGIN = ROOT / "tests" / "plugin"
 PAGES = ("README.md", "docs/python-api.md", "docs/write-a-pass.md", "docs/architecture.md")
-LINKING = (*PAGES, "CONTRIBUTING.md", "CHANGELOG.md")
+LINKING = tuple(str(page.relative_to(ROOT)) for page in sorted((*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"))))
 
 
 @dataclass(frozen=True)
@@ -117,8 +117,16 @@ def test_options_in_prose_exist(page: str) -> None:
 
 @pytest.mark.parametrize("page", LINKING)
 def test_links_lead_somewhere(page: str) -> None:
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)", (ROOT / page).read_text()):
-        assert ((ROOT / page).parent / target).exists(), f"{page}: {target}"
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", (ROOT / page).read_text()):
+        file = (ROOT / page).parent / target if target else ROOT / page
+        assert file.exists(), f"{page}: {target}"
+        assert not anchor or anchor in anchors(file), f"{page}: {target}#{anchor}"
+
+
+def anchors(page: Path) -> set[str]:
+    """What links may call the headings of a page."""
+    titles = re.findall(r"^#+ (.*)$", page.read_text(), re.M)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
 def test_the_plugin_page_is_the_plugin() -> None:

@@ -7,6 +7,7 @@ forced to half its weights, where the error that the report states is measured a
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import tempfile
 import warnings
@@ -102,6 +103,8 @@ def _onnx_error(prepared: lrcompile.Prepared, result: lrcompile.Result) -> float
 def _general(reason: str) -> str:
     """A reason without the site's own sizes and names, so that equal reasons count together."""
     words = reason.split(" of ")[0] if reason.startswith("too small") else reason
+    words = re.sub(r"^merging it with .*? would", "merging it would", words)
+    words = re.sub(r"^with \S+: output of \S+", "output of the layer before it", words)
     return words.split(" with ")[0]
 
 

@@ -31,7 +31,7 @@ from lrcompile.report.progress import ProgressDisplay
 from tools import models, novels
 from tools.fetch_data import DataMissing
 from tools.recipes import accuracy, fashion, trained_on_fashion
-from tools.validate_profiles import put
+from tools.validate_profiles import check_marks, put
 
 SENTENCE = 48  # tokens
 TRAINING = 9000  # sentences
@@ -131,7 +131,7 @@ def gpt() -> Task:
 
 
 def efficientnet() -> Task:
-    """EfficientNet-Lite0 on pictures of 200 objects; those of 200 others judge by the class that the original says."""
+    """EfficientNet-Lite0 on pictures of things; those of things of other kinds judge by the class the original says."""
     model, (images,) = models.efficientnet_lite0(8)
     unseen = models.object_images(400, unseen=True)
     with torch.no_grad():
@@ -148,7 +148,7 @@ def efficientnet() -> Task:
     known = models.object_images(800)
     shown = len(models.objects(unseen=False))
     by_object = sorted(range(len(known)), key=lambda i: i % shown)  # so that its end, kept out, shows others
-    words = "batch 8; 400 pictures of 200 unseen objects"
+    words = f"batch 8; 400 pictures of {len(models.objects(unseen=True))} unseen objects"
     return Task(model, (images,), data(known[:200]), data(known[by_object]), judge, words, measure="top1")
 
 
@@ -236,6 +236,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, help="put the table into this page, between its marks")
     options = parser.parse_args(arguments)
+    limits_given = options.speedups or options.max_errors
+    if len(options.minutes) != len(limits_given) or len(set(limits_given)) < len(limits_given):
+        parser.error(
+            f"expected --minutes for each of {_words(limits_given)}, all different; got {_words(options.minutes)}"
+        )
+    marks = f"<!-- {options.name} -->", f"<!-- end of {options.name} -->"
+    if options.out:
+        check_marks(options.out, *marks)
     warnings.simplefilter("ignore")
     try:
         task = TASKS[options.name]()
@@ -260,7 +268,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     text = "\n".join([*table(task, found, measure), "", f"    {command}"])
     print(text)
     if options.out:
-        put(options.out, f"<!-- {options.name} -->", f"\n{text}\n", f"<!-- end of {options.name} -->")
+        put(options.out, marks[0], f"\n{text}\n", marks[1])
     return 0
 
 

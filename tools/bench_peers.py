@@ -40,7 +40,7 @@ from tools.peers.original import NothingToDo, Original
 from tools.peers.process import PeerFailed, PeerProcess
 from tools.peers.search import TOLERANCE, nearest
 from tools.peers.table import INT8, OURS, OWN, Row, table
-from tools.validate_profiles import put
+from tools.validate_profiles import check_marks, put
 
 TRY_S, TRY_OPENINGS = 1.5, 2
 BATCHES = 16  # calibration batches that peers are given
@@ -147,7 +147,7 @@ def in_int8(bench: Bench, speedup: float) -> Row:
     count = sum(not rewrite.exact for rewrite in result.plan.rewrites)
 
     def measured(figures: Mapping[str, Any]) -> Row:
-        kept = figures["layers"] - len(figures["left_float"])
+        kept = figures["layers"] - len(figures["left_float"]) if figures["written"] == "int8" else 0
         notes = (f"{kept} of {figures['layers']} layers in int8, {count} split",)
         size = path.stat().st_size / len(bench.reference)
         return Row(INT8, bench.ratio(path, bench.seconds), size, bench.task.judge(int8.as_callable(path)), notes=notes)
@@ -255,6 +255,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except DataMissing as problem:
         say(f"bench_peers: {problem}")
         return 1
+    marks = f"<!-- {options.name} -->", f"<!-- end of {options.name} -->"
+    if options.out:
+        check_marks(options.out, *marks)
     start = time.monotonic()
     found = []
     with tempfile.TemporaryDirectory() as folder, ProgressDisplay(Console(stderr=True)) as progress:
@@ -277,7 +280,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(text)
     say(f"{(time.monotonic() - start) / 60:.1f} minutes in all")
     if options.out:
-        put(options.out, f"<!-- {options.name} -->", f"\n{text}\n", f"<!-- end of {options.name} -->")
+        put(options.out, marks[0], f"\n{text}\n", marks[1])
     return 0
 
 

@@ -126,7 +126,7 @@ def networks(device: Device, path: Path) -> str:
     model, graphs = AnalyticCostModel(device), dict[str, Any]()
     lines = ["| model | type | batch | CUDA graph | eager calls | predicted |", "|---|---|---|---|---|---|"]
     for row in _rows(path):
-        ops = [op for op in at_batch(row["model"], row["batch"], graphs, frozenset()) if op.kind != "view"]
+        ops = [op for op in at_batch(row["model"], row["batch"], graphs) if op.kind != "view"]
         if row["dtype"] != "fp32":
             ops = [in_half(op, row["dtype"]) for op in ops]
         predicted, (measured, _) = sum(model.cost(op).latency_s for op in ops), row["graph_s"]

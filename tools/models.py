@@ -10,6 +10,7 @@ import argparse
 import gzip
 import inspect
 import random
+import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -173,11 +174,20 @@ def object_images(samples: int, *, unseen: bool = False) -> Tensor:
 
 
 def objects(*, unseen: bool) -> list[Path]:
-    """Pictures of every other object: of those that may be learned from, or of the `unseen` ones."""
+    """Pictures of every other kind of thing: of those that may be learned from, or of the `unseen` ones."""
     folder = ensure("objects") / "usr" / "share" / "tuxpaint" / "stamps"
     drawn = {"cartoon", "symbols", "roadsigns", "flags"}
     pictures = (path for path in folder.rglob("*.png") if not drawn & set(path.parts) and _is_first(path))
-    return sorted(pictures)[int(unseen) :: 2]
+    kinds: dict[str, list[Path]] = {}
+    for path in sorted(pictures):
+        kinds.setdefault(_kind(path), []).append(path)
+    return [path for kind in sorted(kinds)[int(unseen) :: 2] for path in kinds[kind]]
+
+
+def _kind(path: Path) -> str:
+    """What a picture shows, by the first word of its name: rabbit-2 and rabbit_little are of one kind, and garlics."""
+    words = re.findall("[a-z]+", path.stem.lower())
+    return words[0].rstrip("s") if words else path.stem
 
 
 def _is_first(path: Path) -> bool:

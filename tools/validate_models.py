@@ -12,7 +12,7 @@ import math
 import sys
 import warnings
 from collections import defaultdict
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean, median
@@ -83,7 +83,7 @@ def points(
     model, result = AnalyticCostModel(device), []
     for name, by_batch in rows.items():
         for batch, measured_ms in by_batch.items():
-            cost = total([model.cost(in_half(op)) for op in at_batch(name, batch, graphs, device.fuses)])
+            cost = total([model.cost(in_half(op)) for op in at_batch(name, batch, graphs, device)])
             result.append(Point(name, batch, measured_ms, cost.latency_s * 1e3, cost.sigma_s * 1e3))
     return result
 
@@ -158,14 +158,14 @@ def eager_table(folder: Path, graphs: dict[str, tuple[Graph, Tensor]]) -> tuple[
 
 
 def at_batch(
-    name: str, batch: int, graphs: dict[str, tuple[Graph, Tensor]], fuses: Set[str] = frozenset()
+    name: str, batch: int, graphs: dict[str, tuple[Graph, Tensor]], device: Device | None = None
 ) -> list[OpDesc]:
-    """All operations of a model; graphs are made once and kept."""
+    """All operations of a model, as a device fuses them; graphs are made once and kept."""
     if name not in graphs:
         graphs[name] = prepared(name)
     graph, example = graphs[name]
     gm = propagate(graph.copy().gm, (example.new_empty(batch, *example.shape[1:]),)).gm
-    return list(describe_all(gm, fuses).values())
+    return list((describe_all(gm, device.fuses, device.lacks) if device else describe_all(gm)).values())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

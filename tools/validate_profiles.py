@@ -269,10 +269,15 @@ def by_chance(p: np.ndarray, won: np.ndarray, what: str) -> tuple[str, list[tupl
     return "\n".join(lines), bars
 
 
-def put(page: Path, start: str, text: str, end: str) -> None:
-    """Writes text into a page, between two marks that it has."""
+def check_marks(page: Path, start: str, end: str) -> None:
+    """Refuses a page without the marks that text is put between."""
     if start not in page.read_text() or end not in page.read_text():
         raise ValueError(f"{page} has no marks {start} and {end}: write them where the text belongs")
+
+
+def put(page: Path, start: str, text: str, end: str) -> None:
+    """Writes text into a page, between two marks that it has."""
+    check_marks(page, start, end)
     before, _, rest = page.read_text().partition(start)
     page.write_text(f"{before}{start}\n{text}\n{end}{rest.partition(end)[2]}")
 
