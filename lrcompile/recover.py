@@ -90,9 +90,10 @@ def recover(
     attention = lineage.direct and recovery.attention > 0
     apart = [APART] if recovery.attention > 0 and not attention else []
     couple = pair(teacher, fitted, batches[0], lineage.substitutes(student), attention=attention)
-    facts = [data.digest, _digest(labels), recovery.to_json(), measure.name if recovery.until is not None else None]
-    facts += [[fingerprint(graph.gm), _constants(graph.gm)] for graph in (teacher, fitted)]
-    facts += [couple.inside, attention]
+    facts = [
+        data.digest, _digest(labels), recovery.to_json(), measure.name if recovery.until is not None else None,
+        *([fingerprint(graph.gm), _constants(graph.gm)] for graph in (teacher, fitted)), list(couple.inside), attention,
+    ]  # fmt: skip
     checkpoint = Checkpoint.of(*facts, folder=checkpoints, outlives=finished is not None)
     if finished is not None:
         finished.append(checkpoint)

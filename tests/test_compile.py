@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional
 
 import lrcompile
@@ -82,20 +82,6 @@ def test_the_model_given_is_not_changed(mlp: Mlp) -> None:
 def test_keys_of_untouched_layers_survive(mlp: Mlp) -> None:
     keys = set(lrcompile.compile(mlp, (X,), target="v100").model.state_dict())
     assert {"head.weight", "head.bias", "up.0.weight", "up.1.weight", "up.1.bias"} <= keys
-
-
-def test_what_would_be_merged_with_a_skipped_layer_says_so() -> None:
-    class Siblings(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.q, self.k, self.v = (nn.Linear(64, 64) for _ in range(3))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.q(x) + self.k(x) * self.v(x)
-
-    result = lrcompile.compile(Siblings().eval(), (torch.randn(8, 64),), target="x86-ort", skip=["q"])
-    reasons = {site.site: site.reason for site in result.report.sites}
-    assert all("together with q, which --skip leaves alone" in reasons[name] for name in "kv"), reasons
 
 
 def test_skip_leaves_a_site_alone(mlp: Mlp) -> None:

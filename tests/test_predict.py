@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from lrcompile.devices import predict
 from lrcompile.devices.analytic import AnalyticCostModel
 from lrcompile.devices.predict import describe_rows, predict_csv, predict_rows
 from lrcompile.devices.profile import load_device
@@ -169,8 +168,8 @@ def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.M
     def full_disk(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(predict.os, "replace", full_disk)
-    with pytest.raises(InputError, match="No space left"):
+    monkeypatch.setattr(os, "replace", full_disk)
+    with pytest.raises(InputError, match="no space left on the file system"):
         predict_csv(source, target, V100)
     assert target.read_text() == "old"
     assert sorted(os.listdir(tmp_path)) == ["in.csv", "out.csv"]

@@ -125,13 +125,8 @@ def price(
         for proposal in proposals(graph, transform, context):
             if isinstance(proposal, Refusal):
                 refusals.append(proposal)
-                continue
-            left = [site for site in proposal.site if not keep(site)]
-            if not left:
+            elif all(keep(site) for site in proposal.site):
                 by_stage[transform.stage].append(proposal)
-            others = [site for site in proposal.site if site not in left] if left else []
-            reason = f"it is rewritten together with {', '.join(left)}, which --skip leaves alone"
-            refusals += [Refusal(transform.name, site, reason) for site in others]
     fuse = [p for p in passes if p.stage is Stage.FUSE]
     factorize = [p for p in passes if p.stage is Stage.FACTORIZE]
     chains += [(rewrite,) for rewrite in by_stage[Stage.FACTORIZE] + by_stage[Stage.FUSE]]

@@ -74,7 +74,7 @@ class Recovery:
             value = getattr(self, name)
             if value is None:
                 continue
-            if not (isinstance(value, Real) and math.isfinite(value) and low <= value <= high):
+            if not (isinstance(value, Real) and math.isfinite(value) and low <= float(value) <= high):
                 limits = f"from {low:g} to {high:g}" if math.isfinite(high) else f"of at least {low:g}"
                 raise InputError(f"recovery: {name} is {value!r}; expected a number {limits}")
             if name not in WHOLE:

@@ -582,7 +582,7 @@ REFUSALS: dict[type[nn.Module], dict[str, str]] = {
     Short: {"q": "attention over tensors that hold nothing"},
     WithoutHeads: {"q": "attention over tensors that are not [batch, heads, length, size]"},
     Dropping: {"q": "attention drops weights at random"},
-    FlatFirst: {"q": ""},
+    FlatFirst: {"q": "what is read of q is of rank 2, not heads of rank 4"},
     Mixed: {"q": "flip between the layer and attention is not understood"},
 }
 
