@@ -96,7 +96,7 @@ def run(command: str, where: str) -> None:
     assert cli.run(words[1:]) == (int(stated[1]) if stated else 0), f"{where}: {command}"
 
 
-@pytest.mark.parametrize("page", (*PAGES, "CONTRIBUTING.md", "CHANGELOG.md"))
+@pytest.mark.parametrize("page", [*PAGES, "CONTRIBUTING.md", "CHANGELOG.md"])
 def test_options_exist(page: str) -> None:
     known = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
     for command in commands((ROOT / page).read_text()):
