@@ -158,6 +158,20 @@ def test_a_busy_machine_and_too_little_time_are_refused() -> None:
         made(seconds=4.3)
 
 
+def test_noisy_measurements_are_not_kept_for_the_next_calibration() -> None:
+    clock, forgotten = Clock(), list[OpDesc]()
+    steady = machine(clock)
+
+    def measured(op: OpDesc, visit: int) -> Cost:
+        """Of linear layers visits disagree."""
+        cost = steady(op, visit)
+        return replace(cost, latency_s=cost.latency_s * (1 + visit)) if family(op) == "gemm" else cost
+
+    found = calibrate(X86, measured, 20.0, forget=forgotten.append, clock=clock)
+    assert len(forgotten) == found.noisy > 3
+    assert {family(op) for op in forgotten} == {"gemm"}
+
+
 def test_a_measurement_is_the_median_of_its_visits() -> None:
     op = next(operations(0))
     one = Measurement.of(op, [Cost(latency_s, 0.02) for latency_s in (1.0, 1.4, 1.02)])

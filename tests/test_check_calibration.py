@@ -65,7 +65,7 @@ def test_measured_is_a_median_of_visits(monkeypatch: pytest.MonkeyPatch) -> None
     latencies = iter([1.0, 10.0, 3.0, 30.0, 2.0, 20.0])
     monkeypatch.setattr(LocalCostModel, "cost", lambda self, op: Cost(next(latencies), 0.01))
     op = next(check_calibration.operations(0))
-    assert measured([op, op]) == [2.0, 20.0]
+    assert measured([op, op], DEVICE) == [2.0, 20.0]
 
 
 def test_rewrites_are_compared_with_what_is_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from lrcompile.devices.measure import (
     SIGMA_CONTENDED,
     SIGMA_FLOOR,
     LocalCostModel,
+    cpu_facts,
     cpu_name,
     local_device,
     measure,
@@ -148,6 +149,20 @@ def test_without_a_folder_results_stay_in_memory(machine: FakeMachine, tmp_path:
     model = local_model(machine, None)
     assert model.compare(*pair(8)) == model.compare(*pair(8))
     assert (model.measured, model.reused) == (1, 1)
+
+
+def test_what_is_forgotten_is_measured_again(machine: FakeMachine, tmp_path: Path) -> None:
+    op, other = gemm_op(64, 64, 64, "fp32"), gemm_op(64, 64, 32, "fp32")
+    model = local_model(machine, tmp_path)
+    before = [model.cost(op), model.cost(other)]
+    assert model.measured == 2
+    model.forget(op)
+    assert [model.cost(op), model.cost(other)] == before
+    assert model.measured == 3
+    model.forget(op)
+    again = local_model(machine, tmp_path)
+    assert [again.cost(op), again.cost(other)] == before
+    assert again.measured == 1
 
 
 @pytest.mark.parametrize(
@@ -284,3 +299,7 @@ def test_processors_of_one_name_are_told_apart(
 ) -> None:
     monkeypatch.setattr(measure_module, "_cpu_facts", lambda: facts)
     assert cpu_name() == expected
+    named = cpu_facts()
+    monkeypatch.setattr(measure_module, "_cpu_facts", lambda: facts | {"cache size": "512 KB"})
+    assert cpu_name() == expected
+    assert cpu_facts() != named  # by which measurements are remembered

@@ -28,7 +28,8 @@ from lrcompile.devices.calibrate import VISITS, Measurement
 from lrcompile.devices.cost import Cost, total
 from lrcompile.devices.device import Device
 from lrcompile.devices.features import family
-from lrcompile.devices.measure import LocalCostModel
+from lrcompile.devices.measure import LocalCostModel, product_s
+from lrcompile.devices.pace import Pace, Paced, at
 from lrcompile.devices.profile import load_device
 from lrcompile.devices.sampling import operations
 from lrcompile.devices.target import Target
@@ -62,7 +63,7 @@ class Checked:
 def check_operations(device: Device, count: int) -> Checked:
     """Fresh operations, each measured twice; those that differ from themselves are left out and counted."""
     ops = list(islice(operations(SEED), count))
-    first, second = measured(ops), measured(ops)
+    first, second = measured(ops, device), measured(ops, device)
     model = AnalyticCostModel(replace(device, network={}))  # as measured
     errors: dict[str, list[float]] = defaultdict(list)
     bars, left = [], 0
@@ -85,13 +86,17 @@ def check_operations(device: Device, count: int) -> Checked:
     return Checked("\n".join(lines), line, near >= LIMITS["operations"])
 
 
-def measured(ops: Sequence[OpDesc]) -> list[float]:
-    """Latencies in s: each operation is measured as often as a calibration does, with all others between."""
+def measured(ops: Sequence[OpDesc], device: Device) -> list[float]:
+    """Latencies in s: each operation is measured as often as a calibration does, with all others between.
+
+    They are given for the pace of the machine that the profile's are given for.
+    """
+    pace = Pace.of(device.pace)
     costs: list[list[Cost]] = [[] for _ in ops]
     for _ in range(VISITS):
         model = LocalCostModel(cache_dir=None)
         for op, known in zip(ops, costs, strict=True):
-            known.append(model.cost(op))
+            known.append(at(pace, model.cost(op)))
     return [Measurement.of(op, known).cost.latency_s for op, known in zip(ops, costs, strict=True)]
 
 
@@ -117,7 +122,7 @@ def check_steps(device: Device) -> Checked:
     for name, made in (("1×1, 512→r→128", split), ("Tucker 3×3, 128→r→r→128", tucker)):
         for rank in (32, 64):
             sides = [made(rank), made(rank + 1)]
-            latencies = measured([op for side in sides for op in side])
+            latencies = measured([op for side in sides for op in side], device)
             half = len(sides[0])
             truth = sum(latencies[half:]) / sum(latencies[:half])
             low, high = (total([model.cost(op) for op in side]).latency_s for side in sides)
@@ -149,7 +154,9 @@ def check_models(device: Device) -> Checked:
     for name, make in panel().items():
         module, args, kwargs = make()
         traced = trace(module.eval(), args, kwargs)
-        truth = Reference.of(traced).latency().latency_s
+        before, found = product_s(), Reference.of(traced).latency()
+        paced = Paced(found.latency_s, product_s=(before + product_s()) / 2)
+        truth = at(Pace.of(device.pace), paced).latency_s
         predicted = target.whole(target.costs(traced.graph.gm)).latency_s
         errors[name] = predicted / truth - 1
         lines.append(f"| {name} | {truth * 1e3:.3f} ms | {predicted * 1e3:.3f} ms | {errors[name]:+.0%} |")

@@ -22,6 +22,7 @@ from lrcompile.devices.device import KERNEL_FIGURES, Device
 from lrcompile.devices.features import family, features
 from lrcompile.devices.fit import figure, fit, with_figures
 from lrcompile.devices.fusion import describe_all
+from lrcompile.devices.pace import Pace, at, pace_of
 from lrcompile.devices.profile_text import profile_text
 from lrcompile.devices.repeated import encoder, in_a_row
 from lrcompile.devices.residual import Residuals, fitted
@@ -140,7 +141,8 @@ class Measurement:
 class Calibration:
     """A device that was fitted, with residuals; what was measured; errors on operations left out, by family.
 
-    `places` are those of the fitted figures in a profile, `network` is what networks take besides.
+    `places` are those of the fitted figures in a profile, `network` is what networks take besides, `pace` that at which
+    latencies are given, where it was measured.
     """
 
     device: Device
@@ -150,6 +152,7 @@ class Calibration:
     noisy: int
     held_out: dict[str, np.ndarray] = field(repr=False)
     network: dict[str, float] = field(default_factory=dict)
+    pace: Pace | None = None
 
     def summary(self) -> list[dict[str, Any]]:
         """By family: count, mean error on operations left out, share within 10 %, deviations, error of the formula.
@@ -196,8 +199,8 @@ def calibrate_here(
     """
     here = runtime_here(runtime)
     found = calibrate(
-        with_starts(here.device), here.measure, seconds, drawn=here.drawn(seed), network=here.network, seed=seed,
-        progress=progress,
+        with_starts(here.device), here.measure, seconds, forget=here.forget, drawn=here.drawn(seed),
+        network=here.network, seed=seed, progress=progress,
     )  # fmt: skip
     # a calibration that goes on where it was stopped holds older measurements too, so it says by when
     source = f"measured here (by {date.today().isoformat()}, {here.described}, {len(found.measurements)} operations)"
@@ -210,6 +213,7 @@ def calibrate(
     measure: Callable[[OpDesc, int], Cost],
     seconds: float,
     *,
+    forget: Callable[[OpDesc], None] = lambda op: None,
     drawn: Iterator[OpDesc] | None = None,
     network: Callable[[fx.GraphModule], Cost] | None = None,
     seed: int = 0,
@@ -221,60 +225,72 @@ def calibrate(
     `measure` takes an operation and the number of the visit: each is measured two or three times with others between,
     so that what disturbs the machine for a while does not decide; those that fail are left out. The last part of the
     time goes where predictions of operations left out are worst; they come from `drawn`. `network` measures whole
-    graphs. What is remembered costs no time, so that a calibration goes on where it was stopped.
+    graphs. What is remembered costs no time, so that a calibration goes on where it was stopped; what is too noisy is
+    handed to `forget`, so that another calibration measures it again.
 
     Raises:
         DeviceError: there was time for too few measurements, too many of them were noisy, or all failed.
     """
-    start, found, failed = clock(), list[Measurement](), list[DeviceError]()
+    start, visited, failed = clock(), list[tuple[OpDesc, list[Cost]]](), list[DeviceError]()
 
     def add(ops: Sequence[OpDesc], end: float) -> None:
         costs: list[list[Cost]] = [[] for _ in ops]
+        pace = pace_of(known for _, known in visited)
         for visit in range(VISITS):
             for op, known in zip(ops, costs, strict=True):
-                if clock() - start < end and len(known) == visit and not (visit > 1 and _agree(known)):
+                if clock() - start < end and len(known) == visit and not (visit > 1 and _agree(known, pace)):
                     try:
                         known.append(measure(op, visit))
                     except DeviceError as problem:  # such as too little memory for it
                         failed.append(problem)
                     progress("measure", min(round(clock() - start), round(seconds)), round(seconds))
-        found.extend(Measurement.of(op, known) for op, known in zip(ops, costs, strict=True) if len(known) > 1)
+        visited.extend((op, known) for op, known in zip(ops, costs, strict=True) if len(known) > 1)
 
     drawn = drawn or operations(seed)
     looked = False
-    while clock() - start < seconds * EXPLORED and len(found) < MOST * EXPLORED:
+    while clock() - start < seconds * EXPLORED and len(visited) < MOST * EXPLORED:
         add(list(islice(drawn, CHUNK)), seconds * EXPLORED)
         if not looked and clock() - start > seconds * LOOKED:
-            _quiet(found)
+            _quiet(measurements(visited), forget)
             looked = True
-    pool = list(islice(drawn, POOL)) if len(found) >= LEAST else []
+    pool = list(islice(drawn, POOL)) if len(visited) >= LEAST else []
     for i in range(ROUNDS):
         share = EXPLORED + (1 - EXPLORED) * (i + 1) / ROUNDS
-        worst = iter(_worst(device, found, pool))
-        while clock() - start < seconds * share and len(found) < MOST * share:
+        worst = iter(_worst(device, measurements(visited), pool))
+        while clock() - start < seconds * share and len(visited) < MOST * share:
             ops = list(islice(worst, CHUNK))
             if not ops:
                 break
             taken = set(ops)
             pool = [op for op in pool if op not in taken]
             add(ops, seconds * share)
-    measured = [(gm, network(gm).latency_s) for gm in networks(seed)] if network else []
-    if failed and not found:
+    pace = pace_of(known for _, known in visited)
+    measured = [(gm, at(pace, network(gm)).latency_s) for gm in networks(seed)] if network else []
+    if failed and not visited:
         raise failed[-1]
-    good = _quiet(found)
+    good = _quiet(measurements(visited), forget)
     if len(good) < LEAST:
         raise DeviceError(
             f"{len(good)} operations were measured in {seconds:.0f} s, at least {LEAST} are needed: give more time"
         )
     progress("fit", 0, 1)
-    found_here = fitted_to(device, good, len(found) - len(good))
+    found_here = replace(fitted_to(device, good, len(visited) - len(good)), pace=pace)
     return replace(found_here, network=_network(found_here, measured)) if measured else found_here
 
 
-def _quiet(found: Sequence[Measurement]) -> list[Measurement]:
-    """The measurements that count; DeviceError where too few of them do."""
+def measurements(visited: Sequence[tuple[OpDesc, Sequence[Cost]]]) -> list[Measurement]:
+    """Operations with what their visits say, all at one pace of the machine."""
+    pace = pace_of(known for _, known in visited)
+    return [Measurement.of(op, [at(pace, cost) for cost in known]) for op, known in visited]
+
+
+def _quiet(found: Sequence[Measurement], forget: Callable[[OpDesc], None]) -> list[Measurement]:
+    """The measurements that count, the others forgotten; DeviceError where too few of them do."""
     good = [m for m in found if not m.is_noisy]
     noisy = len(found) - len(good)
+    for m in found:
+        if m.is_noisy:
+            forget(m.op)
     if noisy > MOST_NOISY * len(found):
         raise DeviceError(
             f"{noisy} of {len(found)} measurements have an error above {NOISY:.0%}: the machine is too busy to "
@@ -297,6 +313,8 @@ def calibrated(found: Calibration, name: str, description: str, source: str) -> 
         sources["hardware.bandwidth_peak"] = source
     sources |= {f"sigma.{key}": f"{source}; on operations left out" for key in sigma}
     sources |= {f"residuals.{key}": source for key in found.residuals}
+    if found.pace:
+        sources |= dict.fromkeys(("pace.product", "pace.follows"), source)
     if found.network:
         sources |= {"network.run": source, "network.slower": f"{source}; on {2 * NETWORKS} networks"}
     return replace(
@@ -306,6 +324,7 @@ def calibrated(found: Calibration, name: str, description: str, source: str) -> 
         sigma_relative={**device.sigma_relative, **sigma},
         residuals=found.residuals,
         network=found.network,
+        pace=found.pace.to_profile() if found.pace else {},
         provenance={**device.provenance, **sources},
     )
 
@@ -367,9 +386,9 @@ def with_starts(device: Device) -> Device:
     return with_figures(started, given)
 
 
-def _agree(costs: Sequence[Cost]) -> bool:
+def _agree(costs: Sequence[Cost], pace: Pace | None) -> bool:
     """Whether two visits of an operation make a third one superfluous."""
-    latencies = [cost.latency_s for cost in costs]
+    latencies = [at(pace, cost).latency_s for cost in costs]
     return max(latencies) - min(latencies) < AGREE * min(latencies)
 
 

@@ -221,15 +221,14 @@ def _is_product(shape: ConvShape) -> bool:
 
 
 def _is_whole(shape: ConvShape) -> bool:
-    """Whether MLAS unfolds one image by one thread, and then multiplies by all: with more filters than pixels."""
-    alone = shape.batch * shape.groups == 1 and not _is_product(shape)
-    return alone and shape.channels_out > math.prod(shape.size_out)
+    """Whether MLAS unfolds each image by one thread, and then multiplies by all: with more filters than pixels."""
+    return not _is_product(shape) and shape.channels_out // shape.groups > math.prod(shape.size_out)
 
 
 def _idle(shape: ConvShape, threads: int) -> float:
-    """What the threads could do while the last image or group is computed: each is computed by one."""
+    """What the threads could do while the last image or group is computed, where each is computed by one."""
     parts = shape.batch * shape.groups
-    return _empty(parts, threads) if parts > 1 else 0.0
+    return _empty(parts, threads) if parts > 1 and not _is_whole(shape) else 0.0
 
 
 def _empty(size: int, block: int) -> float:

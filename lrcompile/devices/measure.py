@@ -12,6 +12,7 @@ import platform
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -28,9 +29,10 @@ from lrcompile.devices.cost import Cost
 from lrcompile.devices.device import Device
 from lrcompile.devices.onnx_graph import OPSET
 from lrcompile.devices.onnx_region import LoweredRegion, UnsupportedRegion, lower_region
+from lrcompile.devices.pace import Paced
 from lrcompile.devices.profile import load_device
-from lrcompile.devices.repeated import copies_for, least_copies, repeated
-from lrcompile.devices.timings import Timing, default_cache_dir, key_of, recall, remember
+from lrcompile.devices.repeated import copies_for, least_copies, repeated, waking
+from lrcompile.devices.timings import Timing, default_cache_dir, forget, key_of, recall, remember
 from lrcompile.errors import DeviceError
 from lrcompile.graph.describe import describe
 from lrcompile.graph.op import OpDesc
@@ -103,11 +105,8 @@ class LocalCostModel:
         """The price of one operation among others: what some more of it take in a session; views cost nothing."""
         if op.kind == "view":
             return Cost()
-        least = least_copies(op)
-        copies = copies_for(op, _arithmetic_here().cost(op).latency_s)
-        graphs = [repeated(op, least + copies), repeated(op, least)]
         try:
-            regions = [lower_region(gm, dynamic_batch=False, opset=self.opset) for gm in graphs if gm is not None]
+            copies, regions = self._repeated(op)
         except UnsupportedRegion as error:
             return self._predicted(error.reason, _prior().cost(op))
         if not regions:
@@ -115,11 +114,18 @@ class LocalCostModel:
         timings = self._timings(regions)
         if isinstance(timings, str):
             return self._predicted(timings, _prior().cost(op))
-        (all_s, sigma_s), (least_s, least_sigma_s) = timings
-        latency_s = max((all_s - least_s) / copies, LEAST_S)
-        return Cost(
-            latency_s, math.hypot(sigma_s, least_sigma_s) / copies, op.flops, op.weight_bytes, op.activation_bytes
-        )
+        (all_s, sigma_s), (least_s, least_sigma_s), *_ = timings
+        latency_s, deviation_s = max((all_s - least_s) / copies, LEAST_S), math.hypot(sigma_s, least_sigma_s) / copies
+        return Paced(latency_s, deviation_s, op.flops, op.weight_bytes, op.activation_bytes, timings[-1][0])
+
+    def forget(self, op: OpDesc) -> None:
+        """Drops what is remembered of an operation, so that it is measured again."""
+        with suppress(UnsupportedRegion):
+            _, regions = self._repeated(op)
+            if regions:
+                key, _ = self._identified(regions)
+                self._memory.pop(key, None)
+                forget(self.cache_dir, key)
 
     def network(self, graph: fx.GraphModule) -> Cost:
         """The price of a whole graph on meta tensors, its start included.
@@ -127,10 +133,10 @@ class LocalCostModel:
         Raises:
             DeviceError: ONNX Runtime cannot run it.
         """
-        timings = self._timings([lower_region(graph, opset=self.opset)])
+        timings = self._timings([lower_region(gm, opset=self.opset) for gm in (graph, waking("fp32"))])
         if isinstance(timings, str):
             raise DeviceError(f"a network cannot be measured here: {timings}")
-        return Cost(*timings[0])
+        return Paced(*timings[0], product_s=timings[-1][0])
 
     def compare(self, before: fx.GraphModule, after: fx.GraphModule) -> tuple[Cost, Cost]:
         """Prices of a region before and after a rewrite, measured as a pair, all nodes included.
@@ -166,8 +172,22 @@ class LocalCostModel:
         sigma = math.hypot(new.sigma_s, HOPELESS * old.sigma_s)
         return Cost(excess, sigma).p_positive < CONFIDENCE
 
+    def _repeated(self, op: OpDesc) -> tuple[int, list[LoweredRegion]]:
+        """(how many copies more the first graph of an operation holds than the second, these and the waking product).
+
+        There are none if it has no such form.
+
+        Raises:
+            UnsupportedRegion: it has no form in ONNX.
+        """
+        least = least_copies(op)
+        copies = copies_for(op, _arithmetic_here().cost(op).latency_s)
+        graphs = [gm for gm in (repeated(op, least + copies), repeated(op, least)) if gm is not None]
+        graphs += [waking(op.dtype)] if graphs else []
+        return copies, [lower_region(gm, dynamic_batch=False, opset=self.opset) for gm in graphs]
+
     def _timings(self, regions: Sequence[LoweredRegion]) -> tuple[Timing, ...] | str:
-        """The timings of one or two regions, known or new; the reason where there are none."""
+        """The timings of some regions, known or new; the reason where there are none."""
         key, distinct = self._identified(regions)
         return self._known(key, len(distinct)) or self._measured(key, distinct)
 
@@ -230,13 +250,20 @@ def open_region(region: LoweredRegion, threads: int | None = None) -> Run:
     return run
 
 
-def measure(runs: Sequence[Run], clock: Clock = time.perf_counter, waited: Clock = waited_s) -> tuple[Timing, ...]:
-    """Latency in s of one or two calls, and its standard deviation; two are run in turn.
+def product_s() -> float:
+    """What the fixed product that tells the pace of this machine takes now, in s."""
+    region = lower_region(waking("fp32"), dynamic_batch=False, opset=OPSET)
+    return measure([open_region(region)])[0][0]
 
-    Of two, the deviation is that of their difference, shared, so that drift which both felt does not count. `waited`
-    gives the seconds that other programs have kept this one's threads from running. A steady load of that kind slows
-    both halves of the samples alike: a poor measurement is repeated if the load goes, and what remains of it widens
-    the deviation (our reading: what waits all the time takes up to twice as long where it runs on several cores).
+
+def measure(runs: Sequence[Run], clock: Clock = time.perf_counter, waited: Clock = waited_s) -> tuple[Timing, ...]:
+    """Latency in s of some calls, and its standard deviation; they are run in turn.
+
+    Of several, the deviation is that of the difference of the first two, shared, so that drift which both felt does not
+    count. `waited` gives the seconds that other programs have kept this one's threads from running. A steady load of
+    that kind slows both halves of the samples alike: a poor measurement is repeated if the load goes, and what remains
+    of it widens the deviation (our reading: what waits all the time takes up to twice as long where it runs on several
+    cores).
     """
     counts = [_runs_in_a_sample(run, clock) for run in runs]
 
@@ -279,6 +306,11 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def cpu_facts() -> list[str]:
+    """What tells this processor from others of its name: family, model, stepping and cache."""
+    return [cpu_name(), *(_cpu_facts().get(key, "") for key in ("cpu family", "model", "stepping", "cache size"))]
+
+
 def cpu_name() -> str:
     """The processor's name as the system tells it, and its vector units: virtual machines hide which model it is."""
     facts = _cpu_facts()
@@ -314,7 +346,7 @@ def _arithmetic_here() -> AnalyticCostModel:
 
 
 def _key(signatures: Sequence[str], threads: int | None) -> str:
-    return key_of(ort.__version__, cpu_name(), usable_cores() if threads is None else threads, *signatures)
+    return key_of(ort.__version__, cpu_facts(), usable_cores() if threads is None else threads, *signatures)
 
 
 def _with_traffic(gm: fx.GraphModule, timing: Timing) -> Cost:

@@ -14,7 +14,7 @@ from torch import fx
 
 from lrcompile.devices.cost import Cost
 from lrcompile.devices.repeated import call_of, repeated
-from lrcompile.devices.timings import Timing, default_cache_dir, key_of, recall, remember
+from lrcompile.devices.timings import Timing, default_cache_dir, forget, key_of, recall, remember
 from lrcompile.errors import DeviceError
 from lrcompile.graph.op import OpDesc
 
@@ -42,7 +42,7 @@ class CudaCostModel:
         Raises:
             DeviceError: this operation is not measured in PyTorch, or fails here.
         """
-        key = key_of("torch-cuda", torch.__version__, torch.cuda.get_device_name(), repr(op))
+        key = _key(op)
         timings = recall(self.cache_dir, key, 1)
         if timings is None:
             memory = torch.cuda.get_device_properties(0).total_memory
@@ -57,6 +57,10 @@ class CudaCostModel:
             remember(self.cache_dir, key, timings)
         return Cost(*timings[0], op.flops, op.weight_bytes, op.activation_bytes)
 
+    def forget(self, op: OpDesc) -> None:
+        """Drops what is remembered of an operation, so that it is measured again."""
+        forget(self.cache_dir, _key(op))
+
     def compare(self, before: fx.GraphModule, after: fx.GraphModule) -> tuple[Cost, Cost]:
         """Prices of a region before and after a rewrite, each measured as a whole, in fp32 or the type of its weights.
 
@@ -65,6 +69,10 @@ class CudaCostModel:
         """
         old, new = (Cost(*measured(gm, _dtype(gm))) for gm in (before, after))
         return old, new
+
+
+def _key(op: OpDesc) -> str:
+    return key_of("torch-cuda", torch.__version__, torch.cuda.get_device_name(), repr(op))
 
 
 def measured(gm: fx.GraphModule, dtype: str) -> Timing:

@@ -13,9 +13,9 @@ from torch import fx
 
 from lrcompile.devices.bench import Clock, waited_s
 from lrcompile.devices.cost import Cost
-from lrcompile.devices.measure import cpu_name, measure
+from lrcompile.devices.measure import cpu_facts, measure
 from lrcompile.devices.repeated import call_of, repeated
-from lrcompile.devices.timings import default_cache_dir, key_of, recall, remember
+from lrcompile.devices.timings import default_cache_dir, forget, key_of, recall, remember
 from lrcompile.errors import DeviceError
 from lrcompile.graph.op import OpDesc
 
@@ -41,15 +41,22 @@ class TorchCostModel:
         graph = repeated(op, 1, alone=True) if op.dtype == "fp32" else None
         if graph is None:
             raise DeviceError(f"operation {op.kind} in {op.dtype} is not measured in PyTorch; give one in fp32")
-        traffic = op.weight_bytes, op.activation_bytes
-        shape = repr((op.kind, op.dtype, op.gemm, op.conv, op.attention, op.recurrent, op.function, op.row, *traffic))
-        kind = "torch-compile, alone" if self.compiled else "torch, alone"
-        key = key_of(kind, torch.__version__, cpu_name(), torch.get_num_threads(), shape)
+        key = self._key(op)
         timings = recall(self.cache_dir, key, 1)
         if timings is None:
             timings = measure([self._call(graph)], self.clock, self.waited)
             remember(self.cache_dir, key, timings)
         return Cost(*timings[0], op.flops, op.weight_bytes, op.activation_bytes)
+
+    def forget(self, op: OpDesc) -> None:
+        """Drops what is remembered of an operation, so that it is measured again."""
+        forget(self.cache_dir, self._key(op))
+
+    def _key(self, op: OpDesc) -> str:
+        traffic = op.weight_bytes, op.activation_bytes
+        shape = repr((op.kind, op.dtype, op.gemm, op.conv, op.attention, op.recurrent, op.function, op.row, *traffic))
+        kind = "torch-compile, alone" if self.compiled else "torch, alone"
+        return key_of(kind, torch.__version__, cpu_facts(), torch.get_num_threads(), shape)
 
     def _call(self, graph: fx.GraphModule) -> Callable[[], Any]:
         if not self.compiled:

@@ -76,7 +76,7 @@ def _number(value: Any) -> float:
         return math.inf
 
 
-_OPTIONAL = ("lacks", "fuses", "residuals", "network")
+_OPTIONAL = ("lacks", "fuses", "residuals", "network", "pace")
 
 
 class _Reader:
@@ -154,11 +154,20 @@ class _Reader:
             fuses=self.named("fuses", FUSIONS),
             residuals={name: self.residuals(name) for name in self.optional("residuals")},
             network=self.network() if "network" in self.document else {},
+            pace=self.pace() if "pace" in self.document else {},
             provenance=self.provenance,
         )
 
     def optional(self, name: str) -> Mapping[str, Any]:
         return self.table(self.document, "", name) if name in self.document else {}
+
+    def pace(self) -> dict[str, float]:
+        table = self.table(self.document, "", "pace")
+        self.keys("pace", table, ("product", "follows"))
+        return {
+            "product_s": self.figure(table, "pace", "product", "time"),
+            "follows": self.figure(table, "pace", "follows", "number", zero=True),
+        }
 
     def network(self) -> dict[str, float]:
         table = self.table(self.document, "", "network")

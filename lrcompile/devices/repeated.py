@@ -81,6 +81,13 @@ def repeated(op: OpDesc, copies: int, *, alone: bool = False) -> fx.GraphModule 
     return make.done()
 
 
+def waking(dtype: str) -> fx.GraphModule:
+    """The product alone that graphs of a type start with."""
+    make = _Maker(_DTYPES[dtype])
+    _wake(make)
+    return make.done()
+
+
 def in_a_row(shapes: Sequence[ConvShape]) -> fx.GraphModule:
     """Convolutions one after the other, each with a bias and ReLU."""
     make = _Maker(torch.float32)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Protocol
 
 import onnxruntime as ort
 import torch
@@ -28,18 +29,37 @@ _TWICE_FP32 = ((8, 6), (8, 7), (8, 9))  # units with 128 lanes for fp32, where a
 _BY_CAPABILITY = {(9, 0): "h100", (8, 0): "a100", (7, 5): "t4", (7, 0): "v100"}
 
 
+class _Measuring(Protocol):
+    def cost(self, op: OpDesc) -> Cost: ...
+
+    def forget(self, op: OpDesc) -> None: ...
+
+
 @dataclass(frozen=True)
 class Runtime:
-    """A runtime: the profile that a fit starts from, and how an operation is measured at a visit, counted from 0.
+    """A runtime: the profile that a fit starts from, and what measures operations at each of `VISITS` visits.
 
     `drawn` gives operations without end for a seed; `network` measures a whole graph, where that is done.
     """
 
     device: Device
     described: str
-    measure: Callable[[OpDesc, int], Cost]
+    visits: Sequence[_Measuring]
     drawn: Callable[[int], Iterator[OpDesc]] = operations
     network: Callable[[fx.GraphModule], Cost] | None = None
+
+    def measure(self, op: OpDesc, visit: int) -> Cost:
+        """The price of an operation as measured at a visit, counted from 0.
+
+        Raises:
+            DeviceError: it cannot be measured.
+        """
+        return self.visits[visit].cost(op)
+
+    def forget(self, op: OpDesc) -> None:
+        """Has an operation measured again at all visits."""
+        for visit in self.visits:
+            visit.forget(op)
 
 
 def runtime_here(name: str) -> Runtime:
@@ -58,13 +78,12 @@ def runtime_here(name: str) -> Runtime:
     if name == "onnxruntime":
         visits = [LocalCostModel(folder) for folder in folders]
         return Runtime(
-            device, described.format(f"ONNX Runtime {ort.__version__}"), lambda op, visit: visits[visit].cost(op),
-            network=visits[0].network,
+            device, described.format(f"ONNX Runtime {ort.__version__}"), visits, network=visits[0].network
         )  # fmt: skip
     compiled = name == "torch-compile"
     calls = [TorchCostModel(folder, compiled) for folder in folders]
     version = f"PyTorch {torch.__version__}, {'compiled' if compiled else 'eager'}"
-    return Runtime(_eager(device), described.format(version), lambda op, visit: calls[visit].cost(op))
+    return Runtime(_eager(device), described.format(version), calls)
 
 
 def _of_cuda(visits: list[CudaCostModel]) -> Runtime:
@@ -77,7 +96,7 @@ def _of_cuda(visits: list[CudaCostModel]) -> Runtime:
     device = _eager(cuda_device())
     native = tuple(name for name in GPU.dtypes if name not in device.computed_as)  # others run on another engine
     return Runtime(
-        device, f"{torch.cuda.get_device_name()}, {version}", lambda op, visit: visits[visit].cost(op),
+        device, f"{torch.cuda.get_device_name()}, {version}", visits,
         partial(operations, sizes=replace(GPU, dtypes=native), weights=GPU_WEIGHTS),
     )  # fmt: skip
 

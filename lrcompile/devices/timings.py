@@ -46,6 +46,13 @@ def recall(folder: Path | None, key: str, sides: int) -> tuple[Timing, ...] | No
     return timings if good and len(timings) == sides and not (noisy and age_s > NOISY_KEPT_S) else None
 
 
+def forget(folder: Path | None, key: str) -> None:
+    """Drops timings, so that they are measured again."""
+    if folder is not None:
+        with contextlib.suppress(OSError):
+            (folder / f"{key}.json").unlink(missing_ok=True)
+
+
 def remember(folder: Path | None, key: str, timings: Sequence[Timing]) -> None:
     """Writes timings; a full or read-only disk costs a measurement next time, nothing else."""
     if folder is None:

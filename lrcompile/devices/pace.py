@@ -1,0 +1,67 @@
+"""The pace of a machine while it is measured: a processor whose clock changes, or is shared, is slower at everything.
+
+A fixed product is measured in turn with each operation. What an operation takes follows it, more or less; by how much
+is seen in operations that were measured at two paces. Latencies are then given for one pace, as of an undisturbed
+machine (our reading).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import numpy as np
+
+from lrcompile.devices.cost import Cost
+
+UNDISTURBED = 0.25  # quantile of the product's latencies that latencies are given for
+FEWEST = 20  # operations measured twice without which nothing is said
+WIDEST = 1.5  # logarithm of a ratio from which two visits say nothing
+
+
+@dataclass(frozen=True)
+class Paced(Cost):
+    """A measured cost, with what the fixed product took in turn with it, in s."""
+
+    product_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class Pace:
+    """What the product takes at a pace, in s, and the power of it that latencies follow: 1 is in proportion."""
+
+    product_s: float
+    follows: float
+
+    @classmethod
+    def of(cls, figures: Mapping[str, float]) -> Pace | None:
+        """That of a profile, which may have none."""
+        return cls(figures["product_s"], figures["follows"]) if figures else None
+
+    def to_profile(self) -> dict[str, float]:
+        """The figures of a profile."""
+        return {"product_s": self.product_s, "follows": self.follows}
+
+
+def at(pace: Pace | None, cost: Cost) -> Cost:
+    """A cost as it is at a pace; without one, or where its own was not measured, as it was."""
+    if pace is None or not isinstance(cost, Paced) or cost.product_s <= 0:
+        return cost
+    times = (pace.product_s / cost.product_s) ** pace.follows
+    return replace(cost, latency_s=cost.latency_s * times, sigma_s=cost.sigma_s * times, product_s=pace.product_s)
+
+
+def pace_of(visits: Iterable[Sequence[Cost]]) -> Pace | None:
+    """The pace of an undisturbed machine, from operations that were measured several times; None where too few were."""
+    paced = [[cost for cost in known if isinstance(cost, Paced) and cost.product_s > 0] for known in visits]
+    pairs = [pair for known in paced for pair in pairwise(known)]
+    if len(pairs) < FEWEST:
+        return None
+    slower = np.log([b.product_s / a.product_s for a, b in pairs])
+    longer = np.log([b.latency_s / a.latency_s for a, b in pairs])
+    told = (np.abs(slower) < WIDEST) & (np.abs(longer) < WIDEST)
+    slower, longer = slower[told], longer[told]
+    follows = float(slower @ longer / max(float(slower @ slower), 1e-12))
+    product_s = np.quantile([cost.product_s for known in paced for cost in known], UNDISTURBED)
+    return Pace(float(product_s), min(1.0, max(0.0, follows)))

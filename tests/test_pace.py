@@ -1,0 +1,102 @@
+"""A machine that is slower at times: latencies are given for one pace of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lrcompile.devices import measure
+from lrcompile.devices.analytic import AnalyticCostModel
+from lrcompile.devices.calibrate import calibrate, calibrated
+from lrcompile.devices.cost import Cost
+from lrcompile.devices.measure import LocalCostModel
+from lrcompile.devices.pace import FEWEST, Pace, Paced, at, pace_of
+from lrcompile.devices.profile import load_device
+from lrcompile.devices.profile_text import profile_text
+from lrcompile.errors import DeviceError
+from lrcompile.graph.op import OpDesc, conv_op, gemm_op
+from tests.test_analytic import CONV
+
+X86 = load_device("x86-ort")
+PRODUCT_S = 40e-6
+
+
+def visits(follows: float, count: int = 200, noise: float = 0.02) -> list[list[Cost]]:
+    """Operations at two visits each, of a machine that is often twice as slow, and `follows` in part."""
+    rng = np.random.default_rng(0)
+    found: list[list[Cost]] = []
+    for latency_s in rng.uniform(1e-5, 1e-3, count):
+        slow = rng.choice([1.0, 2.0], 2)
+        takes = latency_s * slow**follows * np.exp(noise * rng.standard_normal(2))
+        found.append([Paced(t, 0.01 * t, product_s=PRODUCT_S * s) for t, s in zip(takes, slow, strict=True)])
+    return found
+
+
+@pytest.mark.parametrize("follows", [0.0, 0.6, 1.0])
+def test_visits_agree_at_one_pace(follows: float) -> None:
+    found = visits(follows)
+    pace = pace_of(found)
+    assert pace is not None
+    assert pace.product_s == pytest.approx(PRODUCT_S)
+    assert pace.follows == pytest.approx(follows, abs=0.02)
+    for first, second in found:
+        one, other = at(pace, first), at(pace, second)
+        assert one.latency_s == pytest.approx(other.latency_s, rel=0.1)
+        assert one.sigma_s / one.latency_s == pytest.approx(0.01)
+        assert at(pace, one) == one
+
+
+def test_what_has_no_pace_stays_as_it_is() -> None:
+    assert pace_of([[Cost(1.0), Cost(2.0)]] * FEWEST) is None
+    assert pace_of(visits(1.0, FEWEST - 1)) is None
+    assert at(None, Paced(1.0, product_s=2.0)) == Paced(1.0, product_s=2.0)
+    assert at(Pace(1.0, 1.0), Cost(1.0)) == Cost(1.0)
+    assert Pace.of({}) is None
+    assert Pace.of(Pace(3e-5, 0.9).to_profile()) == Pace(3e-5, 0.9)
+
+
+def machine(clock: list[float], *, told: bool) -> Callable[[OpDesc, int], Cost]:
+    """An x86 that is twice as slow for ten seconds of every thirty; the product tells of it, or not."""
+    model = AnalyticCostModel(replace(X86, residuals={}))
+
+    def measured(op: OpDesc, visit: int) -> Cost:
+        clock[0] += 0.03
+        slow = 2.0 if clock[0] % 30 < 10 else 1.0
+        latency_s = model.cost(op).latency_s * slow
+        return Paced(latency_s, 0.001 * latency_s, product_s=PRODUCT_S * slow if told else PRODUCT_S)
+
+    return measured
+
+
+def test_a_machine_that_is_slow_at_times_is_calibrated(tmp_path: Path) -> None:
+    clock = [0.0]
+    with pytest.raises(DeviceError, match="the machine is too busy to calibrate"):
+        calibrate(X86, machine(clock, told=False), 60.0, clock=lambda: clock[0])
+    clock = [0.0]
+    found = calibrate(X86, machine(clock, told=True), 60.0, clock=lambda: clock[0])
+    assert found.noisy == 0
+    assert found.pace == Pace(pytest.approx(PRODUCT_S), pytest.approx(1.0))
+    device = calibrated(found, "mine", "made up", "measured here (a test)")
+    (tmp_path / "mine.toml").write_text(profile_text(device, "A test."))
+    read = load_device(str(tmp_path / "mine.toml"))
+    assert read.pace == pytest.approx(device.pace, rel=1e-3)
+    assert read.provenance["pace.follows"] == "measured here (a test)"
+
+
+@pytest.mark.parametrize("op", [gemm_op(32, 32, 32, "fp32"), conv_op(CONV, "fp32")], ids=["product", "convolution"])
+def test_the_product_is_measured_in_turn(op: OpDesc, monkeypatch: pytest.MonkeyPatch) -> None:
+    sides: list[int] = []
+
+    def measured(runs: list[object], *clocks: object) -> tuple[tuple[float, float], ...]:
+        sides.append(len(runs))
+        return tuple((float(len(runs) - i), 0.01) for i in range(len(runs)))
+
+    monkeypatch.setattr(measure, "measure", measured)
+    cost = LocalCostModel(cache_dir=None).cost(op)
+    assert sides == [2 if op.gemm is not None else 3]  # of a product, what it is compared with is that one
+    assert isinstance(cost, Paced)
+    assert cost.product_s == 1.0
