@@ -168,7 +168,7 @@ def test_noisy_measurements_are_not_kept_for_the_next_calibration() -> None:
         return replace(cost, latency_s=cost.latency_s * (1 + visit)) if family(op) == "gemm" else cost
 
     found = calibrate(X86, measured, 20.0, forget=forgotten.append, clock=clock)
-    assert len(forgotten) == found.noisy > 3
+    assert len(set(forgotten)) == found.noisy > 3
     assert {family(op) for op in forgotten} == {"gemm"}
 
 

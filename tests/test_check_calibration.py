@@ -13,6 +13,7 @@ from torch import fx
 
 from lrcompile.devices.analytic import AnalyticCostModel
 from lrcompile.devices.cost import Cost
+from lrcompile.devices.device import Device
 from lrcompile.devices.measure import LocalCostModel
 from lrcompile.devices.profile import load_device
 from lrcompile.graph.op import OpDesc
@@ -23,10 +24,10 @@ DEVICE = load_device("x86-ort")
 MODEL = AnalyticCostModel(DEVICE)
 
 
-def as_predicted(factor: float, noise: float = 0.0) -> Callable[[Sequence[OpDesc]], list[float]]:
+def as_predicted(factor: float, noise: float = 0.0) -> Callable[[Sequence[OpDesc], Device], list[float]]:
     rng = np.random.default_rng(0)
 
-    def measured(ops: Sequence[OpDesc]) -> list[float]:
+    def measured(ops: Sequence[OpDesc], device: Device) -> list[float]:
         return [factor * MODEL.cost(op).latency_s * math.exp(rng.normal(0, noise)) for op in ops]
 
     return measured

@@ -60,12 +60,12 @@ def test_what_has_no_pace_stays_as_it_is() -> None:
 
 
 def machine(clock: list[float], *, told: bool) -> Callable[[OpDesc, int], Cost]:
-    """An x86 that is twice as slow for ten seconds of every thirty; the product tells of it, or not."""
+    """An x86 that is twice as slow every other two seconds; the product tells of it, or not."""
     model = AnalyticCostModel(replace(X86, residuals={}))
 
     def measured(op: OpDesc, visit: int) -> Cost:
         clock[0] += 0.03
-        slow = 2.0 if clock[0] % 30 < 10 else 1.0
+        slow = 2.0 if clock[0] % 4 < 2 else 1.0
         latency_s = model.cost(op).latency_s * slow
         return Paced(latency_s, 0.001 * latency_s, product_s=PRODUCT_S * slow if told else PRODUCT_S)
 
