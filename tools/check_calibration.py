@@ -8,6 +8,7 @@ command fail.
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import sys
 import warnings
@@ -68,7 +69,7 @@ def check_operations(device: Device, count: int) -> Checked:
     errors: dict[str, list[float]] = defaultdict(list)
     bars, left = [], 0
     for op, a, b in zip(ops, first, second, strict=True):
-        if abs(a / b - 1) > REPEATS:
+        if not abs(a / b - 1) <= REPEATS:
             left += 1
             continue
         truth, cost = (a + b) / 2, model.cost(op)
@@ -89,14 +90,16 @@ def check_operations(device: Device, count: int) -> Checked:
 def measured(ops: Sequence[OpDesc], device: Device) -> list[float]:
     """Latencies in s: each operation is measured as often as a calibration does, with all others between.
 
-    They are given for the pace of the machine that the profile's are given for.
+    They are given for the pace of the machine that the profile's are given for. NaN of one that cannot be measured.
     """
     pace = Pace.of(device.pace)
     costs: list[list[Cost]] = [[] for _ in ops]
     for _ in range(VISITS):
         model = LocalCostModel(cache_dir=None)
         for op, known in zip(ops, costs, strict=True):
-            known.append(at(pace, model.cost(op)))
+            failed = model.fallbacks.total()
+            cost = at(pace, model.cost(op))
+            known.append(cost if model.fallbacks.total() == failed else replace(cost, latency_s=math.nan))
     return [Measurement.of(op, known).cost.latency_s for op, known in zip(ops, costs, strict=True)]
 
 
