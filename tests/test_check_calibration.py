@@ -52,7 +52,7 @@ def test_steps_that_a_profile_does_not_know(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(check_calibration, "measured", as_predicted(1.0))
     assert check_steps(DEVICE).holds
 
-    def stepped(ops: Sequence[OpDesc]) -> list[float]:
+    def stepped(ops: Sequence[OpDesc], device: Device) -> list[float]:
         odd = [op.conv is not None and (op.conv.channels_in % 2 or op.conv.channels_out % 2) for op in ops]
         return [MODEL.cost(op).latency_s * (2 if jump else 1) for op, jump in zip(ops, odd, strict=True)]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -66,7 +67,8 @@ def machine(clock: list[float], *, told: bool) -> Callable[[OpDesc, int], Cost]:
     def measured(op: OpDesc, visit: int) -> Cost:
         clock[0] += 0.03
         slow = 2.0 if clock[0] % 4 < 2 else 1.0
-        latency_s = model.cost(op).latency_s * slow
+        own = 1 + 0.03 * math.sin(op.flops + op.activation_bytes)  # what no formula says
+        latency_s = own * model.cost(op).latency_s * slow
         return Paced(latency_s, 0.001 * latency_s, product_s=PRODUCT_S * slow if told else PRODUCT_S)
 
     return measured
@@ -75,9 +77,9 @@ def machine(clock: list[float], *, told: bool) -> Callable[[OpDesc, int], Cost]:
 def test_a_machine_that_is_slow_at_times_is_calibrated(tmp_path: Path) -> None:
     clock = [0.0]
     with pytest.raises(DeviceError, match="the machine is too busy to calibrate"):
-        calibrate(X86, machine(clock, told=False), 60.0, clock=lambda: clock[0])
+        calibrate(X86, machine(clock, told=False), 24.0, clock=lambda: clock[0])
     clock = [0.0]
-    found = calibrate(X86, machine(clock, told=True), 60.0, clock=lambda: clock[0])
+    found = calibrate(X86, machine(clock, told=True), 24.0, clock=lambda: clock[0])
     assert found.noisy == 0
     assert found.pace == Pace(pytest.approx(PRODUCT_S), pytest.approx(1.0))
     device = calibrated(found, "mine", "made up", "measured here (a test)")
