@@ -56,10 +56,10 @@ def test_the_last_quarter_judges_where_there_are_four_batches(count: int, held_o
 
 
 def compiled(batches: int, plan: Plan | None = None) -> lrcompile.Result:
+    budget = lrcompile.Budget(max_error=0.3) if plan is None else None
     return lrcompile.compile(
-        Narrow().eval(), (samples(1),), target="rpi5", budget=lrcompile.Budget(max_error=0.3),
-        calibration=data(batches), plan=plan,
-    )  # fmt: skip
+        Narrow().eval(), (samples(1),), target="rpi5", budget=budget, calibration=data(batches), plan=plan
+    )
 
 
 def test_held_out_batches_judge_and_are_not_fitted_to() -> None:
