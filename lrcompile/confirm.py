@@ -15,6 +15,7 @@ from lrcompile.devices.cost import Cost
 from lrcompile.devices.onnx_graph import PROTOBUF_BYTES
 from lrcompile.emit.int8 import in_int8
 from lrcompile.emit.onnx import to_onnx
+from lrcompile.emit.verify import arrays
 from lrcompile.errors import BudgetError, InputError
 from lrcompile.frontend.trace import Traced
 from lrcompile.graph.graph import Graph, fingerprint, weight_bytes
@@ -327,7 +328,8 @@ def int8_of(traced: Traced, graph: Graph) -> bytes:
 def example_of(traced: Traced) -> dict[str, Any]:
     """The example's tensors by the names of inputs."""
     named = zip(traced.input_names, traced.flat, strict=True)
-    return {name: value.detach().numpy() for name, value in named if isinstance(value, torch.Tensor)}
+    tensors = {name: value for name, value in named if isinstance(value, torch.Tensor)}
+    return dict(zip(tensors, arrays(list(tensors.values())), strict=True))
 
 
 def _onnx(traced: Traced, graph: Graph) -> bytes:

@@ -236,11 +236,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, help="put the table into this page, between its marks")
     options = parser.parse_args(arguments)
-    limits_given = options.speedups or options.max_errors
-    if len(options.minutes) != len(limits_given) or len(set(limits_given)) < len(limits_given):
-        parser.error(
-            f"expected --minutes for each of {_words(limits_given)}, all different; got {_words(options.minutes)}"
-        )
+    asked, minutes = options.speedups or options.max_errors, options.minutes
+    if len(minutes) != len(asked) or len(set(asked)) < len(asked):
+        parser.error(f"expected --minutes for each of {_words(asked)}, all different; got {_words(minutes)}")
     marks = f"<!-- {options.name} -->", f"<!-- end of {options.name} -->"
     if options.out:
         check_marks(options.out, *marks)

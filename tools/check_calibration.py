@@ -30,7 +30,7 @@ from lrcompile.devices.cost import Cost, total
 from lrcompile.devices.device import Device
 from lrcompile.devices.features import family
 from lrcompile.devices.measure import LocalCostModel, product_s
-from lrcompile.devices.pace import Pace, Paced, at
+from lrcompile.devices.pace import Paced, at
 from lrcompile.devices.profile import load_device
 from lrcompile.devices.sampling import operations
 from lrcompile.devices.target import Target
@@ -92,13 +92,12 @@ def measured(ops: Sequence[OpDesc], device: Device) -> list[float]:
 
     They are given for the pace of the machine that the profile's are given for. NaN of one that cannot be measured.
     """
-    pace = Pace.of(device.pace)
     costs: list[list[Cost]] = [[] for _ in ops]
     for _ in range(VISITS):
         model = LocalCostModel(cache_dir=None)
         for op, known in zip(ops, costs, strict=True):
             failed = model.fallbacks.total()
-            cost = at(pace, model.cost(op))
+            cost = at(device.pace, model.cost(op))
             known.append(cost if model.fallbacks.total() == failed else replace(cost, latency_s=math.nan))
     return [Measurement.of(op, known).cost.latency_s for op, known in zip(ops, costs, strict=True)]
 
@@ -159,7 +158,7 @@ def check_models(device: Device) -> Checked:
         traced = trace(module.eval(), args, kwargs)
         before, found = product_s(), Reference.of(traced).latency()
         paced = Paced(found.latency_s, product_s=(before + product_s()) / 2)
-        truth = at(Pace.of(device.pace), paced).latency_s
+        truth = at(device.pace, paced).latency_s
         predicted = target.whole(target.costs(traced.graph.gm)).latency_s
         errors[name] = predicted / truth - 1
         lines.append(f"| {name} | {truth * 1e3:.3f} ms | {predicted * 1e3:.3f} ms | {errors[name]:+.0%} |")

@@ -22,7 +22,7 @@ import numpy as np
 import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_state
 
-from lrcompile.errors import InputError
+from lrcompile.errors import InputError, first_line
 
 Clock = Callable[[], float]
 Run = Callable[[], object]
@@ -299,7 +299,7 @@ def _open(model: str | Path | bytes, threads: int | None, called: str) -> tuple[
     try:
         return ort.InferenceSession(source, session_options(threads), providers=["CPUExecutionProvider"]), name
     except ORT_ERRORS as error:
-        raise InputError(f"ONNX Runtime cannot open {name} as an ONNX model: {_first_line(error)}") from error
+        raise InputError(f"ONNX Runtime cannot open {name} as an ONNX model: {first_line(error)}") from error
 
 
 def _run(session: ort.InferenceSession, feeds: dict[str, np.ndarray], name: str) -> Sequence[Any]:
@@ -307,13 +307,8 @@ def _run(session: ort.InferenceSession, feeds: dict[str, np.ndarray], name: str)
         return session.run(None, feeds)
     except ORT_ERRORS as error:
         raise InputError(
-            f"{name} does not run on these inputs: {_first_line(error)}; give shapes that it takes with --input"
+            f"{name} does not run on these inputs: {first_line(error)}; give shapes that it takes with --input"
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:300] if lines else type(error).__name__
 
 
 def _check_same_inputs(ports_a: Sequence[ort.NodeArg], ports_b: Sequence[ort.NodeArg]) -> None:

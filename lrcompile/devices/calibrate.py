@@ -18,11 +18,11 @@ from torch import fx
 
 from lrcompile.devices.analytic import AnalyticCostModel
 from lrcompile.devices.cost import Cost
-from lrcompile.devices.device import KERNEL_FIGURES, Device
+from lrcompile.devices.device import KERNEL_FIGURES, Device, Pace
 from lrcompile.devices.features import family, features
 from lrcompile.devices.fit import figure, fit, with_figures
 from lrcompile.devices.fusion import describe_all
-from lrcompile.devices.pace import Pace, at, pace_of
+from lrcompile.devices.pace import at, pace_of
 from lrcompile.devices.profile_text import profile_text
 from lrcompile.devices.repeated import encoder, in_a_row
 from lrcompile.devices.residual import Residuals, fitted
@@ -324,7 +324,7 @@ def calibrated(found: Calibration, name: str, description: str, source: str) -> 
         sigma_relative={**device.sigma_relative, **sigma},
         residuals=found.residuals,
         network=found.network,
-        pace=found.pace.to_profile() if found.pace else {},
+        pace=found.pace,
         provenance={**device.provenance, **sources},
     )
 

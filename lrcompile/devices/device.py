@@ -127,6 +127,14 @@ class Engine:
 
 
 @dataclass(frozen=True)
+class Pace:
+    """What a fixed product takes at a pace, in s, and the power of it that latencies follow: 1 is in proportion."""
+
+    product_s: float
+    follows: float
+
+
+@dataclass(frozen=True)
 class Device:
     """A device profile; rates in operations a second, a multiply-add counting as two.
 
@@ -135,8 +143,7 @@ class Device:
     "image_addition" is that of two maps of 2-D convolutions, where "conv_addition" takes any value.
     `residuals` are what the formula left of measurements, by family of operations, where there are any.
     `network` says what networks take besides, as measured: a run takes `run_s`, and operations are `slower` by a factor
-    than when they are measured again and again. `pace` is that of the machine which measured latencies are given for:
-    what a fixed product takes there, `product_s`, and the power of it which they are in proportion to, `follows`.
+    than when they are measured again and again. `pace` is that of the machine which measured latencies are given for.
     `host_s` is what the host takes for each operation of an eager framework, 0 where nobody measured it.
     `provenance` holds the source of each figure under its dotted key in the profile.
     """
@@ -168,7 +175,7 @@ class Device:
     fuses: frozenset[str] = frozenset()
     residuals: Mapping[str, Residuals] = field(default_factory=dict, repr=False)
     network: Mapping[str, float] = field(default_factory=dict)
-    pace: Mapping[str, float] = field(default_factory=dict)
+    pace: Pace | None = None
     provenance: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     def __hash__(self) -> int:

@@ -33,7 +33,7 @@ from lrcompile.devices.pace import Paced
 from lrcompile.devices.profile import load_device
 from lrcompile.devices.repeated import copies_for, least_copies, repeated, waking
 from lrcompile.devices.timings import Timing, default_cache_dir, forget, key_of, recall, remember
-from lrcompile.errors import DeviceError
+from lrcompile.errors import DeviceError, first_line
 from lrcompile.graph.describe import describe
 from lrcompile.graph.op import OpDesc
 
@@ -210,8 +210,7 @@ class LocalCostModel:
         try:
             timings = measure([open_region(region, self.threads) for region in regions], self.clock, self.waited)
         except UNMEASURABLE as error:
-            lines = str(error).strip().splitlines()
-            self._unmeasurable[key] = f"ONNX Runtime: {lines[0][:200] if lines else type(error).__name__}"
+            self._unmeasurable[key] = f"ONNX Runtime: {first_line(error)}"
             return self._unmeasurable[key]
         self.counters.measured += 1
         self._memory[key] = timings

@@ -15,7 +15,7 @@ from torch import fx
 from lrcompile.devices.cost import Cost
 from lrcompile.devices.repeated import call_of, repeated
 from lrcompile.devices.timings import Timing, default_cache_dir, forget, key_of, recall, remember
-from lrcompile.errors import DeviceError
+from lrcompile.errors import DeviceError, first_line
 from lrcompile.graph.op import OpDesc
 
 COPIES = 16  # with weights of their own
@@ -86,7 +86,7 @@ def measured(gm: fx.GraphModule, dtype: str) -> Timing:
     try:
         return timed(call_of(gm, device="cuda", channels_last=dtype in (*_HALF, "tf32")))
     except RuntimeError as problem:  # out of memory too
-        raise DeviceError(f"PyTorch on {torch.cuda.get_device_name()}: {str(problem).splitlines()[0]}") from problem
+        raise DeviceError(f"PyTorch on {torch.cuda.get_device_name()}: {first_line(problem)}") from problem
 
 
 def timed(call: Callable[[], Any]) -> Timing:

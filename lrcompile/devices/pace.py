@@ -7,13 +7,14 @@ machine (our reading).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
 
 from lrcompile.devices.cost import Cost
+from lrcompile.devices.device import Pace
 
 UNDISTURBED = 0.25  # quantile of the product's latencies that latencies are given for
 FEWEST = 20  # operations measured twice without which nothing is said
@@ -25,23 +26,6 @@ class Paced(Cost):
     """A measured cost, with what the fixed product took in turn with it, in s."""
 
     product_s: float = 0.0
-
-
-@dataclass(frozen=True)
-class Pace:
-    """What the product takes at a pace, in s, and the power of it that latencies follow: 1 is in proportion."""
-
-    product_s: float
-    follows: float
-
-    @classmethod
-    def of(cls, figures: Mapping[str, float]) -> Pace | None:
-        """That of a profile, which may have none."""
-        return cls(figures["product_s"], figures["follows"]) if figures else None
-
-    def to_profile(self) -> dict[str, float]:
-        """The figures of a profile."""
-        return {"product_s": self.product_s, "follows": self.follows}
 
 
 def at(pace: Pace | None, cost: Cost) -> Cost:

@@ -27,6 +27,7 @@ from lrcompile.devices.device import (
     Device,
     Engine,
     Kernels,
+    Pace,
     Winograd,
 )
 from lrcompile.devices.features import WIDTHS, width_of
@@ -154,20 +155,19 @@ class _Reader:
             fuses=self.named("fuses", FUSIONS),
             residuals={name: self.residuals(name) for name in self.optional("residuals")},
             network=self.network() if "network" in self.document else {},
-            pace=self.pace() if "pace" in self.document else {},
+            pace=self.pace() if "pace" in self.document else None,
             provenance=self.provenance,
         )
 
     def optional(self, name: str) -> Mapping[str, Any]:
         return self.table(self.document, "", name) if name in self.document else {}
 
-    def pace(self) -> dict[str, float]:
+    def pace(self) -> Pace:
         table = self.table(self.document, "", "pace")
         self.keys("pace", table, ("product", "follows"))
-        return {
-            "product_s": self.figure(table, "pace", "product", "time"),
-            "follows": self.figure(table, "pace", "follows", "number", zero=True),
-        }
+        return Pace(
+            self.figure(table, "pace", "product", "time"), self.figure(table, "pace", "follows", "number", zero=True)
+        )
 
     def network(self) -> dict[str, float]:
         table = self.table(self.document, "", "network")

@@ -67,8 +67,8 @@ def _lines(device: Device) -> Iterator[str]:
             yield from (f"{key} = {{ source = {_quoted(source[f'{table}.{key}'])} }}" for key in sorted(names))
     if device.pace:
         yield "\n[pace]"
-        yield figure("pace", "product", device.pace["product_s"] * 1e6, "us")
-        yield figure("pace", "follows", device.pace["follows"], "factor")
+        yield figure("pace", "product", device.pace.product_s * 1e6, "us")
+        yield figure("pace", "follows", device.pace.follows, "factor")
     if device.network:
         yield "\n[network]"
         yield figure("network", "run", device.network["run_s"] * 1e6, "us")
