@@ -135,6 +135,7 @@ def compile_command(
     recover_minutes: Annotated[float | None, typer.Option(help="The same, for so many minutes.")] = None,
     recover_data: Annotated[str | None, typer.Option(help="Inputs to train on instead, read as --calib is.")] = None,
     labels: Annotated[str | None, typer.Option(help="Labels to train on too: .npy, .npz, .pt or .safetensors.")] = None,
+    loss: Annotated[str | None, typer.Option(help="pkg.mod:fn, of outputs and --labels, to train on.")] = None,
     progressive: Annotated[
         str | None,
         typer.Option(help="Falling sizes 0.8,0.6,0.4: a family, each made of the last and trained."),
@@ -154,7 +155,7 @@ def compile_command(
         measure=measure, confidence=confidence, strategy=strategy, passes=passes,
         options=tuple(options or ()), skip=tuple(skip or ()), seed=seed, plan=plan, plan_out=plan_out,
         report=report, report_json=report_json, recover=recover, recover_minutes=recover_minutes,
-        recover_data=recover_data, labels=labels, progressive=progressive, quantize=quantize,
+        recover_data=recover_data, labels=labels, loss=loss, progressive=progressive, quantize=quantize,
     )  # fmt: skip
     from lrcompile.report.progress import ProgressDisplay
     from lrcompile.report.terminal import print_family, print_report

@@ -311,7 +311,7 @@ def solve(prepared: Prepared, budget: Budget) -> Result:
     overruled = dict.fromkeys(dropped, measured.overruled or "") if measured else {}
     decisions = decide(
         p.graph, p.pricing, choice.candidates, budget, p.skipped, canonical, overruled,
-        remark=lambda rewrite: remark(p.passes[rewrite.pass_name], rewrite),
+        remark=lambda rewrite: remark(p.passes[rewrite.pass_name], rewrite), effect=problem.evaluator.effect,
     )  # fmt: skip
     check_rank(choice.graph, p.traced)
     rewrites = (*canonical, *choice.rewrites)

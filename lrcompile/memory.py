@@ -1,8 +1,11 @@
-"""What is done where memory runs out: the same work on half of the samples."""
+"""How much memory there is, and what is done where it runs out: the same work on half of the samples."""
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -23,3 +26,16 @@ def in_pieces(flat: Sequence[Any], most: int) -> list[tuple[Any, ...]]:
         )
         for start in range(0, count, most)
     ]
+
+
+def available_bytes() -> float:
+    """Memory that programs may still take; all of the machine's where the system does not say, else infinite."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+        return 1024.0 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration, ValueError):
+        pass
+    try:
+        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    except (AttributeError, OSError, ValueError):
+        return math.inf

@@ -8,7 +8,7 @@ The more one has lost, the longer it trains.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from typing import Any
@@ -65,6 +65,7 @@ def progressive(
     recovery: Recovery,
     data: CalibrationData,
     labels: Tensor | None = None,
+    loss: Callable[[Any, Tensor], Any] | None = None,
     budget: Budget | None = None,
     progress: Progress = silent,
     **options: Any,
@@ -72,7 +73,8 @@ def progressive(
     """Models of the given sizes, shares of the original's bytes of weights, each made of the one before and recovered.
 
     Every one is as accurate as its size allows, within the other limits of `budget`, which are against the original; an
-    error is what its training has to reach. They are trained as `recovery` says, on `data` and `labels`; its steps,
+    error is what its training has to reach. They are trained as `recovery` says, on `data` and `labels`, which `loss`
+    compares, as in `recover`; its steps,
     or minutes, times the number of sizes are shared in proportion to what the original loses that is cut to each size
     at once: the square of its error, in the measure of the budget. `options` are those of `compile`, without a plan.
 
@@ -82,7 +84,7 @@ def progressive(
     """
     return list(
         members(
-            model, args, kwargs, sizes=sizes, recovery=recovery, data=data, labels=labels, budget=budget,
+            model, args, kwargs, sizes=sizes, recovery=recovery, data=data, labels=labels, loss=loss, budget=budget,
             progress=progress, **options,
         )
     )  # fmt: skip
@@ -97,6 +99,7 @@ def members(
     recovery: Recovery,
     data: CalibrationData,
     labels: Tensor | None = None,
+    loss: Callable[[Any, Tensor], Any] | None = None,
     budget: Budget | None = None,
     finished: list[Checkpoint] | None = None,
     progress: Progress = silent,
@@ -134,7 +137,7 @@ def members(
         lineage = lineage.traced_anew(rewritten, traced) if lineage and rewritten else Lineage.of(traced)
         rewritten = Graph(result.model, traced.fake_mode)
         result = recover(
-            result, data, training, labels=labels, original=lineage, finished=finished, progress=progress
+            result, data, training, labels=labels, loss=loss, original=lineage, finished=finished, progress=progress
         )  # fmt: skip
         result = reached(result, whole, length)
         speedup *= result.report.latency_ms["speedup"]

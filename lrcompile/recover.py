@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from lrcompile.compile import Result
-from lrcompile.errors import BudgetError, InputError
+from lrcompile.errors import BudgetError, InputError, is_out_of_memory
 from lrcompile.frontend.calibration_data import CalibrationData
 from lrcompile.graph.graph import Graph, attribute, fingerprint
 from lrcompile.graph.verify import is_float
@@ -24,10 +24,11 @@ from lrcompile.planning.measures import RELATIVE, Measure
 from lrcompile.planning.sensitivity import Evaluator
 from lrcompile.recovery.checkpoint import Checkpoint
 from lrcompile.recovery.lineage import Lineage
+from lrcompile.recovery.loss import OwnLoss
 from lrcompile.recovery.pair import pair
 from lrcompile.recovery.processes import Processes
 from lrcompile.recovery.refit import refit
-from lrcompile.recovery.samples import Samples, samples_of
+from lrcompile.recovery.samples import Samples, few_classes, samples_of
 from lrcompile.recovery.settings import DEFAULT_BATCH, Recovery
 from lrcompile.recovery.train import Progress, Trained, train
 from lrcompile.report.clock import silent
@@ -42,6 +43,7 @@ def recover(
     recovery: Recovery | None = None,
     *,
     labels: Tensor | None = None,
+    loss: Callable[[Any, Tensor], Any] | OwnLoss | None = None,
     original: Graph | Lineage | None = None,
     checkpoints: str | Path | None = None,
     finished: list[Checkpoint] | None = None,
@@ -51,18 +53,22 @@ def recover(
     """Trains a compiled model on inputs, to agree with the original or with labels; `result` is not changed.
 
     `settings` are the fields of `Recovery`: `recover(result, data, minutes=15)`. `labels` [samples, …] are classes of
-    the first output, whose last axis they count on. A tenth of the batches is kept out to judge by; what is judged
-    worse than what was there is not kept, and neither is what raises the error above the budget's `max_error`, or lets
-    the user's metric fall. A training that was stopped goes on where it was when it is started again; `checkpoints` is
-    the folder that it is kept in until then. Where `finished` is given, a training that has ended is kept too and put
-    there, for the caller to drop when all is written: until then, starting again costs nothing. `original` is what it
-    learns from, where that is not what was compiled, and then it is trained whatever was rewritten: a traced graph, of
-    which outputs alone are compared, or a lineage, which says what values inside are the same. Where memory runs out,
-    steps are made of smaller parts, which gives the same up to rounding.
+    the first output, whose last axis they count on; or whatever `loss` compares what the model gives with: it takes
+    outputs and labels, and returns one number, or one for each sample (see `OwnLoss`). A tenth of the batches is kept
+    out to judge by; what is judged worse than what was there is not kept, and neither is what raises the error above
+    the budget's `max_error`, or lets the user's metric fall. A training that was stopped goes on where it was when it
+    is started again; `checkpoints` is the folder that it is kept in until then. Where `finished` is given, a training
+    that has ended is kept too and put there, for the caller to drop when all is written: until then, starting again
+    costs nothing. `original` is what it learns from, where that is not what was compiled, and then it is trained
+    whatever was rewritten: a traced graph, of which outputs alone are compared, or a lineage, which says what values
+    inside are the same. Where memory runs out, steps are made of smaller parts, which gives the same up to rounding.
 
     Raises:
-        InputError: the settings, the data or the labels cannot be used.
+        InputError: the settings, the data, the labels or the loss cannot be used.
     """
+    own = loss if loss is None or isinstance(loss, OwnLoss) else OwnLoss.of(loss)
+    if own is not None and labels is None:
+        raise InputError(f"the loss {own.name} compares outputs with labels, and there are none; give labels too")
     recovery = Recovery(**settings) if recovery is None else replace(recovery, **settings)
     lineage = _lineage(result.traced.graph, original)
     teacher, student = lineage.original, Graph(result.model, result.traced.graph.fake_mode)
@@ -82,6 +88,9 @@ def recover(
     labels = None if labels is None else data.in_batches(torch.as_tensor(labels))
     unlike = _unlike(result, data, batches)
     samples = samples_of(batches, labels, size)
+    unlike += [] if own else few_classes(samples)
+    if data.cut:
+        unlike.append(f"recovery learns from the first {data.samples} samples of {data.source}: memory holds no more")
     measure = result.plan.budget.measure_in_use
     judging = [batch.inputs for batch in samples.judging]
     evaluator = Evaluator(teacher, judging, result.traced.dynamic_batch).measured_in(measure)
@@ -91,7 +100,8 @@ def recover(
     apart = [APART] if recovery.attention > 0 and not attention else []
     couple = pair(teacher, fitted, batches[0], lineage.substitutes(student), attention=attention)
     facts = [
-        data.digest, _digest(labels), recovery.to_json(), measure.name if recovery.until is not None else None,
+        data.digest, _digest(labels), recovery.to_json(), own and own.name,
+        measure.name if recovery.until is not None else None,
         *([fingerprint(graph.gm), _constants(graph.gm)] for graph in (teacher, fitted)), list(couple.inside), attention,
     ]  # fmt: skip
     checkpoint = Checkpoint.of(*facts, folder=checkpoints, outlives=finished is not None)
@@ -101,7 +111,7 @@ def recover(
     until = None if recovery.until is None else measure.root(recovery.until)
     trained = train(
         couple, samples, recovery, checkpoint, progress or silent, processes,
-        lambda: until is not None and evaluator.error(couple.trained) <= until,
+        lambda: until is not None and evaluator.error(couple.trained) <= until, own,
     )  # fmt: skip
     for parameter in couple.trained.gm.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
@@ -115,6 +125,7 @@ def recover(
         "data": data.digest, "kept_out": samples.kept_out, "samples": samples.count,
         "judged_by": sum(len(batch) for batch in samples.judging),
         "rate": trained.rate, "kept_step": trained.kept_step, "rolled_back": trained.rolled_back,
+        "scored": trained.scored,
         "values_inside": len(couple.inside), "refitted": list(refitted), "settings": recovery.to_json(),
         "loss": [trained.loss_before, trained.loss_after], "error": [measure.value(before), measure.value(after)],
     }  # fmt: skip
@@ -128,7 +139,13 @@ def recover(
         recovery=figures,
         verification={**result.report.verification, "torch_vs_original": relative},
         timings_s={**result.report.timings_s, "recover": time.perf_counter() - start},
-        notes=[*result.report.notes, *unlike, *apart, *trained.notes, *_remarks(trained, until, after, refitted)],
+        notes=[
+            *result.report.notes,
+            *unlike,
+            *apart,
+            *trained.notes,
+            *_remarks(trained, recovery, until, after, refitted),
+        ],
     )
     planned = {name: value for name, value in figures.items() if name != "seconds"}  # equal runs make equal plans
     plan = replace(result.plan, recovery=planned)
@@ -228,13 +245,25 @@ def _refitted(
     """The rewritten graph with layers fitted anew, and which, if that makes it better on what it is judged by."""
     count = max(1, min(REFIT_SAMPLES, samples.count) // samples.size)
     batches = [samples.batch(numbers).inputs for numbers in samples.order(0, 0)[:count]]
-    fitted, paths = refit(lineage.original, student, batches, lineage.counterparts(student))
+    try:
+        fitted, paths = refit(lineage.original, student, batches, lineage.counterparts(student))
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return student, ()  # training needs less: it takes as many samples at a time as memory lasts for
     return (fitted, paths) if paths and evaluator.error(fitted) < before else (student, ())
 
 
-def _remarks(trained: Trained, until: float | None, after: float, refitted: Sequence[str]) -> Sequence[str]:
+def _remarks(
+    trained: Trained, recovery: Recovery, until: float | None, after: float, refitted: Sequence[str]
+) -> Sequence[str]:
     if trained.steps == 0 and not refitted and until is not None and after <= until:
         return ["the error asked for held without any training: the weights are as they were"]
+    if trained.steps == 0 and recovery.minutes is not None:
+        return [
+            f"the {recovery.minutes:g} minutes of the recovery were over before its first step: judging the model and "
+            "timing a step took them; give more, or smaller data"
+        ]
     if trained.kept_step == 0 and not refitted:
         return ["recovery made nothing better on the data that it is judged by: the weights are as they were"]
     return ["the weights were recovered: the plan replays the rewrites, not the recovery"]

@@ -26,6 +26,8 @@ def remarks(p: Prepared, budget: Budget, choice: Choice, measured: Measured | No
         found.append("the size asked for needed rewrites that do not make the target faster; see the table")
     if p.metric and p.metric.noise:
         found.append(f"two evaluations of the original differ by {p.metric.noise:.2g}, and so much more may be lost")
+    if p.metric and (worst := list(p.metric.known.values()).count(-math.inf)):
+        found.append(f"the metric of {worst} rewritten models was not finite, which counts as the worst there is")
     if choice.untouched:
         found.append(f"{choice.untouched}: the model is as it was")
         return found
@@ -39,10 +41,14 @@ def remarks(p: Prepared, budget: Budget, choice: Choice, measured: Measured | No
         found.append(measured.remark)
     if measured and measured.overruled:
         found.append(measured.overruled)
-    elif not choice.candidates and budget.error_limit is None and budget.max_drop is None:
-        found.append("what was asked for holds without rewrites: only exact fusions were made")
     elif not choice.candidates:
-        found.append(f"no rewrite gains anything on {p.target.name} within the budget: only exact fusions were made")
+        made = "only exact fusions were made" if p.canonical else "the model is as it was"
+        asked = budget.error_limit is None and budget.max_drop is None
+        found.append(
+            f"what was asked for holds without rewrites: {made}"
+            if asked
+            else f"no rewrite gains anything on {p.target.name} within the budget: {made}"
+        )
     found += p.target.remarks()
     found += _of_whole_numbers(p, budget, choice)
     if not p.calibration:

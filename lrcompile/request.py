@@ -58,6 +58,7 @@ class Request:
     recover_minutes: float | None
     recover_data: str | None
     labels: str | None
+    loss: str | None
     progressive: str | None
     quantize: str | None
 
@@ -92,6 +93,7 @@ class Request:
         words = [word.removeprefix(OF_RECOVERY) for word in self.options or () if word.startswith(OF_RECOVERY)]
         asked = self.recover is not None or self.recover_minutes is not None
         extras = {"--option recover.…": words, "--recover-data": self.recover_data, "--labels": self.labels}
+        extras |= {"--loss": self.loss}
         for name, given in extras.items():
             if given and not asked:
                 raise InputError(f"{name} belongs to a recovery; give --recover STEPS or --recover-minutes MINUTES too")

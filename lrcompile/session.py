@@ -19,6 +19,7 @@ from lrcompile.errors import InputError
 from lrcompile.front import front_figures, tradeoff
 from lrcompile.frontend.calibration_data import MOST_BATCHES, CalibrationData, load_calibration, load_labels
 from lrcompile.frontend.export import batch_size
+from lrcompile.frontend.imports import import_attribute
 from lrcompile.frontend.inputs import call_inputs, example_inputs, flat_names, input_names, parameters, parse_inputs
 from lrcompile.frontend.load import Source, load
 from lrcompile.frontend.trace import Traced
@@ -30,6 +31,7 @@ from lrcompile.progressive import Member, members
 from lrcompile.quantization.quantize import Quantization, check_float32
 from lrcompile.recover import reached, recover, until_error
 from lrcompile.recovery.checkpoint import Checkpoint
+from lrcompile.recovery.loss import OwnLoss
 from lrcompile.recovery.processes import Processes
 from lrcompile.report.page import check_page
 from lrcompile.report.plots import check_plottable, plot_calibration, plot_front
@@ -83,9 +85,7 @@ def compile_files(request: Request, progress: Callable[[str, int, int], None]) -
     options = {**asked.options, "budget": budget} if plan is None else {**asked.options, "plan": plan}
     result = compile_model(*asked.inputs, metric=metric, progress=progress, **options)
     if learned is not None:
-        result = recover(
-            result, learned[0], training, labels=learned[1], finished=finished, progress=progress
-        )  # fmt: skip
+        result = recover(result, recovery=training, finished=finished, progress=progress, **learned)
         result = reached(result, whole, recovery, replayed=plan is not None)
     report = replace(result.report, notes=[*asked.problems, *result.report.notes])
     if not processes.first:
@@ -192,7 +192,7 @@ def family_files(request: Request, progress: Callable[[str, int, int], None]) ->
     if Processes.here().count > 1:
         raise InputError("several processes were launched, and each would make a family of its own; run it in one")
     asked = _asked(request, progress)
-    data, labels = _learned(request, asked)
+    learned = _learned(request, asked)
     finished: list[Checkpoint] = []
     family: list[Member] = []
     written: list[dict[str, Any]] = []
@@ -204,8 +204,8 @@ def family_files(request: Request, progress: Callable[[str, int, int], None]) ->
         "members": written,
     }
     made = members(
-        *asked.inputs, sizes=sizes, recovery=recovery, data=data, labels=labels, budget=budget,
-        finished=finished, progress=progress, **asked.options,
+        *asked.inputs, sizes=sizes, recovery=recovery, data=learned["data"], labels=learned["labels"],
+        loss=learned["loss"], budget=budget, finished=finished, progress=progress, **asked.options,
     )  # fmt: skip
     for member, path in zip(made, paths, strict=True):
         family.append(member)
@@ -259,12 +259,16 @@ def _quantization(request: Request, asked: _Asked, original: Traced | None = Non
     return Quantization(asked.options["calibration"], request.max_error, original)
 
 
-def _learned(request: Request, asked: _Asked) -> tuple[CalibrationData, Tensor | None]:
-    """What a recovery trains on: inputs, and labels if there are any."""
+def _learned(request: Request, asked: _Asked) -> dict[str, Any]:
+    """What a recovery trains on, as `recover` takes it: inputs, and labels and a loss of them if there are any."""
     data = _calibration(request, asked.source, request.recover_data, MOST_LEARNED) or asked.options["calibration"]
     if data is None:
         raise InputError("--recover has no inputs to learn from; give --calib, or --recover-data, which it alone reads")
-    return data, load_labels(request.labels) if request.labels is not None else None
+    if request.loss is not None and request.labels is None:
+        raise InputError(f"--loss {request.loss} compares outputs with labels, and there are none; give --labels too")
+    loss = None if request.loss is None else OwnLoss.of(import_attribute(request.loss), request.loss)
+    labels = None if request.labels is None else load_labels(request.labels, whole=loss is None)
+    return {"data": data, "labels": labels, "loss": loss}
 
 
 def _calibration(

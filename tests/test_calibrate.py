@@ -118,6 +118,17 @@ def test_what_was_not_measured_is_predicted(calibration: Calibration) -> None:
     assert (np.abs(deviations) < 2).mean() > 0.9
 
 
+def test_bars_of_what_has_no_residuals_are_those_of_the_formula_alone(calibration: Calibration) -> None:
+    device = calibrated(calibration, "mine", "made up", "measured here (a test)")
+    alone, truth = AnalyticCostModel(replace(device, residuals={})), machine(Clock())
+    fresh = [op for op in islice(operations(99), 400) if op.conv is not None]
+    errors = np.array([math.log(alone.cost(op).latency_s / truth(op).latency_s) for op in fresh])
+    stated = [alone.cost(op).sigma_s / alone.cost(op).latency_s for op in fresh]
+    assert stated == pytest.approx([stated[0]] * len(stated))
+    assert stated[0] == pytest.approx(np.sqrt((errors**2).mean()), rel=0.3)
+    assert stated[0] > 2 * calibration.sigma("conv")
+
+
 def test_the_report_says_how_good_it_is(calibration: Calibration) -> None:
     summary = {row["family"]: row for row in calibration.summary()}
     assert set(summary) == set(WEIGHTS)
@@ -178,7 +189,9 @@ def test_a_measurement_is_the_median_of_its_visits() -> None:
     op = next(operations(0))
     one = Measurement.of(op, [Cost(latency_s, 0.02) for latency_s in (1.0, 1.4, 1.02)])
     assert one.cost.latency_s == 1.02
-    assert one.is_noisy
+    assert not one.is_noisy  # two agree
+    assert Measurement.of(op, [Cost(latency_s, 0.02) for latency_s in (1.0, 1.4, 1.2)]).is_noisy
+    assert Measurement.of(op, [Cost(latency_s, 0.02) for latency_s in (1.0, 1.2)]).is_noisy
     assert not Measurement.of(op, [Cost(latency_s, 0.02) for latency_s in (1.0, 1.04, 1.02)]).is_noisy
     assert Measurement.of(op, [Cost(1.0, 0.3)] * 3).is_noisy
 

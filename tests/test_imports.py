@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "nn": "",
     "graph": "errors",
     "devices": "errors cache writing graph",
-    "frontend": "errors nn graph",
+    "frontend": "errors memory nn graph",
     "lower": "errors nn graph frontend",
     "emit": "errors writing nn graph frontend",
     "planning.moments": "errors",

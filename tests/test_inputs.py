@@ -8,6 +8,7 @@ import pickle
 import sys
 import warnings
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -318,6 +319,19 @@ def test_loaders(folder: Path) -> None:
     assert load_calibration("loaders:loader", ["x"], 3).samples == 6
     assert load_calibration("loaders:ready", ["x"], 1).samples == 2
     assert sys.path == path
+
+
+def test_loaders_without_an_end_stop_where_memory_does(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = calibration_from({"x": torch.ones(4, 2)}, ["x"], 2)
+    assert not one.cut
+    piece = sum(t.numel() * t.element_size() for t in load_calibration("loaders:endless", ["x"], 2).batches[0].values())
+    share = import_module("lrcompile.frontend.calibration_data").SHARE_OF_MEMORY
+    monkeypatch.setattr("lrcompile.frontend.calibration_data.available_bytes", lambda: 10.5 * piece / share)
+    endless = load_calibration("loaders:endless", ["x"], 2, max_batches=None)
+    assert endless.cut
+    assert len(endless.batches) == 11
+    assert not load_calibration("loaders:endless", ["x"], 2, max_batches=10).cut
+    assert not calibration_from([torch.ones(4, 2)] * 100, ["x"], 2, max_batches=None).cut  # they are there already
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from lrcompile.devices.measure import (
     usable_cores,
 )
 from lrcompile.devices.onnx_region import LoweredRegion
+from lrcompile.errors import DeviceError
 from lrcompile.graph.op import OpDesc, gemm_op
 from tests.regions import of, region
 
@@ -265,6 +267,8 @@ def test_an_operation_is_priced_by_what_more_of_it_takes(machine: FakeMachine) -
     assert model.cost(OpDesc("view", "fp32", 0.0, 0.0, 0.0)) == Cost()
     assert model.cost(gemm_op(8, 16, 32, "int8")).latency_s > 0
     assert model.fallbacks == {"operation gemm in int8 has no ONNX form of its own": 1}
+    with pytest.raises(DeviceError, match="it cannot be measured here: operation gemm in int8 has no ONNX form"):
+        replace(model, measures_only=True).cost(gemm_op(8, 16, 32, "int8"))
 
 
 def test_a_real_pair_runs(tmp_path: Path) -> None:

@@ -425,6 +425,23 @@ def test_metrics_that_cannot_be_used(net: nn.Module, metric: Any, says: str) -> 
         lrcompile.compile(net, (X[:8],), metric=metric, budget=lrcompile.Budget(max_drop=0.1))
 
 
+@pytest.mark.parametrize("worst", [float("nan"), float("-inf"), float("inf")])
+def test_a_rewritten_model_without_a_finite_metric_does_not_hold(net: nn.Module, worst: float) -> None:
+    reference = net(X).detach()
+    tried = []
+
+    def fragile(model: nn.Module) -> float:
+        tried.append(float((model(X) - reference).norm() / reference.norm()) > 0.05)
+        return worst if tried[-1] else accuracy(model)
+
+    budget = lrcompile.Budget(max_drop=0.02)
+    result = lrcompile.compile(net, (X[:256],), target=TARGET, metric=fragile, budget=budget)
+    assert any(tried)
+    assert any(not rewrite.exact for rewrite in result.plan.rewrites)
+    assert float((result.model(X).detach() - reference).norm() / reference.norm()) <= 0.05
+    assert any("was not finite, which counts as the worst there is" in note for note in result.report.notes)
+
+
 @pytest.mark.parametrize("value", [1, True, np.float32(1), np.array([1.0]), torch.tensor(1.0), torch.tensor([[1]])])
 def test_whatever_is_one_number_is_a_value(net: nn.Module, value: Any) -> None:
     prepared = lrcompile.prepare_model(net, (X[:8],), metric=lambda model: value)

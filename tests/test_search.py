@@ -18,8 +18,9 @@ from lrcompile.planning import decompose
 from lrcompile.planning.budget import EXACT_ERROR
 from lrcompile.planning.price import Candidate
 from lrcompile.planning.search import search
-from lrcompile.planning.sensitivity import PROBE_ERROR, Evaluator, Sensitivities
+from lrcompile.planning.sensitivity import PROBE_ERROR, Evaluator, Sensitivities, rewritten
 from lrcompile.planning.strategies.strategy import offered
+from lrcompile.report.report import Decision
 
 
 def decaying(rows: int, columns: int, slope: float) -> nn.Linear:
@@ -51,6 +52,24 @@ def prepared() -> lrcompile.Prepared:
 
 def speedup(result: lrcompile.Result) -> float:
     return float(result.report.latency_ms["speedup"])
+
+
+def test_the_table_says_what_a_rewrite_alone_does_to_the_model(prepared: lrcompile.Prepared) -> None:
+    result = lrcompile.solve(prepared, lrcompile.Budget(max_error=0.1))
+    lossy = {r.site: r for r in result.plan.rewrites if not r.exact}
+    alone = 0
+    for decision in result.report.sites:
+        rewrite = lossy.get((decision.site,))
+        if rewrite is None or decision.pass_name != rewrite.pass_name:
+            continue
+        graph = rewritten(prepared.graph, [rewrite], prepared.passes, prepared.context)
+        assert decision.effect == pytest.approx(prepared.evaluator.error(graph), rel=0.5)
+        assert all(item["effect"] is None or item["effect"] >= 0 for item in decision.alternatives)
+        alone += 1
+    assert alone > 0
+    assert lrcompile.solve(prepared, lrcompile.Budget(strategy="energy", max_error=0.01)).report.sites  # has none
+    again = Decision.from_json(result.report.sites[0].to_json())
+    assert again.effect == result.report.sites[0].effect
 
 
 def test_more_error_allowed_is_never_slower(prepared: lrcompile.Prepared) -> None:

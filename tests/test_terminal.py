@@ -16,9 +16,9 @@ SITES = (
         "encoder.layer.0", "Linear 384→1536", "rewritten", "low-rank-linear", {"rank": 64}, 0.0125, 0.5, 0.25, 0.97,
         "2.00× faster here",
         ({
-            "rewrites": ["low-rank-linear(encoder.layer.0; rank=64)"], "error": None, "latency_ms_before": 0.5,
-            "latency_ms_after": 0.25, "sigma_ms": 0.03, "p_faster": 0.97, "bytes_saved": 2e6,
-        },),
+            "rewrites": ["low-rank-linear(encoder.layer.0; rank=64)"], "error": 0.0125, "effect": 0.00625,
+            "latency_ms_before": 0.5, "latency_ms_after": 0.25, "sigma_ms": 0.03, "p_faster": 0.97, "bytes_saved": 2e6,
+        },), 0.00625,
     ),
     Decision("head", "Linear 384→2", "refused", None, {}, None, None, None, None, "low-rank-linear: too small"),
 )  # fmt: skip
@@ -30,8 +30,11 @@ def test_nothing_is_left_out_for_want_of_columns(width: int) -> None:
     print_decisions(Console(file=decisions, width=width), SITES)
     print_site(Console(file=site, width=width), SITES[0])
     for shown, expected in (
-        (decisions, ["encoder.layer.0", "head", "384→1536", "rank=64", "0.0125", "0.2500", "0.97", "2.00×", "small"]),
-        (site, ["encoder.layer.0", "rank=64)", "0.5000", "0.2500", "0.0300", "2.000"]),
+        (
+            decisions,
+            ["encoder.layer.0", "head", "384→1536", "rank=64", "0.0125", "0.00625", "0.2500", "0.97", "2.00×", "small"],
+        ),
+        (site, ["encoder.layer.0", "rank=64)", "0.00625", "0.5000", "0.2500", "0.0300", "2.000"]),
     ):
         text = "".join(shown.getvalue().split())
         assert all(word in text for word in expected), shown.getvalue()

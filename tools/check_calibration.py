@@ -34,6 +34,7 @@ from lrcompile.devices.pace import Paced, at
 from lrcompile.devices.profile import load_device
 from lrcompile.devices.sampling import operations
 from lrcompile.devices.target import Target
+from lrcompile.errors import DeviceError
 from lrcompile.frontend.trace import trace
 from lrcompile.graph.op import ConvShape, OpDesc, conv_op
 from lrcompile.passes import Context
@@ -94,11 +95,12 @@ def measured(ops: Sequence[OpDesc], device: Device) -> list[float]:
     """
     costs: list[list[Cost]] = [[] for _ in ops]
     for _ in range(VISITS):
-        model = LocalCostModel(cache_dir=None)
+        model = LocalCostModel(cache_dir=None, measures_only=True)
         for op, known in zip(ops, costs, strict=True):
-            failed = model.fallbacks.total()
-            cost = at(device.pace, model.cost(op))
-            known.append(cost if model.fallbacks.total() == failed else replace(cost, latency_s=math.nan))
+            try:
+                known.append(at(device.pace, model.cost(op)))
+            except DeviceError:  # such as too little memory for it
+                known.append(Cost(math.nan))
     return [Measurement.of(op, known).cost.latency_s for op, known in zip(ops, costs, strict=True)]
 
 

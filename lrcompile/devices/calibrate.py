@@ -39,7 +39,9 @@ NOISY = 0.1  # relative error above which a measurement does not count
 MOST_NOISY = 1 / 3  # share of such measurements above which the machine is called too busy
 LOOKED = 0.25  # share of the time after which that is looked at, and again at the end
 LEAST, MOST = 40, 16000  # measurements without which nothing is fitted, and that are enough
-EXPLORED = 0.6  # share of the time for operations at random; the rest goes where they are known least, in rounds
+EXPLORED = 0.6  # share of the time for operations at random; the next goes where they are known least, in rounds
+ENDED = 0.94  # share of the time after which networks are measured
+FEWEST_NETWORKS = 5
 ROUNDS, POOL = 3, 6000
 AGREE = 0.03  # difference of two visits up to which there is no third
 FIT_TO = 600  # operations of a family that the formula's figures are fitted to
@@ -125,10 +127,15 @@ class Measurement:
 
     @classmethod
     def of(cls, op: OpDesc, costs: Sequence[Cost]) -> Measurement:
-        """The median of some visits; the standard deviation of them, or theirs if that is larger."""
+        """The median of some visits, and how far they are apart, or their own deviation if that is larger.
+
+        Two of three that agree are believed: the robust deviation counts.
+        """
         latencies = [cost.latency_s for cost in costs]
         middle = statistics.median(latencies)
-        spread = statistics.stdev(latencies) if len(costs) > 1 else 0.0
+        spread = statistics.stdev(latencies) if len(costs) == 2 else 0.0
+        if len(costs) > 2:
+            spread = ROBUST * statistics.median(abs(latency_s - middle) for latency_s in latencies)
         return cls(op, replace(costs[0], latency_s=middle, sigma_s=max(spread, min(cost.sigma_s for cost in costs))))
 
     @property
@@ -141,8 +148,8 @@ class Measurement:
 class Calibration:
     """A device that was fitted, with residuals; what was measured; errors on operations left out, by family.
 
-    `places` are those of the fitted figures in a profile, `network` is what networks take besides, `pace` that at which
-    latencies are given, where it was measured.
+    `places` are those of the fitted figures in a profile, `network` is what networks take besides, as so many
+    `networks` say, `pace` that at which latencies are given, where it was measured.
     """
 
     device: Device
@@ -152,6 +159,7 @@ class Calibration:
     noisy: int
     held_out: dict[str, np.ndarray] = field(repr=False)
     network: dict[str, float] = field(default_factory=dict)
+    networks: int = 0
     pace: Pace | None = None
 
     def summary(self) -> list[dict[str, Any]]:
@@ -255,7 +263,7 @@ def calibrate(
             looked = True
     pool = list(islice(drawn, POOL)) if len(visited) >= LEAST else []
     for i in range(ROUNDS):
-        share = EXPLORED + (1 - EXPLORED) * (i + 1) / ROUNDS
+        share = EXPLORED + (ENDED - EXPLORED) * (i + 1) / ROUNDS
         worst = iter(_worst(device, measurements(visited), pool))
         while clock() - start < seconds * share and len(visited) < MOST * share:
             ops = list(islice(worst, CHUNK))
@@ -265,7 +273,16 @@ def calibrate(
             pool = [op for op in pool if op not in taken]
             add(ops, seconds * share)
     pace = pace_of(known for _, known in visited)
-    measured = [(gm, at(pace, network(gm)).latency_s) for gm in networks(seed)] if network else []
+    measured = list[tuple[fx.GraphModule, float]]()
+    for gm in networks(seed) if network and visited else ():
+        assert network is not None
+        if clock() - start > seconds and len(measured) >= FEWEST_NETWORKS:
+            break
+        try:
+            measured.append((gm, at(pace, network(gm)).latency_s))
+        except DeviceError as problem:
+            failed.append(problem)
+        progress("networks", len(measured), 2 * NETWORKS)
     if failed and not visited:
         raise failed[-1]
     good = _quiet(measurements(visited), forget)
@@ -275,7 +292,9 @@ def calibrate(
         )
     progress("fit", 0, 1)
     found_here = replace(fitted_to(device, good, len(visited) - len(good)), pace=pace)
-    return replace(found_here, network=_network(found_here, measured)) if measured else found_here
+    if len(measured) < FEWEST_NETWORKS:
+        return found_here
+    return replace(found_here, network=_network(found_here, measured), networks=len(measured))
 
 
 def measurements(visited: Sequence[tuple[OpDesc, Sequence[Cost]]]) -> list[Measurement]:
@@ -300,23 +319,26 @@ def _quiet(found: Sequence[Measurement], forget: Callable[[OpDesc], None]) -> li
 
 
 def calibrated(found: Calibration, name: str, description: str, source: str) -> Device:
-    """The device as a profile of its own: fitted figures, residuals and error bars, with where they come from."""
+    """The device as a profile of its own: fitted figures, residuals and error bars, with where they come from.
+
+    Bars of `[sigma]` are those of the formula, since it stands alone wherever they count: for what has no residuals.
+    """
     device = found.device
     sigma = {
-        key: math.sqrt(float(np.mean(np.concatenate(errors) ** 2)))
+        key: math.sqrt(float(np.mean(np.concatenate(left) ** 2)))
         for key, families in SIGMAS.items()
-        if (errors := [errors for name, errors in found.held_out.items() if name.partition("-")[0] in families])
+        if (left := [one.values for name, one in found.residuals.items() if name.partition("-")[0] in families])
     }
     sources = dict.fromkeys(found.places, source)
     if device.bandwidth_bytes_s > device.bandwidth_peak_bytes_s:
         device = replace(device, bandwidth_peak_bytes_s=device.bandwidth_bytes_s)
         sources["hardware.bandwidth_peak"] = source
-    sources |= {f"sigma.{key}": f"{source}; on operations left out" for key in sigma}
+    sources |= {f"sigma.{key}": f"{source}; what the formula leaves" for key in sigma}
     sources |= {f"residuals.{key}": source for key in found.residuals}
     if found.pace:
         sources |= dict.fromkeys(("pace.product", "pace.follows"), source)
     if found.network:
-        sources |= {"network.run": source, "network.slower": f"{source}; on {2 * NETWORKS} networks"}
+        sources |= {"network.run": source, "network.slower": f"{source}; on {found.networks} networks"}
     return replace(
         device,
         name=name,
@@ -330,14 +352,18 @@ def calibrated(found: Calibration, name: str, description: str, source: str) -> 
 
 
 def networks(seed: int) -> Iterator[fx.GraphModule]:
-    """Random networks of convolutions and transformers' encoders."""
-    yield from (in_a_row(shapes) for shapes in rows(seed, NETWORKS))
-    drawn = enumerate(encoders(seed, NETWORKS))
-    yield from (encoder(shape, layers, first=bool(i % 2)) for i, (shape, layers) in drawn)
+    """Random networks of convolutions and transformers' encoders, in turn."""
+    for i, (shapes, (shape, layers)) in enumerate(zip(rows(seed, NETWORKS), encoders(seed, NETWORKS), strict=True)):
+        yield in_a_row(shapes)
+        yield encoder(shape, layers, first=bool(i % 2))
 
 
 def _worst(device: Device, found: Sequence[Measurement], pool: Sequence[OpDesc]) -> list[OpDesc]:
-    """The pool with those first that are known least: what is left of their family's spread, as its errors are."""
+    """The pool by lot, in which an operation has the more tickets the less is known of it.
+
+    That is what is left of its family's spread, as its errors are. By lot, and not the worst first, so that all
+    families become better as often as they are drawn (Efraimidis and Spirakis, 2006).
+    """
     good = [m for m in found if not m.is_noisy]
     if not pool or len(good) < LEAST:
         return []
@@ -350,7 +376,8 @@ def _worst(device: Device, found: Sequence[Measurement], pool: Sequence[OpDesc])
         residuals = now.residuals[name]
         return now.sigma(name) * residuals.at(features(op, device))[1] / residuals.spread
 
-    return sorted(pool, key=doubt, reverse=True)
+    lots = np.random.default_rng(len(good)).exponential(size=len(pool))
+    return [op for _, op in sorted(zip(lots, pool, strict=True), key=lambda pair: float(pair[0] / doubt(pair[1])))]
 
 
 def fitted_to(device: Device, good: Sequence[Measurement], noisy: int) -> Calibration:

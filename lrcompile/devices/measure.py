@@ -73,6 +73,7 @@ class LocalCostModel:
     intra-op count, its own default when None. Results are kept in `cache_dir`, or only in memory when that is None;
     very noisy ones for an hour. `clock` and `waited` are those of `measure`. What ONNX Runtime cannot run is predicted
     with the x86-ort profile, scaled to this machine, and its wide error bars; `counters.fallbacks` counts it by reason.
+    Where it `measures_only`, that is a DeviceError instead.
     """
 
     cache_dir: Path | None = field(default_factory=default_cache_dir)
@@ -81,6 +82,7 @@ class LocalCostModel:
     threads: int | None = None
     clock: Clock = time.perf_counter
     waited: Clock = waited_s
+    measures_only: bool = False
     kind: str = field(default="measured", init=False)
     counters: Counters = field(default_factory=Counters, init=False, repr=False, compare=False)
     _memory: dict[str, tuple[Timing, ...]] = field(default_factory=dict, init=False, repr=False, compare=False)
@@ -218,6 +220,8 @@ class LocalCostModel:
         return timings
 
     def _predicted(self, reason: str, prediction: Any) -> Any:
+        if self.measures_only:
+            raise DeviceError(f"it cannot be measured here: {reason}")
         self.counters.fallbacks[reason] += 1
         return prediction
 

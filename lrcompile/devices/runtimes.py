@@ -76,7 +76,7 @@ def runtime_here(name: str) -> Runtime:
     device = local_device()
     described = f"{cpu_name()}, {{}}, {device.units} threads"
     if name == "onnxruntime":
-        visits = [LocalCostModel(folder) for folder in folders]
+        visits = [LocalCostModel(folder, measures_only=True) for folder in folders]
         return Runtime(
             device, described.format(f"ONNX Runtime {ort.__version__}"), visits, network=visits[0].network
         )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
@@ -21,6 +22,7 @@ from lrcompile.frontend.files import describe, exists, open_input, read_pickle, 
 from lrcompile.frontend.imports import call, import_attribute, is_attribute_path, working_directory_importable
 from lrcompile.frontend.inputs import check_batch
 from lrcompile.graph.verify import is_float
+from lrcompile.memory import available_bytes
 
 _EXPECTED = (
     "expected a .npz, .pt or .safetensors file that holds one array per input, samples stacked on the first axis, "
@@ -28,6 +30,7 @@ _EXPECTED = (
 )
 _PICKLE_ADVICE = "save the inputs as a dict of names to tensors with torch.save, as .npz or as .safetensors"
 MOST_BATCHES = 64  # of a loader, which may have no end
+SHARE_OF_MEMORY = 0.2  # that data may take: they are put together twice, and the model needs more
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +40,7 @@ class CalibrationData:
     `source` is for people. `digest` is the SHA-256 (hex) over the batches' names, shapes, dtypes and bytes, in order.
     `samples` counts the samples in the batches; those that did not fill a last batch are not among them. `places` are
     the numbers of the batches' first samples among all that there were: where shapes differ, some are left out between.
+    `cut` says that a loader would have given more than memory lasts for.
     """
 
     batches: tuple[dict[str, Tensor], ...]
@@ -44,6 +48,7 @@ class CalibrationData:
     digest: str
     samples: int
     places: tuple[int, ...] = ()
+    cut: bool = False
 
     def in_batches(self, labels: Tensor) -> Tensor:
         """The labels of the samples in the batches, of labels of all samples that there were.
@@ -122,21 +127,26 @@ def calibration_from(
 ) -> CalibrationData:
     """Makes calibration data of what Python holds: a dict of arrays, an array, or an iterable of batches.
 
-    Of the inputs named in `optional` those are taken that the first piece holds.
+    Of the inputs named in `optional` those are taken that the first piece holds. No more pieces are taken than memory
+    lasts for.
 
     Raises:
         InputError: as for `load_calibration`.
     """
     check_batch(batch)
     chunks: list[dict[str, Tensor]] = []
-    total = 0
-    names = list(input_names)
+    total, cut, names = 0, False, list(input_names)
+    is_held = isinstance(data, list | tuple)  # in memory already
+    room = math.inf if is_held else SHARE_OF_MEMORY * available_bytes()
     for raw in _chunks(data, {len(names), len(names) + len(optional)}, source, max_batches):
+        if cut := room < 0:
+            break
         if not chunks:
             names += _present(raw, len(names), optional)
         chunk = _named(raw, names, source)
         _check_samples(chunk, total, source)
         total += _count(chunk)
+        room -= sum(tensor.numel() * tensor.element_size() for tensor in chunk.values())
         chunks.append(chunk)
     if total == 0:
         raise InputError(f"{source} holds no samples; {_EXPECTED}")
@@ -151,7 +161,7 @@ def calibration_from(
         raise InputError(f"{source} holds {held}, fewer than one batch of {batch}; give more, or --batch {most}")
     spans = zip(accumulate(counts, initial=0), counts, strict=False)
     places = tuple(place for start, count in spans for place in range(start, start + count - batch + 1, batch))
-    return CalibrationData(batches, source, _digest(batches), batch * len(batches), places)
+    return CalibrationData(batches, source, _digest(batches), batch * len(batches), places, cut)
 
 
 def _count(arrays: Mapping[str, Sized]) -> int:
@@ -159,14 +169,15 @@ def _count(arrays: Mapping[str, Sized]) -> int:
     return len(next(iter(arrays.values())))
 
 
-def load_labels(text: str) -> Tensor:
-    """Reads the labels of samples, integers [samples, …], from a file that holds one array.
+def load_labels(text: str, whole: bool = True) -> Tensor:
+    """Reads the labels of samples [samples, …] from a file that holds one array: of integers, or any if not `whole`.
 
     Raises:
         InputError: the file cannot be read, or holds something else.
     """
     path = Path(text)
-    expected = "expected a .npy, .npz, .pt or .safetensors file with one array of whole numbers, one or more a sample"
+    numbers = "whole numbers" if whole else "numbers"
+    expected = f"expected a .npy, .npz, .pt or .safetensors file with one array of {numbers}, one or more a sample"
     with open_input(path, f"labels: {expected}") as file:
         content = _read(file, path)
     if isinstance(content, Mapping) and len(content) == 1:
@@ -175,9 +186,10 @@ def load_labels(text: str) -> Tensor:
         items = f" of {len(content)} items" if isinstance(content, Sized) else ""
         raise InputError(f"{path} holds a {type(content).__name__}{items}; {expected}")
     labels = _tensor(content, "labels", str(path))
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool or not labels.dim():
+    no_classes = labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool
+    if (whole and no_classes) or not labels.dim():
         raise InputError(f"{path} holds {_short(labels.dtype)} of shape {tuple(labels.shape)}; {expected}")
-    return labels.long()
+    return labels.long() if whole else labels
 
 
 # -------------------------------------------------------------------------------------------------------- reading

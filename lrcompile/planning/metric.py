@@ -72,10 +72,10 @@ class Evaluation:
         return cls(function, text, by_name=True)
 
     def __call__(self, model: nn.Module) -> float:
-        """The value of a model.
+        """The value of a model, which need not be finite.
 
         Raises:
-            InputError: the function raised, or gave something else than one finite number.
+            InputError: the function raised, or gave something else than one number.
         """
         try:
             with torch.no_grad(), working_directory_importable() if self.by_name else nullcontext():
@@ -92,6 +92,15 @@ class Evaluation:
                 f"the metric {self.name} returned {_described(value)}; expected one number, higher is better, such as "
                 "the accuracy as a float"
             )
+        return number
+
+    def of_original(self, model: nn.Module) -> float:
+        """The value of the model as given.
+
+        Raises:
+            InputError: as for a call, or it is not finite.
+        """
+        number = self(model)
         if not math.isfinite(number):
             raise InputError(
                 f"the metric {self.name} returned {number}; expected a finite number: check the data it is computed on"
@@ -158,7 +167,8 @@ def _seeded(seed: int) -> Iterator[None]:
 class Metric:
     """An evaluation on one traced model; `before` are its two values on the model as given.
 
-    A value is computed once for each set of rewrites and `turn`, each with random numbers of its own.
+    A value is computed once for each set of rewrites and `turn`, each with random numbers of its own. One that is not
+    finite, as of a perplexity that overflows or of a correlation between constants, is the worst there is, -inf.
     `evaluation_s` is how long the first one took, in seconds.
     """
 
@@ -179,10 +189,10 @@ class Metric:
         """
         progress("evaluate", 0, MOST_EVALUATIONS)
         start = time.perf_counter()
-        first = _value(evaluation, traced.graph.gm, traced, seed, ("original", "0"))
+        first = _value(evaluation.of_original, traced.graph.gm, traced, seed, ("original", "0"))
         taken_s = time.perf_counter() - start
         progress(f"one evaluation of {evaluation.name} takes {taken_s:.2g} s; at most {MOST_EVALUATIONS} of them", 0, 0)
-        again = _value(evaluation, traced.graph.gm, traced, seed, ("original", "1"))
+        again = _value(evaluation.of_original, traced.graph.gm, traced, seed, ("original", "1"))
         return cls(evaluation, traced, seed, progress, (first, again), taken_s)
 
     @property
@@ -202,15 +212,21 @@ class Metric:
     def value(self, key: tuple[str, ...], graph: Callable[[], Graph]) -> float:
         """The value of a rewritten graph that the key stands for."""
         if key not in self.known:
-            self.known[key] = _value(self.evaluation, graph().gm, self.traced, self.seed, key)
+            self.known[key] = _or_worst(_value(self.evaluation, graph().gm, self.traced, self.seed, key))
         return self.known[key]
 
     def value_of(self, key: tuple[str, ...], run: Callable[[Sequence[Any]], Sequence[Any]]) -> float:
         """The value of what takes the flat inputs of the graph and gives its outputs."""
-        return _value(self.evaluation, in_place_of(self.traced.graph.gm, run), self.traced, self.seed, key)
+        return _or_worst(_value(self.evaluation, in_place_of(self.traced.graph.gm, run), self.traced, self.seed, key))
 
 
-def _value(evaluation: Evaluation, gm: fx.GraphModule, traced: Traced, seed: int, key: Sequence[str]) -> float:
+def _or_worst(value: float) -> float:
+    return value if math.isfinite(value) else -math.inf
+
+
+def _value(
+    evaluation: Callable[[nn.Module], float], gm: fx.GraphModule, traced: Traced, seed: int, key: Sequence[str]
+) -> float:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # about torch's own deprecated ways
         own = copy.deepcopy(gm)  # graphs share modules, which a metric may cast or move

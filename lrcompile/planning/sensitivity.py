@@ -98,11 +98,7 @@ class Evaluator:
         is not computed again on the first batch.
         """
         count = self.quick_batches if quick else len(self.batches)
-        key = (
-            self.measure.name,
-            str(count),
-            *(str(rewrite) for candidate in candidates for rewrite in candidate.rewrites),
-        )
+        key = self._key(candidates, count)
         if key not in self._known:
             self.evaluations += 1
             trial = rewritten(graph, [r for candidate in candidates for r in candidate.rewrites], passes, context)
@@ -111,6 +107,26 @@ class Evaluator:
             results += [run(trial.gm, batch) for batch in self.batches[1:count]]
             self._known[key] = self.measure.root(self.measure.total(zip(self.reference, results, strict=False)))
         return self._known[key]
+
+    def effect(self, candidate: Candidate, rivals: Iterable[Candidate]) -> float | None:
+        """What a candidate alone does to the outputs, as far as a search has measured it in quick looks.
+
+        That is the error of the model with it; where it was not measured, that with one of its `rivals` for the same
+        layers, in proportion to their own errors. None where none was.
+        """
+        if candidate.error == 0:
+            return 0.0
+        known = {
+            rival.error: self._known[key]
+            for rival in (candidate, *rivals)
+            if rival.family == candidate.family and (key := self._key([rival], self.quick_batches)) in self._known
+        }
+        return in_proportion(candidate, known, self.resolution) if known else None
+
+    def _key(self, candidates: Sequence[Candidate], count: int) -> tuple[str, ...]:
+        """What an error is remembered by, measured with candidates applied on so many batches."""
+        made = (str(rewrite) for candidate in candidates for rewrite in candidate.rewrites)
+        return self.measure.name, str(count), *made
 
     def _values(self, graph: Graph) -> dict[str, Any]:
         """The values of the graph's nodes on the first batch, none of them if they are too many."""
@@ -255,9 +271,13 @@ class Sensitivities:
         return [self._error(candidate) if candidate.error > 0 else 0.0 for candidate in self.candidates]
 
     def _error(self, candidate: Candidate) -> float:
-        known = self._known[candidate.family]
-        own = min(known, key=lambda own: abs(math.log(own / candidate.error)))
-        return candidate.error * max(known[own], self.evaluator.resolution, 1e-9) / own
+        return in_proportion(candidate, self._known[candidate.family], self.evaluator.resolution)
+
+
+def in_proportion(candidate: Candidate, known: Mapping[float, float], resolution: float) -> float:
+    """The error of the model with a candidate, from those of its family by their own errors: the nearest of them."""
+    own = min(known, key=lambda own: abs(math.log(own / candidate.error)))
+    return candidate.error * max(known[own], resolution, 1e-9) / own
 
 
 def _remoteness(candidate: Candidate) -> float:

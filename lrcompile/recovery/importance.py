@@ -1,7 +1,7 @@
 """Training on the samples that matter (SwiftLearn, arXiv 2311.15134): those of the largest loss, chosen anew at times.
 
 The published text names no formula. Our reading: with labels a sample's importance is EL2N, and each class keeps its
-share; without labels it is the sample's loss.
+share; without labels, or with a loss of the user's own, it is the sample's loss.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ class Importance:
             for numbers in torch.arange(len(whole)).split(min(self.samples.size, most)):
                 batch = whole.take(numbers).to(loss.device)
                 value = loss(batch)
-                if batch.labels is not None and loss.scores is not None:
+                if batch.labels is not None and loss.own is None and loss.scores is not None:
                     value = probabilities_off(loss.scores, batch.labels)
                     hits.append(right(loss.scores, batch.labels))
                 scores.append(value.cpu())
         accuracy = float(torch.cat(hits).float().mean()) if hits else None
         hard = accuracy is None or accuracy < LEARNED
-        labels = whole.labels if whole.labels is not None and whole.labels.dim() == 1 else None
+        labels = whole.labels if hits and whole.labels is not None and whole.labels.dim() == 1 else None
         kept = most_important(
             torch.cat(scores), self.recovery.subset, labels, DRAWN if hard else 0.0, self.recovery.seed + epoch
         )

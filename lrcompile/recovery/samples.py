@@ -109,6 +109,23 @@ def samples_of(
     return Samples((joined,), judged_by, mixed=True, size=size, kept_out=held)
 
 
+def few_classes(samples: Samples) -> list[str]:
+    """That what a recovery is judged by holds few of the classes that it learns, as of a set sorted by class."""
+    learned, judged = (_classes(batches) for batches in (samples.training, samples.judging))
+    count = sum(len(batch) for batch in samples.judging)
+    if 2 * len(judged) >= len(learned) or count < 2 * len(learned):
+        return []
+    return [
+        f"recovery is judged by the last {count} samples, which hold {len(judged)} of the {len(learned)} classes that "
+        "it learns: shuffle the data, with their labels"
+    ]
+
+
+def _classes(batches: Sequence[Batch]) -> set[int]:
+    found = [batch.labels.unique() for batch in batches if batch.labels is not None]
+    return set(torch.cat(found).tolist()) - {IGNORED} if found else set()
+
+
 def _joined(batches: Sequence[Batch]) -> Batch:
     """One batch of all samples; inputs without samples are those of the first."""
     columns = zip(*(batch.inputs for batch in batches), strict=True)

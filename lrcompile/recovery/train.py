@@ -17,7 +17,7 @@ from lrcompile.errors import InputError, is_out_of_memory
 from lrcompile.recovery.checkpoint import Checkpoint
 from lrcompile.recovery.freeze import factors_of, frozen_in, set_frozen
 from lrcompile.recovery.importance import Importance
-from lrcompile.recovery.loss import Loss
+from lrcompile.recovery.loss import Loss, OwnLoss, check_classes
 from lrcompile.recovery.optimise import (
     LARGEST_GRADIENT,
     Masters,
@@ -46,7 +46,10 @@ Weights = list[Tensor]
 
 @dataclass(frozen=True)
 class Trained:
-    """What a training came to. Losses are those of what it is judged by; the weights of `kept_step` are left."""
+    """What a training came to. Losses are those of what it is judged by; the weights of `kept_step` are left.
+
+    `scored` counts the samples that were run to choose a subset of them, each time anew.
+    """
 
     steps: int
     seconds: float
@@ -55,6 +58,7 @@ class Trained:
     loss_after: float
     kept_step: int
     rolled_back: int
+    scored: int
     device: str
     notes: tuple[str, ...] = ()
 
@@ -72,6 +76,7 @@ class _State:
     seconds: float = 0.0
     began: float = 0.0  # seconds that went before the first step
     rolled_back: int = 0
+    scored: int = 0
     done: bool = False
     loss_before: float = math.inf
     best_loss: float = math.inf
@@ -93,18 +98,20 @@ def train(
     progress: Progress = lambda stage, done, total: None,
     processes: Processes | None = None,
     enough: Callable[[], bool] = lambda: False,
+    own: OwnLoss | None = None,
 ) -> Trained:
     """Trains the rewritten model of a pair in place on `recovery.where`, and leaves the best weights that were judged.
 
     `processes` train together, each with a pair of its own. The training ends early where `enough` says so of weights
-    that are the best so far; they are in place, on the CPU, when it is asked. Several processes train on CPUs.
+    that are the best so far; they are in place, on the CPU, when it is asked. `own` is the user's loss of labels.
+    Several processes train on CPUs.
 
     Raises:
         InputError: labels are out of range, the loss is not finite to begin with, or memory runs out on one sample.
     """
     processes = processes or Processes()
     with pair.on(recovery.where if processes.count == 1 else torch.device("cpu")) as there:
-        return _Training(there, samples, recovery, checkpoint, progress, processes, enough).run()
+        return _Training(there, samples, recovery, checkpoint, progress, processes, enough, own).run()
 
 
 class _Training:
@@ -117,9 +124,10 @@ class _Training:
         progress: Progress,
         processes: Processes,
         enough: Callable[[], bool],
+        own: OwnLoss | None = None,
     ) -> None:
         self.samples, self.recovery, self.checkpoint, self.progress = samples, recovery, checkpoint, progress
-        self.loss, self.processes, self.enough = Loss(pair, recovery), processes, enough
+        self.loss, self.processes, self.enough = Loss(pair, recovery, own), processes, enough
         self.parameters = [p for p in pair.trained.gm.parameters() if p.is_floating_point()]
         self.outer, self.inner = factors_of(pair.trained, pair.teacher)
         self.importance = Importance(recovery, samples) if recovery.subset < 1 else None
@@ -165,7 +173,7 @@ class _Training:
                 self.checkpoint.drop()
         return Trained(
             state.step, state.seconds, state.rate, state.loss_before, state.best_loss, state.best_step,
-            state.rolled_back, self.loss.device.type, tuple(state.notes),
+            state.rolled_back, state.scored, self.loss.device.type, tuple(state.notes),
         )  # fmt: skip
 
     # ------------------------------------------------------------------------------------------ begin and go on
@@ -174,6 +182,9 @@ class _Training:
         """Judges what is there, tries rates, and says how many steps there will be."""
         state, settings = self.state, self.recovery
         state.loss_before = state.best_loss = self._judged()
+        for batch in self.samples.training if self.loss.own is None else ():  # all now, not where a step comes upon one
+            if batch.labels is not None and self.loss.scores is not None:
+                check_classes(batch.labels, self.loss.scores)
         if not math.isfinite(state.loss_before):
             raise InputError("recovery: the rewritten model's loss is not finite; allow less error, and try again")
         state.best = state.good = self._weights()
@@ -335,6 +346,7 @@ class _Training:
     def _choose_samples(self) -> None:
         if self.importance and self.importance.is_due(self.state.epoch):
             self.state.kept, note = self.importance.choose(self.loss, self.state.epoch, self.most)
+            self.state.scored += self.samples.count
             self._note(note)
 
     def _note(self, text: str | None) -> None:

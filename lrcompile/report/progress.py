@@ -25,6 +25,10 @@ WORDS = {
     "recover": "training what was rewritten",
     "emit": "writing and verifying",
     "bench": "measuring",
+    "fit": "fitting the profile",
+    "measure": "measuring operations",
+    "networks": "measuring networks",
+    "quantize": "quantising layers",
 }
 
 

@@ -28,8 +28,10 @@ SCHEMA = 1
 class Decision:
     """One site of the model: what was decided, with which figures, and why.
 
-    `decision` is "rewritten", "kept" or "refused". Latencies are those of everything that the rewrite takes up,
-    in milliseconds; for a site rewritten together with others they stand at the first of them.
+    `decision` is "rewritten", "kept" or "refused". `error` is that of the layer's own output; `effect` is what the
+    rewrite alone does to the model's, in the measure of the budget: of what was kept, the rewrite of least error that
+    might have been made. Latencies are those of everything that the rewrite takes up, in milliseconds; for a site
+    rewritten together with others they stand at the first of them.
     """
 
     site: str
@@ -43,6 +45,7 @@ class Decision:
     p_faster: float | None
     reason: str
     alternatives: Sequence[Mapping[str, Any]] = ()
+    effect: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; the pass stands under "pass"."""
@@ -119,11 +122,13 @@ def decide(
     canonical: Sequence[Rewrite] = (),
     overruled: Mapping[str, str] | None = None,
     remark: Callable[[Rewrite], str] = lambda rewrite: "",
+    effect: Callable[[Candidate, Sequence[Candidate]], float | None] = lambda candidate, rivals: None,
 ) -> list[Decision]:
     """The decision for every linear, convolution and embedding layer, in graph order.
 
     `canonical` are the exact rewrites made before anything was priced; `overruled` are the sites whose rewrite was
-    set aside by a measurement of the whole model, with the reason. `remark` says what a pass has to say of a rewrite.
+    set aside by a measurement of the whole model, with the reason. `remark` says what a pass has to say of a rewrite,
+    `effect` gives the root of what one alone does to the model's outputs, where it is known, beside its rivals.
     """
     by_site: dict[str, list[Candidate]] = defaultdict(list)
     for candidate in pricing.candidates:
@@ -138,6 +143,11 @@ def decide(
             cleaned[path].append(rewrite.pass_name)
     taken = {path: candidate for candidate in chosen for path in candidate.sites}
     decisions = []
+
+    def felt(candidate: Candidate | None) -> float | None:
+        root = None if candidate is None else effect(candidate, by_site[candidate.sites[0]])
+        return None if root is None else budget.measure_in_use.value(root)
+
     for path, site in graph.sites().items():
         candidates = by_site[path]
         if not isinstance(site.module, (nn.Linear, nn.Embedding, *ALL_CONVS)) and path not in taken:
@@ -145,12 +155,14 @@ def decide(
         label = operation_label(site.module)
         cost = pricing.node_costs.get(site.nodes[0].name)
         if path in taken:
-            decisions.append(_rewritten(path, label, taken[path], _alternatives(candidates, budget), remark))
+            decision = _rewritten(path, label, taken[path], _alternatives(candidates, budget, felt), remark)
+            decisions.append(replace(decision, effect=felt(taken[path])))
         elif path in skipped:
             decisions.append(_kept(path, label, "kept", cost, "skipped by --skip", ()))
         elif candidates:
             reason = (overruled or {}).get(path) or _why_kept(candidates, budget)
-            decisions.append(_kept(path, label, "kept", cost, reason, _alternatives(candidates, budget)))
+            decision = _kept(path, label, "kept", cost, reason, _alternatives(candidates, budget, felt))
+            decisions.append(replace(decision, effect=felt(_least(candidates, budget))))
         else:
             reason = "; ".join(refusals[path]) or "no pass proposes anything here"
             decisions.append(_kept(path, label, "refused" if refusals[path] else "kept", cost, reason, ()))
@@ -280,6 +292,12 @@ def _is_sure(candidate: Candidate, budget: Budget) -> bool:
     return candidate.p_faster >= budget.confidence and candidate.gain.latency_s > 0
 
 
+def _least(candidates: Sequence[Candidate], budget: Budget) -> Candidate | None:
+    """The candidate of least error of those that are surely faster, None where there are none or none was asked for."""
+    sure = [c for c in candidates if _is_sure(c, budget) and not budget.exact_only]
+    return min(sure, key=lambda c: c.error, default=None)
+
+
 def _why_kept(candidates: Sequence[Candidate], budget: Budget) -> str:
     best = max(candidates, key=lambda c: c.gain.latency_s)
     name = best.rewrites[-1]
@@ -301,13 +319,17 @@ def _why_kept(candidates: Sequence[Candidate], budget: Budget) -> str:
     return f"up to {ratio:.2f}× faster, but the layer's error is {least.error:.2g} or more: {why}"
 
 
-def _alternatives(candidates: Sequence[Candidate], budget: Budget, most: int = 12) -> list[dict[str, Any]]:
+def _alternatives(
+    candidates: Sequence[Candidate], budget: Budget, felt: Callable[[Candidate], float | None], most: int = 12
+) -> list[dict[str, Any]]:
     """The strongest rivals of a site, fastest first, for `explain`; errors of those that may be chosen."""
     ranked = sorted(candidates, key=lambda c: -c.gain.latency_s)[:most]
+    may_be = {id(c) for c in ranked if c.exact or (_is_sure(c, budget) and not budget.exact_only)}
     return [
         {
             "rewrites": [str(rewrite) for rewrite in c.rewrites],
-            "error": c.error if c.exact or (_is_sure(c, budget) and not budget.exact_only) else None,
+            "error": c.error if id(c) in may_be else None,
+            "effect": felt(c) if id(c) in may_be else None,
             "latency_ms_before": c.before.latency_s * 1e3,
             "latency_ms_after": c.after.latency_s * 1e3,
             "sigma_ms": c.gain.sigma_s * 1e3,

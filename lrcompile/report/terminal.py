@@ -35,19 +35,20 @@ def print_decisions(console: Console, sites: Sequence[Decision]) -> None:
     for row in sites:
         figures = (
             _ms(row.latency_ms_before, row.latency_ms_after), figure(row.error, "error {:.3g}"),
-            figure(row.p_faster, "P(faster) {:.2f}"), row.reason,
+            figure(row.effect, "of the model alone {:.3g}"), figure(row.p_faster, "P(faster) {:.2f}"), row.reason,
         )  # fmt: skip
         console.print(f"{row.site}  {row.op}: {choice(row)}", style="bold" if row.decision == "rewritten" else "dim")
         console.print("  " + ", ".join(filter(None, figures)))
 
 
 def _decision_table(sites: Sequence[Decision]) -> Table:
-    figures = ("error", "before ms", "after ms", "P(faster)")
+    figures = ("error", "model's", "before ms", "after ms", "P(faster)")
     table = plain_table(("site", "layer", "choice", *figures, "why"), figures=figures)
     for row in sites:
         table.add_row(
-            row.site, row.op, choice(row), figure(row.error), figure(row.latency_ms_before, "{:.4f}"),
-            figure(row.latency_ms_after, "{:.4f}"), figure(row.p_faster, "{:.2f}"), row.reason,
+            row.site, row.op, choice(row), figure(row.error), figure(row.effect),
+            figure(row.latency_ms_before, "{:.4f}"), figure(row.latency_ms_after, "{:.4f}"),
+            figure(row.p_faster, "{:.2f}"), row.reason,
             style=None if row.decision == "rewritten" else "dim",
         )  # fmt: skip
     return table
@@ -63,7 +64,8 @@ def print_site(console: Console, site: Decision) -> None:
     for item in site.alternatives:
         figures = (
             _ms(item["latency_ms_before"], item["latency_ms_after"]) + f" ± {item['sigma_ms']:.4f}",
-            figure(item["error"], "error {:.3g}"), f"P(faster) {item['p_faster']:.2f}",
+            figure(item["error"], "error {:.3g}"), figure(item.get("effect"), "of the model alone {:.3g}"),
+            f"P(faster) {item['p_faster']:.2f}",
             f"{item['bytes_saved'] / 1e6:.3f} MB saved",
         )  # fmt: skip
         console.print("; ".join(item["rewrites"]))
@@ -71,14 +73,15 @@ def print_site(console: Console, site: Decision) -> None:
 
 
 def _alternatives_table(site: Decision) -> Table:
-    figures = ("error", "before ms", "after ms", "± ms", "P(faster)", "MB saved")
+    figures = ("error", "model's", "before ms", "after ms", "± ms", "P(faster)", "MB saved")
     table = plain_table(("rewrites", *figures), figures=figures)
     table.title, table.title_justify = "considered, fastest first", "left"
     for item in site.alternatives:
         table.add_row(
-            "; ".join(item["rewrites"]), figure(item["error"]), figure(item["latency_ms_before"], "{:.4f}"),
-            figure(item["latency_ms_after"], "{:.4f}"), figure(item["sigma_ms"], "{:.4f}"),
-            figure(item["p_faster"], "{:.2f}"), figure(item["bytes_saved"] / 1e6, "{:.3f}"),
+            "; ".join(item["rewrites"]), figure(item["error"]), figure(item.get("effect")),
+            figure(item["latency_ms_before"], "{:.4f}"), figure(item["latency_ms_after"], "{:.4f}"),
+            figure(item["sigma_ms"], "{:.4f}"), figure(item["p_faster"], "{:.2f}"),
+            figure(item["bytes_saved"] / 1e6, "{:.3f}"),
         )  # fmt: skip
     return table
 

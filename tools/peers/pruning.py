@@ -88,16 +88,24 @@ def attention(model: nn.Module) -> list[tuple[nn.Module, int]]:
     for module in model.modules():
         if hasattr(module, "qkv"):
             found.append((module.qkv, module.heads))
+        elif hasattr(module, "c_attn"):
+            found.append((module.c_attn, module.num_heads))
         elif hasattr(module, "num_attention_heads") and hasattr(module, "query"):
             found += [(layer, module.num_attention_heads) for layer in (module.query, module.key, module.value)]
     return found
 
 
 def fixed(model: nn.Module, original: Original) -> list[nn.Module]:
-    """Layers whose outputs keep their width: the head, or everything that writes to the output where there is none."""
-    if original.classes:
-        return [[module for module in model.modules() if isinstance(module, nn.Linear)][-1]]
-    return [module for module in model.modules() if isinstance(module, nn.LayerNorm | nn.Embedding)]
+    """Layers whose outputs keep their width: the head, and everything that is added to what the output is made of.
+
+    The latter where there is no head, or its weight is that of the embedding, which Torch-Pruning would cut twice.
+    """
+    heads = [[module for module in model.modules() if isinstance(module, nn.Linear)][-1]] if original.classes else []
+    tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    tied = any(table.weight is head.weight for table in tables for head in heads)
+    if heads and not tied:
+        return [*heads]
+    return [*heads, *tables, *(module for module in model.modules() if isinstance(module, nn.LayerNorm))]
 
 
 def unwrapped(model: nn.Module) -> list[tuple[Tensor, int]]:
@@ -113,3 +121,6 @@ def follow(model: nn.Module) -> None:
         if hasattr(module, "num_attention_heads") and hasattr(module, "query"):
             module.all_head_size = module.query.out_features
             module.attention_head_size = module.all_head_size // module.num_attention_heads
+        elif hasattr(module, "c_attn"):
+            module.split_size = module.c_attn.out_features // 3
+            module.head_dim = module.split_size // module.num_heads
