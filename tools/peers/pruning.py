@@ -32,6 +32,7 @@ def prepared(original: Original, name: str) -> Compress:
 def compressed(original: Original, share: float, said: Sequence[Tensor]) -> Compressed:
     """The model with about `share` of the channels of each structure left; `said` are the classes of each batch."""
     model = original.copy()
+    take_apart(model)
     before = widths(model)
     heads = dict(attention(model))
     pruner = torch_pruning.pruner.BasePruner(
@@ -57,6 +58,28 @@ def compressed(original: Original, share: float, said: Sequence[Tensor]) -> Comp
     model.zero_grad(set_to_none=True)
     changed = sum(width != before[name] for name, width in widths(model).items())
     return Compressed(model, (f"{changed} of {len(before)} layers made narrower",))
+
+
+class Apart(nn.Module):
+    """Queries, keys and values of a layer for all three, each by a layer of its own: the same values side by side."""
+
+    def __init__(self, whole: nn.Linear) -> None:
+        super().__init__()
+        width = whole.out_features // 3
+        self.layers = nn.ModuleList(nn.Linear(whole.in_features, width) for _ in range(3))
+        for layer, weight, bias in zip(self.layers, whole.weight.split(width), whole.bias.split(width), strict=True):
+            layer.weight, layer.bias = nn.Parameter(weight.detach().clone()), nn.Parameter(bias.detach().clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([layer(x) for layer in self.layers], -1)
+
+
+def take_apart(model: nn.Module) -> None:
+    """GPT-2's layers for queries, keys and values become three: Torch-Pruning loses count of those that are split."""
+    module: Any
+    for module in list(model.modules()):
+        if isinstance(getattr(module, "c_attn", None), nn.Linear):
+            module.c_attn = Apart(module.c_attn)
 
 
 def gradients(model: nn.Module, original: Original, said: Sequence[Tensor]) -> None:
@@ -89,7 +112,7 @@ def attention(model: nn.Module) -> list[tuple[nn.Module, int]]:
         if hasattr(module, "qkv"):
             found.append((module.qkv, module.heads))
         elif hasattr(module, "c_attn"):
-            found.append((module.c_attn, module.num_heads))
+            found += [(layer, module.num_heads) for layer in module.c_attn.layers]
         elif hasattr(module, "num_attention_heads") and hasattr(module, "query"):
             found += [(layer, module.num_attention_heads) for layer in (module.query, module.key, module.value)]
     return found
@@ -122,5 +145,5 @@ def follow(model: nn.Module) -> None:
             module.all_head_size = module.query.out_features
             module.attention_head_size = module.all_head_size // module.num_attention_heads
         elif hasattr(module, "c_attn"):
-            module.split_size = module.c_attn.out_features // 3
+            module.split_size = module.c_attn.layers[0].out_features
             module.head_dim = module.split_size // module.num_heads
