@@ -11,6 +11,7 @@ import argparse
 import math
 import statistics
 import sys
+import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -29,8 +30,8 @@ from lrcompile.devices.calibrate import VISITS, Measurement
 from lrcompile.devices.cost import Cost, total
 from lrcompile.devices.device import Device
 from lrcompile.devices.features import family
-from lrcompile.devices.measure import LocalCostModel, product_s
-from lrcompile.devices.pace import Paced, at
+from lrcompile.devices.measure import LocalCostModel, pace_now
+from lrcompile.devices.pace import Paced, at, in_step
 from lrcompile.devices.profile import load_device
 from lrcompile.devices.sampling import operations
 from lrcompile.devices.target import Target
@@ -47,6 +48,7 @@ from tools.validate_profiles import SURE, by_chance, put
 SEED = 777  # not that of a calibration
 REPEATS = 0.05  # measurements of one operation that differ by more say nothing about a prediction
 NEAR = 0.1
+PATIENCE = 120  # seconds at least
 LIMITS = {"operations": 0.9, "models": 0.08, "pairs": 60, "sure": 0.9}
 
 
@@ -88,6 +90,19 @@ def check_operations(device: Device, count: int) -> Checked:
     return Checked("\n".join(lines), line, near >= LIMITS["operations"])
 
 
+def steadily(device: Device, measure: Callable[[], Cost]) -> Cost:
+    """A cost at the profile's pace, measured when threads hand over work as fast as they usually do; it waits for that.
+
+    Where they have not for two minutes, it is what was measured last.
+    """
+    for _ in range(PATIENCE):
+        cost = measure()
+        if in_step(device.pace, cost):
+            break
+        time.sleep(1)
+    return at(device.pace, cost)
+
+
 def measured(ops: Sequence[OpDesc], device: Device) -> list[float]:
     """Latencies in s: each operation is measured as often as a calibration does, with all others between.
 
@@ -95,10 +110,9 @@ def measured(ops: Sequence[OpDesc], device: Device) -> list[float]:
     """
     costs: list[list[Cost]] = [[] for _ in ops]
     for _ in range(VISITS):
-        model = LocalCostModel(cache_dir=None, measures_only=True)
         for op, known in zip(ops, costs, strict=True):
             try:
-                known.append(at(device.pace, model.cost(op)))
+                known.append(steadily(device, lambda op=op: LocalCostModel(None, measures_only=True).cost(op)))  # type: ignore[misc]
             except DeviceError:  # such as too little memory for it
                 known.append(Cost(math.nan))
     return [Measurement.of(op, known).cost.latency_s for op, known in zip(ops, costs, strict=True)]
@@ -158,9 +172,14 @@ def check_models(device: Device) -> Checked:
     for name, make in panel().items():
         module, args, kwargs = make()
         traced = trace(module.eval(), args, kwargs)
-        before, found = product_s(), Reference.of(traced).latency()
-        paced = Paced(found.latency_s, product_s=(before + product_s()) / 2)
-        truth = at(device.pace, paced).latency_s
+        reference = Reference.of(traced)
+
+        def whole(reference: Reference = reference) -> Cost:
+            before, found, after = pace_now(), reference.latency(), pace_now()
+            product_s, handed_s = (before.product_s + after.product_s) / 2, (before.handed_s + after.handed_s) / 2
+            return Paced(found.latency_s, product_s=product_s, handed_s=handed_s)
+
+        truth = steadily(device, whole).latency_s
         predicted = target.whole(target.costs(traced.graph.gm)).latency_s
         errors[name] = predicted / truth - 1
         lines.append(f"| {name} | {truth * 1e3:.3f} ms | {predicted * 1e3:.3f} ms | {errors[name]:+.0%} |")

@@ -21,8 +21,9 @@ from torch import fx
 
 from lrcompile.devices.correlation import difference_sigma_s
 from lrcompile.devices.cost import Cost, total
-from lrcompile.devices.device import Device, Kernels, Winograd
+from lrcompile.devices.device import Device, Engine, Kernels, Winograd
 from lrcompile.devices.features import family, features
+from lrcompile.devices.features_cpu import is_product, is_whole, product_of, runs_unfolded
 from lrcompile.devices.fusion import describe_all
 from lrcompile.graph.op import DTYPE_BYTES, AttentionShape, ConvShape, GemmShape, OpDesc, RecurrentShape
 
@@ -145,6 +146,8 @@ def conv_latency_s(device: Device, shape: ConvShape, dtype: str, direction: Dire
     traffic = element * sum(_elements(shape))
     product = _implied_gemm(shape, direction)
     launch_s = device.launch_s["conv"]
+    if engine.unfold is not None and direction == "forward" and runs_unfolded(wanted, device.alignment_conv["fp32"]):
+        return launch_s + _unfolded_s(device, engine, wanted, dtype)
     if shape.groups > 1 and min(shape.channels_in, shape.channels_out) == shape.groups:
         flops = 2.0 * product.m * product.n * product.k * product.batch
         vector_flops = device.peak_flops[device.compute_dtype("fp32")] * engine.depthwise_efficiency
@@ -157,6 +160,22 @@ def conv_latency_s(device: Device, shape: ConvShape, dtype: str, direction: Dire
     if engine.winograd is not None and _has_winograd(shape):
         latency_s = min(latency_s, _winograd_s(device, engine.winograd, kernels, shape, dtype, direction))
     return launch_s + kernels.setup_s + latency_s
+
+
+def _unfolded_s(device: Device, engine: Engine, shape: ConvShape, dtype: str) -> float:
+    """A convolution as MLAS runs it without blocks: windows are unfolded, by each thread its own, and multiplied.
+
+    With more filters than positions, one thread unfolds all of an image first.
+    """
+    assert engine.unfold is not None
+    filters, inner, positions, parts = product_of(shape)
+    product = GemmShape(filters, positions, inner, parts, "NN")
+    latency_s = _product_s(device, engine.gemm, product, dtype, DTYPE_BYTES[dtype] * sum(_elements(shape)))
+    if is_product(shape) or not filters * inner * positions * parts:
+        return latency_s
+    each_s = engine.unfold.strided_s if max(shape.stride) > 1 else engine.unfold.value_s
+    threads = 1 if is_whole(shape) else device.units
+    return latency_s + inner * positions * parts * (each_s + engine.unfold.row_s / shape.size_out[-1]) / threads
 
 
 def attention_latency_s(device: Device, shape: AttentionShape, dtype: str) -> float:

@@ -18,11 +18,11 @@ from torch import fx
 
 from lrcompile.devices.analytic import AnalyticCostModel
 from lrcompile.devices.cost import Cost
-from lrcompile.devices.device import KERNEL_FIGURES, Device, Pace
+from lrcompile.devices.device import KERNEL_FIGURES, UNFOLD_FIGURES, Device, Pace
 from lrcompile.devices.features import family, features
 from lrcompile.devices.fit import figure, fit, with_figures
 from lrcompile.devices.fusion import describe_all
-from lrcompile.devices.pace import at, pace_of
+from lrcompile.devices.pace import at, in_step, pace_of
 from lrcompile.devices.profile_text import profile_text
 from lrcompile.devices.repeated import encoder, in_a_row
 from lrcompile.devices.residual import Residuals, fitted
@@ -72,6 +72,11 @@ FITTED: dict[str, Fits] = {  # in turn: families of operations, and the figures 
             {"launch_s.conv": "launch.conv", **_kernels("avx2", "conv", "efficiency", "tile_exponent")},
         ),
         (("depthwise",), {"engines.avx2.depthwise_efficiency": "engine.avx2.depthwise_efficiency"}),
+        (
+            ("volume", "grouped"),
+            {f"engines.avx2.unfold.{key}_s": f"engine.avx2.unfold.{key}" for key in UNFOLD_FIGURES},
+        ),
+        (("recurrent",), {"recurrent_step_s": "launch.recurrent_step"}),
     ),
     "gpu": (
         (
@@ -279,12 +284,18 @@ def calibrate(
         if clock() - start > seconds and len(measured) >= FEWEST_NETWORKS:
             break
         try:
-            measured.append((gm, at(pace, network(gm)).latency_s))
+            cost = network(gm)
         except DeviceError as problem:
             failed.append(problem)
+            continue
+        if in_step(pace, cost):
+            measured.append((gm, at(pace, cost).latency_s))
         progress("networks", len(measured), 2 * NETWORKS)
     if failed and not visited:
         raise failed[-1]
+    for op, known in visited:
+        if sum(in_step(pace, cost) for cost in known) < 2:
+            forget(op)
     good = _quiet(measurements(visited), forget)
     if len(good) < LEAST:
         raise DeviceError(
@@ -298,9 +309,10 @@ def calibrate(
 
 
 def measurements(visited: Sequence[tuple[OpDesc, Sequence[Cost]]]) -> list[Measurement]:
-    """Operations with what their visits say, all at one pace of the machine."""
+    """Operations with what their visits say, all at one pace of the machine; two of them in step at least."""
     pace = pace_of(known for _, known in visited)
-    return [Measurement.of(op, [at(pace, cost) for cost in known]) for op, known in visited]
+    found = ((op, [at(pace, cost) for cost in known if in_step(pace, cost)]) for op, known in visited)
+    return [Measurement.of(op, known) for op, known in found if len(known) > 1]
 
 
 def _quiet(found: Sequence[Measurement], forget: Callable[[OpDesc], None]) -> list[Measurement]:
@@ -336,7 +348,7 @@ def calibrated(found: Calibration, name: str, description: str, source: str) -> 
     sources |= {f"sigma.{key}": f"{source}; what the formula leaves" for key in sigma}
     sources |= {f"residuals.{key}": source for key in found.residuals}
     if found.pace:
-        sources |= dict.fromkeys(("pace.product", "pace.follows"), source)
+        sources |= dict.fromkeys(("pace.product", "pace.follows", "pace.handed"), source)
     if found.network:
         sources |= {"network.run": source, "network.slower": f"{source}; on {found.networks} networks"}
     return replace(
@@ -415,8 +427,8 @@ def with_starts(device: Device) -> Device:
 
 def _agree(costs: Sequence[Cost], pace: Pace | None) -> bool:
     """Whether two visits of an operation make a third one superfluous."""
-    latencies = [at(pace, cost).latency_s for cost in costs]
-    return max(latencies) - min(latencies) < AGREE * min(latencies)
+    latencies = [at(pace, cost).latency_s for cost in costs if in_step(pace, cost)]
+    return len(latencies) > 1 and max(latencies) - min(latencies) < AGREE * min(latencies)
 
 
 def _network(found: Calibration, measured: Sequence[tuple[fx.GraphModule, float]]) -> dict[str, float]:

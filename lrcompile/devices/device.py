@@ -26,7 +26,7 @@ UNITS: dict[str, dict[str, float]] = {
     "rate": {"TFLOP/s": 1e12, "TOP/s": 1e12, "GFLOP/s": 1e9, "GOP/s": 1e9},
     "bandwidth": {"GB/s": 1e9, "TB/s": 1e12},
     "frequency": {"MHz": 1e6, "GHz": 1e9},
-    "time": {"us": 1e-6, "ms": 1e-3},
+    "time": {"ns": 1e-9, "us": 1e-6, "ms": 1e-3},
     "size": {"KiB": 2.0**10, "MiB": 2.0**20, "GiB": 2.0**30},
     "count": {"units": 1, "elements": 1},
     "fraction": {"of peak": 1, "of latency": 1},
@@ -99,6 +99,21 @@ class Winograd:
     setup_s: float
 
 
+UNFOLD_FIGURES = ("value", "strided", "row")
+
+
+@dataclass(frozen=True)
+class Unfold:
+    """What one thread takes to unfold the windows of a convolution that runs as a product, in s.
+
+    That is for each value, for each where a stride leaves some out, and for each row of them.
+    """
+
+    value_s: float
+    strided_s: float
+    row_s: float
+
+
 @dataclass(frozen=True)
 class Engine:
     """One kind of arithmetic unit with the menu of kernels that libraries have for it.
@@ -107,7 +122,7 @@ class Engine:
     a convolution's input and weight. `depthwise_efficiency` is the part of the device's fp32 peak that a depthwise
     kernel reaches, `l2_share` the part of the L2 cache's bandwidth that its kernels do. `batched` is that of batched
     products, which else are priced as single ones; `attention` that of fused attention, which else costs what its
-    products do.
+    products do. `unfold` is for a runtime that unfolds the windows of convolutions that it has no kernel for.
     """
 
     tiles: tuple[tuple[int, int], ...]
@@ -120,6 +135,7 @@ class Engine:
     winograd: Winograd | None = None
     attention: Kernels | None = None
     batched: Kernels | None = None
+    unfold: Unfold | None = None
 
     def products(self, batch: int) -> Kernels:
         """The kernels of so many products at once."""
@@ -128,10 +144,14 @@ class Engine:
 
 @dataclass(frozen=True)
 class Pace:
-    """What a fixed product takes at a pace, in s, and the power of it that latencies follow: 1 is in proportion."""
+    """What a fixed product takes at a pace, in s, and the power of it that latencies follow: 1 is in proportion.
+
+    `handed` is what small operations take that threads share, over the product: how fast work is handed over.
+    """
 
     product_s: float
     follows: float
+    handed: float
 
 
 @dataclass(frozen=True)

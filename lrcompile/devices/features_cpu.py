@@ -68,7 +68,7 @@ def of_recurrent(shape: RecurrentShape, threads: int) -> Features:
     ]  # fmt: skip
 
 
-def of_function(op: OpDesc, size: int, threads: int) -> Features:
+def of_function(op: OpDesc, size: float, threads: int) -> Features:
     """Bytes, rows, and whether there is enough for several threads, and how it is divided among them."""
     moved, row = op.weight_bytes + op.activation_bytes, max(1, op.row)
     elements = max(1, round(moved / size / _ARRAYS.get(op.function, 2)))
@@ -128,7 +128,7 @@ def of_conv(shape: ConvShape, block: int, threads: int, kind: str) -> Features:
 
 def of_unfolded(shape: ConvShape, block: int, threads: int) -> Features:
     """Of volumes and groups: the product that it is, after its windows were unfolded, and how that is divided."""
-    filters, inner, columns, parts = _product(shape)
+    filters, inner, columns, parts = product_of(shape)
     sizes = (columns, parts, filters, inner, math.prod(shape.kernel), math.prod(shape.stride), shape.size_out[-1])
     return [
         *map(log2, (*sizes, filters * inner, filters * inner * columns * parts, shape.batch)),
@@ -140,7 +140,7 @@ _PRODUCT = 7
 
 
 def _of_product(shape: ConvShape, block: int, threads: int) -> Features:
-    filters, inner, columns, parts = _product(shape)
+    filters, inner, columns, parts = product_of(shape)
     whole, alone = is_whole(shape), parts == 1
     slices = -(-columns // threads)
     return [
@@ -152,7 +152,7 @@ def _of_product(shape: ConvShape, block: int, threads: int) -> Features:
     ]  # fmt: skip
 
 
-def _product(shape: ConvShape) -> tuple[int, int, int, int]:
+def product_of(shape: ConvShape) -> tuple[int, int, int, int]:
     """(filters, what each reads, positions, products) of a convolution without blocks."""
     inner = shape.channels_in // shape.groups * math.prod(shape.kernel)
     return shape.channels_out // shape.groups, inner, math.prod(shape.size_out), shape.batch * shape.groups
@@ -208,6 +208,11 @@ def in_blocks(shape: ConvShape, block: int) -> bool:
     if into == 1:
         return out == 1 and shape.groups % 4 == 0
     return into % block == 0 and out % block == 0
+
+
+def runs_unfolded(shape: ConvShape, block: int) -> bool:
+    """Whether a convolution runs as a product: all but those of images whose channels are in blocks."""
+    return not shape.transposed and (len(shape.kernel) != 2 or not in_blocks(shape, block))
 
 
 def rows_of(block: int) -> int:

@@ -31,7 +31,7 @@ from lrcompile.devices.onnx_graph import OPSET
 from lrcompile.devices.onnx_region import LoweredRegion, UnsupportedRegion, lower_region
 from lrcompile.devices.pace import Paced
 from lrcompile.devices.profile import load_device
-from lrcompile.devices.repeated import copies_for, least_copies, repeated, waking
+from lrcompile.devices.repeated import copies_for, handing_over, least_copies, repeated, waking
 from lrcompile.devices.timings import Timing, default_cache_dir, forget, key_of, recall, remember
 from lrcompile.errors import DeviceError, first_line
 from lrcompile.graph.describe import describe
@@ -118,7 +118,8 @@ class LocalCostModel:
             return self._predicted(timings, _prior().cost(op))
         (all_s, sigma_s), (least_s, least_sigma_s), *_ = timings
         latency_s, deviation_s = max((all_s - least_s) / copies, LEAST_S), math.hypot(sigma_s, least_sigma_s) / copies
-        return Paced(latency_s, deviation_s, op.flops, op.weight_bytes, op.activation_bytes, timings[-1][0])
+        product_s, handed_s = timings[3 if len(timings) > 3 else 1][0], timings[2][0]  # where the second is the product
+        return Paced(latency_s, deviation_s, op.flops, op.weight_bytes, op.activation_bytes, product_s, handed_s)
 
     def forget(self, op: OpDesc) -> None:
         """Drops what is remembered of an operation, so that it is measured again."""
@@ -135,10 +136,10 @@ class LocalCostModel:
         Raises:
             DeviceError: ONNX Runtime cannot run it.
         """
-        timings = self._timings([lower_region(gm, opset=self.opset) for gm in (graph, waking("fp32"))])
+        timings = self._timings([lower_region(gm, opset=self.opset) for gm in (graph, waking("fp32"), handing_over())])
         if isinstance(timings, str):
             raise DeviceError(f"a network cannot be measured here: {timings}")
-        return Paced(*timings[0], product_s=timings[-1][0])
+        return Paced(*timings[0], product_s=timings[1][0], handed_s=timings[2][0])
 
     def compare(self, before: fx.GraphModule, after: fx.GraphModule) -> tuple[Cost, Cost]:
         """Prices of a region before and after a rewrite, measured as a pair, all nodes included.
@@ -175,18 +176,14 @@ class LocalCostModel:
         return Cost(excess, sigma).p_positive < CONFIDENCE
 
     def _repeated(self, op: OpDesc) -> tuple[int, list[LoweredRegion]]:
-        """(how many copies more the first graph of an operation holds than the second, these and the waking product).
+        """(how many copies more the first graph of an operation holds than the second, these and what tells the pace).
 
         There are none if it has no such form.
 
         Raises:
             UnsupportedRegion: it has no form in ONNX.
         """
-        least = least_copies(op)
-        copies = copies_for(op, _arithmetic_here().cost(op).latency_s)
-        graphs = [gm for gm in (repeated(op, least + copies), repeated(op, least)) if gm is not None]
-        graphs += [waking(op.dtype)] if graphs else []
-        return copies, [lower_region(gm, dynamic_batch=False, opset=self.opset) for gm in graphs]
+        return _repeated(op, self.opset)
 
     def _timings(self, regions: Sequence[LoweredRegion]) -> tuple[Timing, ...] | str:
         """The timings of some regions, known or new; the reason where there are none."""
@@ -253,10 +250,11 @@ def open_region(region: LoweredRegion, threads: int | None = None) -> Run:
     return run
 
 
-def product_s() -> float:
-    """What the fixed product that tells the pace of this machine takes now, in s."""
-    region = lower_region(waking("fp32"), dynamic_batch=False, opset=OPSET)
-    return measure([open_region(region)])[0][0]
+def pace_now() -> Paced:
+    """What tells the pace of this machine now, of no operation."""
+    regions = [lower_region(gm, dynamic_batch=False, opset=OPSET) for gm in (waking("fp32"), handing_over())]
+    (product_s, _), (handed_s, _) = measure([open_region(region) for region in regions])
+    return Paced(product_s=product_s, handed_s=handed_s)
 
 
 def measure(runs: Sequence[Run], clock: Clock = time.perf_counter, waited: Clock = waited_s) -> tuple[Timing, ...]:
@@ -331,6 +329,15 @@ def _cpu_facts() -> dict[str, str]:
     except OSError:
         return {}
     return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())}
+
+
+@lru_cache(maxsize=128)  # a calibration comes back to an operation after 60 others
+def _repeated(op: OpDesc, opset: int) -> tuple[int, list[LoweredRegion]]:
+    least = least_copies(op)
+    copies = copies_for(op, _arithmetic_here().cost(op).latency_s)
+    graphs = [gm for gm in (repeated(op, least + copies), repeated(op, least)) if gm is not None]
+    graphs += [handing_over(), waking(op.dtype)] if graphs else []
+    return copies, [lower_region(gm, dynamic_batch=False, opset=opset) for gm in graphs]
 
 
 @lru_cache(maxsize=1)

@@ -22,12 +22,14 @@ from lrcompile.devices.device import (
     OPTIONAL_KERNELS,
     PROVENANCE,
     SIGMA_CLASSES,
+    UNFOLD_FIGURES,
     UNITS,
     WINOGRAD_RATES,
     Device,
     Engine,
     Kernels,
     Pace,
+    Unfold,
     Winograd,
 )
 from lrcompile.devices.features import WIDTHS, width_of
@@ -164,9 +166,11 @@ class _Reader:
 
     def pace(self) -> Pace:
         table = self.table(self.document, "", "pace")
-        self.keys("pace", table, ("product", "follows"))
+        self.keys("pace", table, ("product", "follows", "handed"))
         return Pace(
-            self.figure(table, "pace", "product", "time"), self.figure(table, "pace", "follows", "number", zero=True)
+            self.figure(table, "pace", "product", "time"),
+            self.figure(table, "pace", "follows", "number", zero=True),
+            self.figure(table, "pace", "handed", "number"),
         )
 
     def network(self) -> dict[str, float]:
@@ -181,7 +185,7 @@ class _Reader:
         where = f"engine.{name}"
         table = self.table(self.document["engine"], "engine", name)
         required = ("tiles", "depthwise_efficiency", "gemm", "conv")
-        self.keys(where, table, required, optional=(*OPTIONAL_KERNELS, "winograd", "l2_share"))
+        self.keys(where, table, required, optional=(*OPTIONAL_KERNELS, "winograd", "l2_share", "unfold"))
         gemm, conv = (self.kernels(table, where, name, None) for name in ("gemm", "conv"))
         return Engine(
             tiles=self.tiles(table, where),
@@ -194,6 +198,7 @@ class _Reader:
             winograd=self.winograd(table, where) if "winograd" in table else None,
             attention=self.kernels(table, where, "attention", gemm) if "attention" in table else None,
             batched=self.kernels(table, where, "batched", gemm) if "batched" in table else None,
+            unfold=self.unfold(table, where) if "unfold" in table else None,
         )
 
     def kernels(self, engine: Mapping[str, Any], where: str, name: str, base: Kernels | None) -> Kernels:
@@ -219,6 +224,11 @@ class _Reader:
         setup_s = self.figure(table, place, "setup", "time", zero=True)
         figures: dict[str, float] = {key: self.figure(table, place, key, "number") for key in WINOGRAD_RATES}
         return Winograd(**figures, setup_s=setup_s)
+
+    def unfold(self, engine: Mapping[str, Any], where: str) -> Unfold:
+        table, place = self.table(engine, where, "unfold"), f"{where}.unfold"
+        self.keys(place, table, UNFOLD_FIGURES)
+        return Unfold(**{f"{key}_s": self.figure(table, place, key, "time") for key in UNFOLD_FIGURES})
 
     def residuals(self, name: str) -> Residuals:
         place = f"residuals.{name}"

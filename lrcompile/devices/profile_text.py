@@ -6,7 +6,16 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from lrcompile.devices.device import KERNEL_FIGURES, OPTIONAL_KERNELS, UNITS, WINOGRAD_RATES, Device, Engine, Kernels
+from lrcompile.devices.device import (
+    KERNEL_FIGURES,
+    OPTIONAL_KERNELS,
+    UNFOLD_FIGURES,
+    UNITS,
+    WINOGRAD_RATES,
+    Device,
+    Engine,
+    Kernels,
+)
 from lrcompile.devices.residual import Residuals
 
 
@@ -69,6 +78,7 @@ def _lines(device: Device) -> Iterator[str]:
         yield "\n[pace]"
         yield figure("pace", "product", device.pace.product_s * 1e6, "us")
         yield figure("pace", "follows", device.pace.follows, "factor")
+        yield figure("pace", "handed", device.pace.handed, "factor")
     if device.network:
         yield "\n[network]"
         yield figure("network", "run", device.network["run_s"] * 1e6, "us")
@@ -107,6 +117,10 @@ def _engine(place: str, engine: Engine, source: Mapping[str, str], figure: Any) 
         for key in WINOGRAD_RATES:
             yield figure(f"{place}.winograd", key, getattr(engine.winograd, key), "factor")
         yield figure(f"{place}.winograd", "setup", engine.winograd.setup_s * 1e6, "us")
+    if engine.unfold is not None:
+        yield f"\n[{place}.unfold]"
+        for key in UNFOLD_FIGURES:
+            yield figure(f"{place}.unfold", key, getattr(engine.unfold, f"{key}_s") * 1e9, "ns")
 
 
 def _residuals(name: str, residuals: Residuals, source: str) -> Iterator[str]:

@@ -21,6 +21,8 @@ COPIES_S = 6e-4  # how long all copies should take
 MOST_COPIES = 40
 MOST_BYTES = 3e7  # of all copies together, so that they fit into the caches if one of them does
 WAKING = 128  # extents of a product that several threads share
+_HANDED = ConvShape(1, 16, 32, (27, 27), (27, 27), (1, 1), (1, 1), ((0, 0), (0, 0)), (1, 1))
+_HANDS = 24
 _DTYPES = {
     "fp64": torch.float64, "fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16,
     "bf16": torch.bfloat16,
@@ -85,6 +87,14 @@ def waking(dtype: str) -> fx.GraphModule:
     """The product alone that graphs of a type start with."""
     make = _Maker(_DTYPES[dtype])
     _wake(make)
+    return make.done()
+
+
+def handing_over() -> fx.GraphModule:
+    """Small convolutions after that product: threads that share them have to hand over work again and again."""
+    make = _Maker(torch.float32)
+    _wake(make)
+    _convolutions(make, _HANDED, _HANDS, alone=False)
     return make.done()
 
 
