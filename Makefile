@@ -2,12 +2,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+PEERS := build/peers
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint format bench data clean
+.PHONY: help setup demo test test-all lint format bench bench-peers data clean
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
 setup: $(READY)  ## make .venv and install lrcompile with everything that tests and demo need
 
@@ -38,6 +39,19 @@ format: $(READY)  ## format the code and mend what the linter can mend
 
 bench: $(READY)  ## compile two trained models for this machine with real data, and measure the gain
 	$(BIN)/python tools/demo.py minilm efficientnet-lite0 --target local --calibrate --folder build/bench
+
+bench-peers: $(READY) $(PEERS)/.ready data  ## measure other tools beside lrcompile, into docs/peers.md; takes hours
+	$(BIN)/python tools/bench_peers.py resnet --speedup 3 --minutes 0.5 --python $(PEERS)/bin/python --out docs/peers.md
+	$(BIN)/python tools/bench_peers.py vit --speedup 1.5 --minutes 0.5 --python $(PEERS)/bin/python --out docs/peers.md
+	$(BIN)/python tools/bench_peers.py gpt --speedup 1.5 --minutes 1 --python $(PEERS)/bin/python --out docs/peers.md
+	$(BIN)/python tools/bench_peers.py minilm --speedup 1.5 --minutes 1 --python $(PEERS)/bin/python --out docs/peers.md
+	$(BIN)/python tools/bench_peers.py efficientnet-lite0 --speedup 1.1 --minutes 0.3 --python $(PEERS)/bin/python --out docs/peers.md
+
+$(PEERS)/.ready: tools/peers/requirements.txt
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/pip install --quiet --disable-pip-version-check -r tools/peers/requirements.txt
+	$(PEERS)/bin/pip install --quiet --disable-pip-version-check --no-deps aimet-torch==2.42.0
+	@touch $@
 
 data: $(READY)  ## fetch the trained weights and real data into the user's cache
 	$(BIN)/python tools/fetch_data.py

@@ -127,6 +127,14 @@ def test_what_was_not_read_for_longest_goes_first(tmp_path: Path) -> None:
         store.of(same_name(spectrum), weights[1])
 
 
+def test_what_is_larger_than_all_of_it_is_not_kept(tmp_path: Path) -> None:
+    Store(tmp_path).of(spectrum, weight(SIDE, 64))
+    (kept,) = tmp_path.iterdir()
+    found = Store(tmp_path, most_bytes=kept.stat().st_size + 100).of(spectrum, weight(2 * SIDE, 128))
+    assert found.full_rank == 128
+    assert list(tmp_path.iterdir()) == [kept]
+
+
 def test_a_folder_that_cannot_be_written_costs_nothing(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     found = Store(tmp_path / "file" / "folder").of(spectrum, weight(SIDE, 64))

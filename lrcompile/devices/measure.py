@@ -87,6 +87,7 @@ class LocalCostModel:
     counters: Counters = field(default_factory=Counters, init=False, repr=False, compare=False)
     _memory: dict[str, tuple[Timing, ...]] = field(default_factory=dict, init=False, repr=False, compare=False)
     _unmeasurable: dict[str, str] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _open: dict[LoweredRegion, Run] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def measured(self) -> int:
@@ -136,7 +137,7 @@ class LocalCostModel:
         Raises:
             DeviceError: ONNX Runtime cannot run it.
         """
-        timings = self._timings([lower_region(gm, opset=self.opset) for gm in (graph, waking("fp32"), handing_over())])
+        timings = self._timings([lower_region(graph, opset=self.opset), *_telling("fp32", self.opset)[::-1]])
         if isinstance(timings, str):
             raise DeviceError(f"a network cannot be measured here: {timings}")
         return Paced(*timings[0], product_s=timings[1][0], handed_s=timings[2][0])
@@ -207,7 +208,7 @@ class LocalCostModel:
 
     def _measured(self, key: str, regions: Sequence[LoweredRegion]) -> tuple[Timing, ...] | str:
         try:
-            timings = measure([open_region(region, self.threads) for region in regions], self.clock, self.waited)
+            timings = measure([self._opened(region) for region in regions], self.clock, self.waited)
         except UNMEASURABLE as error:
             self._unmeasurable[key] = f"ONNX Runtime: {first_line(error)}"
             return self._unmeasurable[key]
@@ -215,6 +216,14 @@ class LocalCostModel:
         self._memory[key] = timings
         remember(self.cache_dir, key, timings)
         return timings
+
+    def _opened(self, region: LoweredRegion) -> Run:
+        """A region to run; what tells the pace stays open."""
+        if region not in _telling("fp32", self.opset):
+            return open_region(region, self.threads)
+        if region not in self._open:
+            self._open[region] = open_region(region, self.threads)
+        return self._open[region]
 
     def _predicted(self, reason: str, prediction: Any) -> Any:
         if self.measures_only:
@@ -252,8 +261,7 @@ def open_region(region: LoweredRegion, threads: int | None = None) -> Run:
 
 def pace_now() -> Paced:
     """What tells the pace of this machine now, of no operation."""
-    regions = [lower_region(gm, dynamic_batch=False, opset=OPSET) for gm in (waking("fp32"), handing_over())]
-    (product_s, _), (handed_s, _) = measure([open_region(region) for region in regions])
+    (handed_s, _), (product_s, _) = measure([open_region(region) for region in _telling("fp32", OPSET)])
     return Paced(product_s=product_s, handed_s=handed_s)
 
 
@@ -336,8 +344,15 @@ def _repeated(op: OpDesc, opset: int) -> tuple[int, list[LoweredRegion]]:
     least = least_copies(op)
     copies = copies_for(op, _arithmetic_here().cost(op).latency_s)
     graphs = [gm for gm in (repeated(op, least + copies), repeated(op, least)) if gm is not None]
-    graphs += [handing_over(), waking(op.dtype)] if graphs else []
-    return copies, [lower_region(gm, dynamic_batch=False, opset=opset) for gm in graphs]
+    regions = [lower_region(gm, dynamic_batch=False, opset=opset) for gm in graphs]
+    return copies, [*regions, *_telling(op.dtype, opset)] if regions else []
+
+
+@lru_cache(maxsize=8)
+def _telling(dtype: str, opset: int) -> tuple[LoweredRegion, LoweredRegion]:
+    """What tells the pace: small convolutions that threads share, and the product that graphs of a type start with."""
+    handed, product = (lower_region(gm, dynamic_batch=False, opset=opset) for gm in (handing_over(), waking(dtype)))
+    return handed, product
 
 
 @lru_cache(maxsize=1)

@@ -37,8 +37,8 @@ _TRIANGULAR = "fit.lower"  # the largest by far, of which half is written
 class Store:
     """A folder of decompositions, at most `most_bytes` of them; those that were not read for longest go first.
 
-    A file is written whole or not at all, and one that is damaged counts as none. A full or read-only disk costs time
-    in the next compile and nothing else.
+    A file is written whole or not at all, and one that is damaged counts as none. A full or read-only disk, or what is
+    larger than all of that, costs time in the next compile and nothing else.
     """
 
     folder: Path
@@ -60,9 +60,12 @@ class Store:
         return found  # type: ignore[return-value]
 
     def _write(self, path: Path, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        if size > self.most_bytes:
+            return
         with contextlib.suppress(OSError, SafetensorError):
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._make_room(sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()))
+            self._make_room(size)
             with put_whole(path) as file:
                 save_file(dict(tensors), file, {"plain": json.dumps(plain)})
 
