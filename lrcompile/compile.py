@@ -143,7 +143,7 @@ class Prepared:
         base = self.cleaned if math.isfinite(budget.latency_limit_s(original_s)) else self.base
         return Problem(
             self.graph, self.pricing.candidates, self.passes, self.context,
-            self.evaluator.measured_in(budget.measure_in_use), base, original_s,
+            self.evaluator.measured_in(budget.measure_in_use).afresh(), base, original_s,
             self.clock.progress, drop, weight_bytes(self.traced.graph.gm),
         )  # fmt: skip
 

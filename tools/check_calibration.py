@@ -16,6 +16,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ from tools.validate_profiles import SURE, by_chance, put
 SEED = 777  # not that of a calibration
 REPEATS = 0.05  # measurements of one operation that differ by more say nothing about a prediction
 NEAR = 0.1
-PATIENCE = 120  # seconds at least
+PATIENCE = 180  # seconds
 LIMITS = {"operations": 0.9, "models": 0.08, "pairs": 60, "sure": 0.9}
 
 
@@ -93,14 +94,17 @@ def check_operations(device: Device, count: int) -> Checked:
 def steadily(device: Device, measure: Callable[[], Cost]) -> Cost:
     """A cost at the profile's pace, measured when threads hand over work as fast as they usually do; it waits for that.
 
-    Where they have not for two minutes, it is what was measured last.
+    Where they have not for some minutes, it is what was measured last.
     """
-    for _ in range(PATIENCE):
+    waited = 0
+    while True:
         cost = measure()
-        if in_step(device.pace, cost):
-            break
-        time.sleep(1)
-    return at(device.pace, cost)
+        if in_step(device.pace, cost) or waited >= PATIENCE:
+            return at(device.pace, cost)
+        while waited < PATIENCE and not in_step(device.pace, pace_now()):
+            time.sleep(1)
+            waited += 1
+        waited += 1
 
 
 def measured(ops: Sequence[OpDesc], device: Device) -> list[float]:
@@ -110,9 +114,15 @@ def measured(ops: Sequence[OpDesc], device: Device) -> list[float]:
     """
     costs: list[list[Cost]] = [[] for _ in ops]
     for _ in range(VISITS):
+        model = LocalCostModel(cache_dir=None, measures_only=True)
+
+        def anew(op: OpDesc, model: LocalCostModel = model) -> Cost:
+            model.forget(op)
+            return model.cost(op)
+
         for op, known in zip(ops, costs, strict=True):
             try:
-                known.append(steadily(device, lambda op=op: LocalCostModel(None, measures_only=True).cost(op)))  # type: ignore[misc]
+                known.append(steadily(device, partial(anew, op)))
             except DeviceError:  # such as too little memory for it
                 known.append(Cost(math.nan))
     return [Measurement.of(op, known).cost.latency_s for op, known in zip(ops, costs, strict=True)]

@@ -173,7 +173,7 @@ def _unfolded_s(device: Device, engine: Engine, shape: ConvShape, dtype: str) ->
     latency_s = _product_s(device, engine.gemm, product, dtype, DTYPE_BYTES[dtype] * sum(_elements(shape)))
     if is_product(shape) or not filters * inner * positions * parts:
         return latency_s
-    each_s = engine.unfold.strided_s if max(shape.stride) > 1 else engine.unfold.value_s
+    each_s = engine.unfold.strided_s if max(shape.stride) > 1 else engine.unfold.each_s
     threads = 1 if is_whole(shape) else device.units
     return latency_s + inner * positions * parts * (each_s + engine.unfold.row_s / shape.size_out[-1]) / threads
 

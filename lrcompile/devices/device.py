@@ -99,7 +99,7 @@ class Winograd:
     setup_s: float
 
 
-UNFOLD_FIGURES = ("value", "strided", "row")
+UNFOLD_FIGURES = ("each", "strided", "row")
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class Unfold:
     That is for each value, for each where a stride leaves some out, and for each row of them.
     """
 
-    value_s: float
+    each_s: float
     strided_s: float
     row_s: float
 

@@ -339,7 +339,7 @@ def _cpu_facts() -> dict[str, str]:
     return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())}
 
 
-@lru_cache(maxsize=128)  # a calibration comes back to an operation after 60 others
+@lru_cache(maxsize=256)  # a calibration comes back to an operation after 60 others, a check of it after 200
 def _repeated(op: OpDesc, opset: int) -> tuple[int, list[LoweredRegion]]:
     least = least_copies(op)
     copies = copies_for(op, _arithmetic_here().cost(op).latency_s)

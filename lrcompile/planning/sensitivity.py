@@ -46,6 +46,7 @@ class Evaluator:
         self.batches, self.reference = _outputs(graph, batches, divisible)
         self.evaluations = 0
         self._known: dict[tuple[str, ...], float] = {}
+        self._asked: set[tuple[str, ...]] = set()
         self._base: tuple[Graph, dict[str, Any]] | None = None
 
     def measured_in(self, measure: Measure) -> Evaluator:
@@ -59,6 +60,15 @@ class Evaluator:
         measure.check(self.reference[0])
         result = copy.copy(self)
         result.measure = measure
+        return result
+
+    def afresh(self) -> Evaluator:
+        """The same for one search: what was measured stays known, but `effect` tells of what this one asked for.
+
+        So what a search says does not depend on what came before it.
+        """
+        result = copy.copy(self)
+        result._asked = set()
         return result
 
     @property
@@ -99,6 +109,7 @@ class Evaluator:
         """
         count = self.quick_batches if quick else len(self.batches)
         key = self._key(candidates, count)
+        self._asked.add(key)
         if key not in self._known:
             self.evaluations += 1
             trial = rewritten(graph, [r for candidate in candidates for r in candidate.rewrites], passes, context)
@@ -109,7 +120,7 @@ class Evaluator:
         return self._known[key]
 
     def effect(self, candidate: Candidate, rivals: Iterable[Candidate]) -> float | None:
-        """What a candidate alone does to the outputs, as far as a search has measured it in quick looks.
+        """What a candidate alone does to the outputs, as far as this search has asked for it in quick looks.
 
         That is the error of the model with it; where it was not measured, that with one of its `rivals` for the same
         layers, in proportion to their own errors. None where none was.
@@ -119,7 +130,7 @@ class Evaluator:
         known = {
             rival.error: self._known[key]
             for rival in (candidate, *rivals)
-            if rival.family == candidate.family and (key := self._key([rival], self.quick_batches)) in self._known
+            if rival.family == candidate.family and (key := self._key([rival], self.quick_batches)) in self._asked
         }
         return in_proportion(candidate, known, self.resolution) if known else None
 
