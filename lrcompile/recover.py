@@ -95,7 +95,14 @@ def recover(
     judging = [batch.inputs for batch in samples.judging]
     evaluator = Evaluator(teacher, judging, result.traced.dynamic_batch).measured_in(measure)
     before = evaluator.error(student)
-    fitted, refitted = _refitted(lineage, student, samples, evaluator, before) if recovery.refit else (student, ())
+    fitted, refitted = student, tuple[str, ...]()
+    if recovery.refit:
+        try:
+            fitted, refitted = _refitted(lineage, student, samples, evaluator, before)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            unlike.append("memory ran out while layers were fitted anew: they are trained alone")  # with less at a time
     attention = lineage.direct and recovery.attention > 0
     apart = [APART] if recovery.attention > 0 and not attention else []
     couple = pair(teacher, fitted, batches[0], lineage.substitutes(student), attention=attention)
@@ -245,24 +252,21 @@ def _refitted(
     """The rewritten graph with layers fitted anew, and which, if that makes it better on what it is judged by."""
     count = max(1, min(REFIT_SAMPLES, samples.count) // samples.size)
     batches = [samples.batch(numbers).inputs for numbers in samples.order(0, 0)[:count]]
-    try:
-        fitted, paths = refit(lineage.original, student, batches, lineage.counterparts(student))
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        return student, ()  # training needs less: it takes as many samples at a time as memory lasts for
+    fitted, paths = refit(lineage.original, student, batches, lineage.counterparts(student))
     return (fitted, paths) if paths and evaluator.error(fitted) < before else (student, ())
 
 
 def _remarks(
     trained: Trained, recovery: Recovery, until: float | None, after: float, refitted: Sequence[str]
 ) -> Sequence[str]:
-    if trained.steps == 0 and not refitted and until is not None and after <= until:
+    is_reached = until is not None and after <= until
+    if trained.steps == 0 and not refitted and is_reached:
         return ["the error asked for held without any training: the weights are as they were"]
-    if trained.steps == 0 and recovery.minutes is not None:
+    if trained.steps == 0 and recovery.minutes is not None and not is_reached:
+        so_far = "layers were fitted anew alone" if refitted else "the weights are as they were"
         return [
-            f"the {recovery.minutes:g} minutes of the recovery were over before its first step: judging the model and "
-            "timing a step took them; give more, or smaller data"
+            f"the {recovery.minutes:g} minutes of the recovery were over before its first step, as judging the model "
+            f"and timing a step took them: {so_far}; give more minutes, or less data"
         ]
     if trained.kept_step == 0 and not refitted:
         return ["recovery made nothing better on the data that it is judged by: the weights are as they were"]

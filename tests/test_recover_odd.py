@@ -20,6 +20,7 @@ from lrcompile.errors import InputError
 from lrcompile.graph.graph import Graph
 from lrcompile.graph.rewrite import Rewrite
 from lrcompile.graph.verify import relative_error
+from lrcompile.recover import _remarks
 from lrcompile.recovery import refit as refit_module
 from lrcompile.recovery.freeze import factors_of
 from lrcompile.recovery.lineage import Lineage
@@ -29,6 +30,7 @@ from lrcompile.recovery.pair import difference
 from lrcompile.recovery.processes import Processes
 from lrcompile.recovery.refit import refit
 from lrcompile.recovery.samples import IGNORED
+from lrcompile.recovery.train import Trained
 
 
 @pytest.fixture(scope="module")
@@ -362,3 +364,26 @@ def test_all_processes_begin_with_the_weights_of_the_first(monkeypatch: pytest.M
     mine = [nn.Parameter(torch.randn_like(tensor)) for tensor in first]
     Processes(2, 1).take_over(mine)
     assert all(map(torch.equal, mine, first))
+
+
+def test_what_a_recovery_says_of_minutes_that_were_over(compiled: Result) -> None:
+    trained = Trained(0, 1.0, 1e-3, 1.0, 1.0, 0, 0, 0, "cpu")
+    short = Recovery(minutes=0.01)
+    assert "were over before its first step" in _remarks(trained, short, None, 0.5, ())[0]
+    assert "layers were fitted anew alone" in _remarks(trained, short, None, 0.5, ("head",))[0]
+    assert "held without any training" in _remarks(trained, short, 0.6, 0.5, ())[0]
+    assert "the weights were recovered" in _remarks(trained, short, 0.6, 0.5, ("head",))[0]
+
+
+def test_memory_that_runs_out_in_fitting_anew_leaves_the_training(
+    compiled: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*given: Any) -> Any:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+    monkeypatch.setattr(import_module("lrcompile.recover"), "refit", fails)
+    result = lrcompile.recover(compiled, data(), steps=40, rate=1e-3, checkpoints=tmp_path)
+    assert result.report.recovery is not None
+    assert result.report.recovery["refitted"] == []
+    assert result.report.recovery["loss"][1] < result.report.recovery["loss"][0]
+    assert any("memory ran out while layers were fitted anew" in note for note in result.report.notes)

@@ -24,6 +24,7 @@ from lrcompile.devices.device import Pace
 UNDISTURBED = 0.25  # quantile of the product's latencies that latencies are given for
 FEWEST = 20  # operations measured twice without which nothing is said
 WIDEST = 1.5  # logarithm of a ratio from which two visits say nothing
+USUAL = 0.4  # quantile of what handing over takes, against the product: it is late for less than half of the time
 LATE = 1.25  # times as long for handing over work as it usually takes, from which a visit does not count
 
 
@@ -57,7 +58,7 @@ def pace_of(visits: Iterable[Sequence[Cost]]) -> Pace | None:
     if sum(max(0, len(known) - 1) for known in paced) < FEWEST:
         return None
     product_s = float(np.quantile([cost.product_s for cost in every], UNDISTURBED))
-    usual = Pace(product_s, 0.0, float(np.quantile([cost.handed_s / cost.product_s for cost in every], UNDISTURBED)))
+    usual = Pace(product_s, 0.0, float(np.quantile([cost.handed_s / cost.product_s for cost in every], USUAL)))
     pairs = [pair for known in paced for pair in pairwise(cost for cost in known if in_step(usual, cost))]
     slower = np.log([b.product_s / a.product_s for a, b in pairs])
     longer = np.log([b.latency_s / a.latency_s for a, b in pairs])
