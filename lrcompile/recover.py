@@ -99,8 +99,8 @@ def recover(
     if recovery.refit:
         try:
             fitted, refitted = _refitted(lineage, student, samples, evaluator, before)
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
+        except (MemoryError, RuntimeError) as problem:
+            if not is_out_of_memory(problem):
                 raise
             unlike.append("memory ran out while layers were fitted anew: they are trained alone")  # with less at a time
     attention = lineage.direct and recovery.attention > 0
