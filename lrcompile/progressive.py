@@ -73,10 +73,10 @@ def progressive(
     """Models of the given sizes, shares of the original's bytes of weights, each made of the one before and recovered.
 
     Every one is as accurate as its size allows, within the other limits of `budget`, which are against the original; an
-    error is what its training has to reach. They are trained as `recovery` says, on `data` and `labels`, which `loss`
-    compares, as in `recover`; its steps,
-    or minutes, times the number of sizes are shared in proportion to what the original loses that is cut to each size
-    at once: the square of its error, in the measure of the budget. `options` are those of `compile`, without a plan.
+    error is what its training has to reach. They are trained as `recovery` says, on `data`, `labels` and `loss` as in
+    `recover`; its steps, or minutes, times the number of sizes are shared in proportion to what the original loses that
+    is cut to each size at once: the square of its error, in the measure of the budget. `options` are those of
+    `compile`, without a plan.
 
     Raises:
         InputError: the sizes do not fall, or are no shares; the user's metric is limited.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -33,6 +34,14 @@ def net() -> nn.Module:
 def data(samples: int = 960, seed: int = 1) -> CalibrationData:
     x = torch.randn(samples, WIDTH, generator=torch.Generator().manual_seed(seed))
     return calibration_from({"x": x}, ["x"], 8)
+
+
+def written() -> list[str]:
+    """Words of a command that splits the network, with what they name written into the working directory."""
+    dynamic = ({0: torch.export.Dim.AUTO},)
+    torch.export.save(torch.export.export(net(), (torch.randn(8, WIDTH),), dynamic_shapes=dynamic), "net.pt2")
+    np.savez("calib.npz", x=torch.cat([batch["x"] for batch in data().batches]).numpy())
+    return ["net.pt2", "--target", "rpi5", "--size", "0.6", "--calib", "calib.npz"]
 
 
 def labels() -> Tensor:

@@ -28,7 +28,7 @@ from lrcompile.recovery.optimise import Masters, RunningMean, centralise
 from lrcompile.recovery.pair import Pair, _moved, independent
 from lrcompile.recovery.samples import samples_of
 from tests.pairs import pair_of
-from tests.recovered import WIDTH, data, labels, net, recovered, same, split_net, weights
+from tests.recovered import WIDTH, data, labels, net, recovered, same, split_net, weights, written
 
 
 @pytest.fixture(scope="module")
@@ -369,11 +369,8 @@ def test_the_rate_falls_in_time_where_the_machine_slows_down(
 def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    x = torch.randn(8, WIDTH)
-    torch.export.save(torch.export.export(net(), (x,), dynamic_shapes=({0: torch.export.Dim.AUTO},)), "net.pt2")
-    np.savez("calib.npz", x=torch.cat([batch["x"] for batch in data().batches]).numpy())
+    common = written()
     np.save("labels.npy", labels().numpy())
-    common = ["net.pt2", "--target", "rpi5", "--size", "0.6", "--calib", "calib.npz"]
     code = run(
         [*common, "--recover", "80", "--labels", "labels.npy", "--option", "recover.rate=0.003", "--out", "out.onnx",
          "--plan-out", "plan.json", "--report-json", "report.json"]

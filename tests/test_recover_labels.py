@@ -15,7 +15,7 @@ import lrcompile
 from lrcompile import Result
 from lrcompile.cli import run
 from lrcompile.errors import InputError
-from tests.recovered import WIDTH, data, labels, net, same, split_net, weights
+from tests.recovered import data, labels, same, split_net, weights, written
 
 
 @pytest.fixture(scope="module")
@@ -155,12 +155,9 @@ def test_a_loss_needs_labels(compiled: Result, tmp_path: Path) -> None:
 def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    x = torch.randn(8, WIDTH)
-    torch.export.save(torch.export.export(net(), (x,), dynamic_shapes=({0: torch.export.Dim.AUTO},)), "net.pt2")
-    np.savez("calib.npz", x=torch.cat([batch["x"] for batch in data().batches]).numpy())
+    common = written()
     np.save("goal.npy", torch.cat([batch["x"] for batch in data().batches])[:, :5].numpy())
     Path("user_loss.py").write_text("def far(y, given):\n    return (y - given).square()\n\nnumber = 3\n")
-    common = ["net.pt2", "--target", "rpi5", "--size", "0.6", "--calib", "calib.npz"]
     training = [*common, "--recover", "40", "--option", "recover.rate=0.003"]
     assert run([*training, "--labels", "goal.npy", "--loss", "user_loss:far", "--out", "out.onnx"]) == 0
     assert "recovery  error" in capsys.readouterr().out

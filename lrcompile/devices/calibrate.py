@@ -293,10 +293,12 @@ def calibrate(
         progress("networks", len(measured), 2 * NETWORKS)
     if failed and not visited:
         raise failed[-1]
-    for op, known in visited:
-        if sum(in_step(pace, cost) for cost in known) < 2:
+    found = measurements(visited)
+    in_time = {m.op for m in found}
+    for op, _ in visited:
+        if op not in in_time:
             forget(op)
-    good = _quiet(measurements(visited), forget)
+    good = _quiet(found, forget)
     if len(good) < LEAST:
         raise DeviceError(
             f"{len(good)} operations were measured in {seconds:.0f} s, at least {LEAST} are needed: give more time"

@@ -3,7 +3,7 @@
 Sizes come as logarithms to the base of two, and so does what is lost to division: the share that is empty in the last
 block of channels, rows or pixels, and that in which some threads have nothing left to do. Read off the sources of ONNX
 Runtime 1.2x (MLAS: snchwc, convolve, the kernels for AVX-512; the thread pool's cost model) and off graphs that 1.32
-optimises; what of it is our reading says so.
+optimises; what a kernel takes for a row is our reading.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ _TASK = 4096  # elements of a task of the functions that MLAS computes
 _BYTE_CYCLES = 11 / 64  # of reading or writing, in the thread pool's cost model
 _START_CYCLES = _THREAD_CYCLES = 1e5
 _CYCLES = {"sigmoid": 2.0, "copy": 1.0, "binary": 1.0, "bias": 1.0}  # an element, of functions that go by that model
-_BY_ROWS = ("layer_norm", "skip_layer_norm", "group_norm", "reduce")
 _ARRAYS = {"reduce": 1, "binary": 3, "skip_layer_norm": 3}  # that are read or written, 2 of others
 _LONG_RUN = 24  # elements from which a transpose copies runs
 _SOFTMAX = 16_384  # values from which a softmax runs on several threads

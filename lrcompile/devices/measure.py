@@ -109,7 +109,7 @@ class LocalCostModel:
         if op.kind == "view":
             return Cost()
         try:
-            copies, regions = self._repeated(op)
+            copies, regions = _repeated(op, self.opset)
         except UnsupportedRegion as error:
             return self._predicted(error.reason, _prior().cost(op))
         if not regions:
@@ -125,7 +125,7 @@ class LocalCostModel:
     def forget(self, op: OpDesc) -> None:
         """Drops what is remembered of an operation, so that it is measured again."""
         with suppress(UnsupportedRegion):
-            _, regions = self._repeated(op)
+            _, regions = _repeated(op, self.opset)
             if regions:
                 key, _ = self._identified(regions)
                 self._memory.pop(key, None)
@@ -175,16 +175,6 @@ class LocalCostModel:
         excess = new.latency_s - HOPELESS * old.latency_s
         sigma = math.hypot(new.sigma_s, HOPELESS * old.sigma_s)
         return Cost(excess, sigma).p_positive < CONFIDENCE
-
-    def _repeated(self, op: OpDesc) -> tuple[int, list[LoweredRegion]]:
-        """(how many copies more the first graph of an operation holds than the second, these and what tells the pace).
-
-        There are none if it has no such form.
-
-        Raises:
-            UnsupportedRegion: it has no form in ONNX.
-        """
-        return _repeated(op, self.opset)
 
     def _timings(self, regions: Sequence[LoweredRegion]) -> tuple[Timing, ...] | str:
         """The timings of some regions, known or new; the reason where there are none."""
@@ -341,6 +331,13 @@ def _cpu_facts() -> dict[str, str]:
 
 @lru_cache(maxsize=256)  # a calibration comes back to an operation after 60 others, a check of it after 200
 def _repeated(op: OpDesc, opset: int) -> tuple[int, list[LoweredRegion]]:
+    """(how many copies more the first graph of an operation holds than the second, these and what tells the pace).
+
+    There are none if it has no such form.
+
+    Raises:
+        UnsupportedRegion: it has no form in ONNX.
+    """
     least = least_copies(op)
     copies = copies_for(op, _arithmetic_here().cost(op).latency_s)
     graphs = [gm for gm in (repeated(op, least + copies), repeated(op, least)) if gm is not None]

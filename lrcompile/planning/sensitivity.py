@@ -46,7 +46,7 @@ class Evaluator:
         self.batches, self.reference = _outputs(graph, batches, divisible)
         self.evaluations = 0
         self._known: dict[tuple[str, ...], float] = {}
-        self._asked: set[tuple[str, ...]] = set()
+        self._alone: dict[Family, dict[float, float]] = {}  # a layer's own error: that of the model
         self._base: tuple[Graph, dict[str, Any]] | None = None
 
     def measured_in(self, measure: Measure) -> Evaluator:
@@ -58,7 +58,7 @@ class Evaluator:
         if measure == self.measure:
             return self
         measure.check(self.reference[0])
-        result = copy.copy(self)
+        result = self.afresh()
         result.measure = measure
         return result
 
@@ -68,7 +68,7 @@ class Evaluator:
         So what a search says does not depend on what came before it.
         """
         result = copy.copy(self)
-        result._asked = set()
+        result._alone = {}
         return result
 
     @property
@@ -108,8 +108,11 @@ class Evaluator:
         is not computed again on the first batch.
         """
         count = self.quick_batches if quick else len(self.batches)
-        key = self._key(candidates, count)
-        self._asked.add(key)
+        key = (
+            self.measure.name,
+            str(count),
+            *(str(rewrite) for candidate in candidates for rewrite in candidate.rewrites),
+        )
         if key not in self._known:
             self.evaluations += 1
             trial = rewritten(graph, [r for candidate in candidates for r in candidate.rewrites], passes, context)
@@ -117,27 +120,20 @@ class Evaluator:
             results = [_resumed(trial, self.batches[0], self._values(graph), touched)]
             results += [run(trial.gm, batch) for batch in self.batches[1:count]]
             self._known[key] = self.measure.root(self.measure.total(zip(self.reference, results, strict=False)))
+        if len(candidates) == 1 and count == self.quick_batches and candidates[0].error > 0:
+            self._alone.setdefault(candidates[0].family, {})[candidates[0].error] = self._known[key]
         return self._known[key]
 
-    def effect(self, candidate: Candidate, rivals: Iterable[Candidate]) -> float | None:
+    def effect(self, candidate: Candidate) -> float | None:
         """What a candidate alone does to the outputs, as far as this search has asked for it in quick looks.
 
-        That is the error of the model with it; where it was not measured, that with one of its `rivals` for the same
-        layers, in proportion to their own errors. None where none was.
+        That is the error of the model with it; where it was not measured, that with one of its family, in proportion to
+        their own errors. None where none was.
         """
         if candidate.error == 0:
             return 0.0
-        known = {
-            rival.error: self._known[key]
-            for rival in (candidate, *rivals)
-            if rival.family == candidate.family and (key := self._key([rival], self.quick_batches)) in self._asked
-        }
+        known = self._alone.get(candidate.family)
         return in_proportion(candidate, known, self.resolution) if known else None
-
-    def _key(self, candidates: Sequence[Candidate], count: int) -> tuple[str, ...]:
-        """What an error is remembered by, measured with candidates applied on so many batches."""
-        made = (str(rewrite) for candidate in candidates for rewrite in candidate.rewrites)
-        return self.measure.name, str(count), *made
 
     def _values(self, graph: Graph) -> dict[str, Any]:
         """The values of the graph's nodes on the first batch, none of them if they are too many."""

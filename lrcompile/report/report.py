@@ -122,13 +122,13 @@ def decide(
     canonical: Sequence[Rewrite] = (),
     overruled: Mapping[str, str] | None = None,
     remark: Callable[[Rewrite], str] = lambda rewrite: "",
-    effect: Callable[[Candidate, Sequence[Candidate]], float | None] = lambda candidate, rivals: None,
+    effect: Callable[[Candidate], float | None] = lambda candidate: None,
 ) -> list[Decision]:
     """The decision for every linear, convolution and embedding layer, in graph order.
 
     `canonical` are the exact rewrites made before anything was priced; `overruled` are the sites whose rewrite was
     set aside by a measurement of the whole model, with the reason. `remark` says what a pass has to say of a rewrite,
-    `effect` gives the root of what one alone does to the model's outputs, where it is known, beside its rivals.
+    `effect` gives the root of what one alone does to the model's outputs, where it is known.
     """
     by_site: dict[str, list[Candidate]] = defaultdict(list)
     for candidate in pricing.candidates:
@@ -145,7 +145,7 @@ def decide(
     decisions = []
 
     def felt(candidate: Candidate | None) -> float | None:
-        root = None if candidate is None else effect(candidate, by_site[candidate.sites[0]])
+        root = None if candidate is None else effect(candidate)
         return None if root is None else budget.measure_in_use.value(root)
 
     for path, site in graph.sites().items():
