@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from lrcompile.devices.fusion import describe_all
 from lrcompile.frontend.export import batch_size
 from lrcompile.graph.verify import is_float
 from lrcompile.planning.budget import Budget
@@ -49,7 +50,7 @@ def remarks(p: Prepared, budget: Budget, choice: Choice, measured: Measured | No
             if asked
             else f"no rewrite gains anything on {p.target.name} within the budget: {made}"
         )
-    found += p.target.remarks()
+    found += [*p.target.remarks(), *_of_the_host(p, choice)]
     found += _of_whole_numbers(p, budget, choice)
     if not p.calibration:
         found.append("no calibration data: decompositions see the weights only, errors are on the example inputs")
@@ -59,6 +60,24 @@ def remarks(p: Prepared, budget: Budget, choice: Choice, measured: Measured | No
             "unseen data may be larger; give more data, or a smaller --batch"
         )
     return [*found, *_of_few_rows(p)]
+
+
+def _of_the_host(p: Prepared, choice: Choice) -> list[str]:
+    """That calls from eager PyTorch take longer than the device does, where that was measured: a floor of their own."""
+    target = p.target
+    if not target.device.host_s:
+        return []
+    latency_s = target.whole(target.costs(choice.graph.gm)).latency_s
+    ops = describe_all(choice.graph.gm, frozenset(), target.device.lacks).values()
+    calls = sum(op.kind != "view" for op in ops)
+    floor_s = calls * target.device.host_s
+    if floor_s <= latency_s:
+        return []
+    return [
+        f"called one by one from eager PyTorch, its {calls} operations take the host {floor_s * 1e3:.2g} ms, more than "
+        f"the {latency_s * 1e3:.2g} ms on {target.name}: there the host decides, and rewrites gain nothing; run the "
+        "ONNX file, CUDA graphs or torch.compile"
+    ]
 
 
 def _of_few_rows(p: Prepared) -> list[str]:

@@ -10,8 +10,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from lrcompile.devices.features import features
-from lrcompile.devices.features_cpu import in_blocks
 from lrcompile.devices.measure import local_device
+from lrcompile.devices.mlas import in_blocks
 from lrcompile.devices.profile import load_device
 from lrcompile.graph.op import ConvShape, conv_op, gemm_op
 from tests.optimised import optimised

@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "planning": "errors memory graph devices frontend planning.moments planning.decompose passes",
     "report": "errors graph devices frontend planning",
     "confirm": "errors graph devices frontend emit planning",
-    "remarks": "frontend graph planning planning.moments",
+    "remarks": "devices frontend graph planning planning.moments",
     "quantization": "errors graph devices frontend emit planning report confirm",
     "compile": "errors cache graph devices frontend lower emit passes plugins planning.store planning report confirm "
     "remarks quantization",

@@ -22,9 +22,10 @@ from torch import fx
 from lrcompile.devices.correlation import difference_sigma_s
 from lrcompile.devices.cost import Cost, total
 from lrcompile.devices.device import Device, Engine, Kernels, Winograd
-from lrcompile.devices.features import family, features
-from lrcompile.devices.features_cpu import is_product, is_whole, product_of, runs_unfolded
+from lrcompile.devices.features import family, features, work_s
 from lrcompile.devices.fusion import describe_all
+from lrcompile.devices.mlas import is_product, is_whole, product_of, runs_unfolded
+from lrcompile.devices.residual import Residuals
 from lrcompile.graph.op import DTYPE_BYTES, AttentionShape, ConvShape, GemmShape, OpDesc, RecurrentShape
 
 Direction = Literal["forward", "data", "weight"]
@@ -99,12 +100,22 @@ class AnalyticCostModel:
         sigma = self.device.sigma_relative[_op_class(op)]
         residuals = None if self.training else self.device.residuals.get(family(op) or "")
         if residuals is not None:
-            correction, sigma = residuals.at(features(op, self.device))
-            latency_s *= math.exp(correction)
+            latency_s, sigma = corrected(self.device, residuals, op, latency_s, sigma)
         latency_s *= slower
         sigma_s = sigma * latency_s
         flops = op.flops * len(directions)
         return Cost(latency_s, sigma_s, flops, op.weight_bytes, op.activation_bytes)
+
+
+def corrected(device: Device, residuals: Residuals, op: OpDesc, latency_s: float, sigma: float) -> tuple[float, float]:
+    """Latency in s and relative error of an operation of a measured family; the formula's where that cannot say."""
+    if residuals.work is not None:
+        by_work_s = work_s(op, device, residuals.work)
+        if math.isnan(by_work_s):  # some of its work is of a kind that was not measured
+            return latency_s, sigma
+        latency_s = by_work_s
+    correction, sigma = residuals.at(features(op, device, residuals.work))
+    return latency_s * math.exp(correction), sigma
 
 
 def eager_latency_s(device: Device, ops: Iterable[OpDesc]) -> float:

@@ -19,8 +19,8 @@ from torch import fx
 from lrcompile.devices.analytic import AnalyticCostModel
 from lrcompile.devices.cost import Cost
 from lrcompile.devices.device import KERNEL_FIGURES, UNFOLD_FIGURES, Device, Pace
-from lrcompile.devices.features import family, features
-from lrcompile.devices.fit import figure, fit, with_figures
+from lrcompile.devices.features import amounts, family, features
+from lrcompile.devices.fit import figure, fit, prices, with_figures
 from lrcompile.devices.fusion import describe_all
 from lrcompile.devices.pace import at, in_step, pace_of
 from lrcompile.devices.profile_text import profile_text
@@ -44,6 +44,7 @@ ENDED = 0.94  # share of the time after which networks are measured
 FEWEST_NETWORKS = 5
 ROUNDS, POOL = 3, 6000
 AGREE = 0.03  # difference of two visits up to which there is no third
+ENOUGH_FOR_A_PRICE = 2  # measurements of a family for each part of its work
 FIT_TO = 600  # operations of a family that the formula's figures are fitted to
 Fits = tuple[tuple[tuple[str, ...], dict[str, str]], ...]
 
@@ -339,9 +340,9 @@ def calibrated(found: Calibration, name: str, description: str, source: str) -> 
     """
     device = found.device
     sigma = {
-        key: math.sqrt(float(np.mean(np.concatenate(left) ** 2)))
+        key: math.sqrt(float(np.mean(_log_errors(device, mine) ** 2)))
         for key, families in SIGMAS.items()
-        if (left := [one.values for name, one in found.residuals.items() if name.partition("-")[0] in families])
+        if len(mine := [m for m in found.measurements if (family(m.op) or "").partition("-")[0] in families])
     }
     sources = dict.fromkeys(found.places, source)
     if device.bandwidth_bytes_s > device.bandwidth_peak_bytes_s:
@@ -388,7 +389,7 @@ def _worst(device: Device, found: Sequence[Measurement], pool: Sequence[OpDesc])
         if name not in now.residuals:
             return math.inf
         residuals = now.residuals[name]
-        return now.sigma(name) * residuals.at(features(op, device))[1] / residuals.spread
+        return now.sigma(name) * residuals.at(features(op, device, residuals.work))[1] / residuals.spread
 
     lots = np.random.default_rng(len(good)).exponential(size=len(pool))
     return [op for _, op in sorted(zip(lots, pool, strict=True), key=lambda pair: float(pair[0] / doubt(pair[1])))]
@@ -469,7 +470,17 @@ def _residuals(device: Device, good: Sequence[Measurement]) -> dict[str, Residua
         name = family(m.op)
         if name is not None:
             found[name].append(m)
-    result = {}
-    for name, mine in found.items():
-        result[name] = fitted(np.array([features(m.op, device) for m in mine]), _log_errors(device, mine))
-    return result
+    return {name: _residuals_of(device, mine) for name, mine in found.items()}
+
+
+def _residuals_of(device: Device, mine: Sequence[Measurement]) -> Residuals:
+    """What is left of a family, by the formula or by the work that it is made of, whichever is nearer."""
+    values, work = _log_errors(device, mine), None
+    parts = np.array([amounts(m.op, device) for m in mine])
+    if len(mine) >= ENOUGH_FOR_A_PRICE * parts.shape[1] > 0:
+        latencies = np.array([m.cost.latency_s for m in mine])
+        found = prices(parts, latencies)
+        left = np.log(latencies / (parts @ np.nan_to_num(found)))
+        if left @ left < values @ values:
+            values, work = left, found
+    return fitted(np.array([features(m.op, device, work) for m in mine]), values, work)

@@ -48,9 +48,10 @@ def _variance(device: Device, name: str | None, group: Sequence[tuple[OpDesc, fl
     if not ops:
         return 0.0
     residuals = device.residuals.get(name) if name else None
-    if residuals is not None:
+    at = [features(op, device, residuals.work) for op in ops] if residuals is not None else []
+    if residuals is not None and np.isfinite(at).all():
         latencies = np.array([signed[op][0] for op in ops])
-        covariance = residuals.joint([features(op, device) for op in ops])[1] + residuals.noise**2 * np.eye(len(ops))
+        covariance = residuals.joint(at)[1] + residuals.noise**2 * np.eye(len(ops))
         return float(latencies @ covariance @ latencies)
     sigmas = np.array([signed[op][1] for op in ops])
     points = np.array([sizes(op) for op in ops])

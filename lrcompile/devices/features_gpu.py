@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 
-from lrcompile.devices.features_cpu import APART, Features, empty, log2, padded
+from lrcompile.devices.features_cpu import APART, Features, empty, log2
+from lrcompile.devices.mlas import padded
 from lrcompile.graph.op import AttentionShape, ConvShape, GemmShape, OpDesc
 
 _TILE, _HALF_TILE = 128, 64  # extents of kernels

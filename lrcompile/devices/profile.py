@@ -32,7 +32,7 @@ from lrcompile.devices.device import (
     Unfold,
     Winograd,
 )
-from lrcompile.devices.features import WIDTHS, width_of
+from lrcompile.devices.features import WIDTHS, WORK, width_of
 from lrcompile.devices.residual import DISTANCES, Residuals
 from lrcompile.errors import DeviceError
 
@@ -236,7 +236,10 @@ class _Reader:
         if width is None:
             raise self.error(place, f"one of {', '.join(WIDTHS)}", "an unknown family of operations")
         table = self.table(self.table(self.document, "", "residuals"), "residuals", name)
-        self.keys(place, table, ("source", "distance", "reach", "spread", "noise", "points"))
+        priced = "work" in table and self.document["kind"] == "cpu"
+        self.keys(place, table, ("source", "distance", "reach", "spread", "noise", "points", *["work"] * priced))
+        work = self.prices(place, table, WORK[name]) if priced else None
+        width += priced
         if table["distance"] not in DISTANCES:
             raise self.error(f"{place}.distance", f"one of {', '.join(DISTANCES)}", repr(table["distance"]))
         spread, noise = (_number(table[key]) for key in ("spread", "noise"))
@@ -247,7 +250,15 @@ class _Reader:
         if len(reach) != 1 or not (reach > 0).all():
             raise self.error(f"{place}.reach", f"{width} finite numbers above 0", "something else")
         self.source(place, table)
-        return Residuals(rows[:, :-1], rows[:, -1], reach[0], spread, noise, table["distance"])
+        return Residuals(rows[:, :-1], rows[:, -1], reach[0], spread, noise, table["distance"], work)
+
+    def prices(self, place: str, table: Mapping[str, Any], count: int) -> np.ndarray:
+        """Of work, in s; NaN of what was not measured."""
+        found = table["work"]
+        good = isinstance(found, list) and all(type(price) in (int, float) for price in found)
+        if not good or len(found) != count or not all(0 <= price < math.inf or math.isnan(price) for price in found):
+            raise self.error(f"{place}.work", f"{count} finite numbers of at least 0, or nan", "something else")
+        return np.array(found, dtype=float)
 
     def rows(self, place: str, table: Mapping[str, Any], key: str, width: int) -> np.ndarray:
         try:

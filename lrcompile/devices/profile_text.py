@@ -127,6 +127,8 @@ def _residuals(name: str, residuals: Residuals, source: str) -> Iterator[str]:
     yield f"\n[residuals.{name}]"
     yield f"source = {_quoted(source)}"
     yield f"distance = {_quoted(residuals.distance)}"
+    if residuals.work is not None:
+        yield f"work = [{', '.join(f'{x:.6g}' for x in residuals.work)}]"
     yield f"reach = [{', '.join(f'{x:.5g}' for x in residuals.reach)}]"
     yield from (f"{key} = {getattr(residuals, key):.6g}" for key in ("spread", "noise"))
     yield "points = ["

@@ -1,4 +1,4 @@
-"""What a formula leaves of measurements, interpolated between shapes: it corrects near them, and not far from them."""
+"""What a prediction leaves of measurements, interpolated between shapes: it corrects near them, not far from them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ class Residuals:
     A Gaussian process with the kernel spread² · exp(−‖difference/reach‖) and independent noise (Rasmussen and Williams,
     Gaussian Processes for Machine Learning, 2006, eq. 2.23 and 4.18): not smooth, as kernels of libraries are not. The
     length is Euclidean, or the sum over the features ("cityblock"), where each makes jumps of its own. A prediction
-    uses the nearest values. `points` are [count × features], `reach` is one a feature.
+    uses the nearest values. `points` are [count × features], `reach` is one a feature. What is corrected is the sum of
+    an operation's work at the prices `work` in s; without them it is the formula.
     """
 
     points: np.ndarray
@@ -43,6 +44,7 @@ class Residuals:
     spread: float
     noise: float
     distance: Distance = "euclidean"
+    work: np.ndarray | None = None
 
     @cached_property
     def _scaled(self) -> np.ndarray:
@@ -89,7 +91,7 @@ class Residuals:
         return self.spread**2 * np.exp(-cdist(scaled, scaled, self.distance)) + self.noise**2 * np.eye(len(scaled))
 
 
-def fitted(points: np.ndarray, values: np.ndarray) -> Residuals:
+def fitted(points: np.ndarray, values: np.ndarray, work: np.ndarray | None = None) -> Residuals:
     """Distance, reach, spread and noise that explain the values best; found by some of them where there are many."""
     some = np.random.default_rng(0).permutation(len(points))[:ENOUGH]
     width = points.shape[1]
@@ -105,7 +107,7 @@ def fitted(points: np.ndarray, values: np.ndarray) -> Residuals:
     ]  # fmt: skip
     distance, best = min(tried, key=lambda one: float(one[1].fun))
     reach, (spread, noise) = np.exp(best.x[:width]), np.exp(best.x[width:])
-    return Residuals(points, values, reach, float(spread), float(noise), distance)
+    return Residuals(points, values, reach, float(spread), float(noise), distance, work)
 
 
 def _surprise(
