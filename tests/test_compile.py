@@ -354,3 +354,11 @@ class Overflowing(Doubling):
 def test_a_rewrite_that_overflows_is_named_with_its_site(mlp: Mlp) -> None:
     with pytest.raises(VerificationError, match=r"pass overflowing at down makes the output infinite or NaN"):
         lrcompile.compile(mlp, (X,), target="v100", passes=[Overflowing()], budget=lrcompile.Budget(size=0.9999))
+
+
+@pytest.mark.parametrize(("target", "rows", "told"), [("v100", 8, True), ("v100", 1 << 16, False), ("a100", 8, False)])
+def test_where_the_host_decides_in_eager_pytorch_it_is_said(target: str, rows: int, told: bool) -> None:
+    """The calls of small layers take longer than the layers do; what a call takes was measured for the V100 and T4."""
+    model = nn.Sequential(nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 256)).eval()
+    report = lrcompile.compile(model, (torch.randn(rows, 256),), target=target).report
+    assert any("take the host" in note for note in report.notes) is told

@@ -9,13 +9,12 @@ from __future__ import annotations
 import math
 import os
 import platform
-import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from lrcompile.devices.analytic import AnalyticCostModel
 from lrcompile.devices.bench import ORT_ERRORS, Clock, Run, random_array, session_options, waited_s
 from lrcompile.devices.cost import Cost
 from lrcompile.devices.device import Device
-from lrcompile.devices.onnx_graph import OPSET, Port
+from lrcompile.devices.onnx_graph import OPSET
 from lrcompile.devices.onnx_region import LoweredRegion, UnsupportedRegion, lower_region
 from lrcompile.devices.pace import Paced
 from lrcompile.devices.profile import load_device
@@ -53,7 +52,6 @@ VECTOR_UNITS = {  # by the flags of x86, the widest first
     "avx2": "AVX2",
 }  # fmt: skip
 UNMEASURABLE: tuple[type[Exception], ...] = (*ORT_ERRORS, MemoryError)
-Level = Callable[[Sequence[float]], float]
 LEAST_S = 2e-8  # what any operation takes, where noise hides it
 
 
@@ -134,17 +132,12 @@ class LocalCostModel:
                 forget(self.cache_dir, key)
 
     def network(self, graph: fx.GraphModule) -> Cost:
-        """What a call of a whole graph on meta tensors usually takes, from arrays to arrays: half of all take longer.
+        """The price of a whole graph on meta tensors, its start included.
 
         Raises:
             DeviceError: ONNX Runtime cannot run it.
         """
-        region, telling = lower_region(graph, opset=self.opset), _telling("fp32", self.opset)[::-1]
-        key = _key(["called", *(one.signature() for one in (region, *telling))], self.threads)
-        timings = self._known(key, 1 + len(telling))
-        if timings is None:
-            opened = [partial(open_called, region, self.threads), *(partial(self._opened, one) for one in telling)]
-            timings = self._measured(key, opened, statistics.median)
+        timings = self._timings([lower_region(graph, opset=self.opset), *_telling("fp32", self.opset)[::-1]])
         if isinstance(timings, str):
             raise DeviceError(f"a network cannot be measured here: {timings}")
         return Paced(*timings[0], product_s=timings[1][0], handed_s=timings[2][0])
@@ -166,7 +159,7 @@ class LocalCostModel:
         if timings is None and not self.worth_measuring(before, after):
             self.counters.skipped += 1
             return _prior().compare(before, after)
-        timings = timings or self._measured(key, [partial(self._opened, region) for region in distinct])
+        timings = timings or self._measured(key, distinct)
         if isinstance(timings, str):
             return self._predicted(timings, _prior().compare(before, after))
         if len(distinct) == 1:  # what is the same costs the same, to the last bit
@@ -186,7 +179,7 @@ class LocalCostModel:
     def _timings(self, regions: Sequence[LoweredRegion]) -> tuple[Timing, ...] | str:
         """The timings of some regions, known or new; the reason where there are none."""
         key, distinct = self._identified(regions)
-        return self._known(key, len(distinct)) or self._measured(key, [partial(self._opened, one) for one in distinct])
+        return self._known(key, len(distinct)) or self._measured(key, distinct)
 
     def _identified(self, regions: Sequence[LoweredRegion]) -> tuple[str, Sequence[LoweredRegion]]:
         """What the timings of regions are remembered by, and which are measured: a pair of equals as one."""
@@ -203,11 +196,9 @@ class LocalCostModel:
             self.counters.reused += 1
         return known
 
-    def _measured(
-        self, key: str, opened: Sequence[Callable[[], Run]], level: Level | None = None
-    ) -> tuple[Timing, ...] | str:
+    def _measured(self, key: str, regions: Sequence[LoweredRegion]) -> tuple[Timing, ...] | str:
         try:
-            timings = measure([made() for made in opened], self.clock, self.waited, level)
+            timings = measure([self._opened(region) for region in regions], self.clock, self.waited)
         except UNMEASURABLE as error:
             self._unmeasurable[key] = f"ONNX Runtime: {first_line(error)}"
             return self._unmeasurable[key]
@@ -237,12 +228,14 @@ def open_region(region: LoweredRegion, threads: int | None = None) -> Run:
     Raises:
         ORT_ERRORS: ONNX Runtime cannot open the region or allocate its inputs.
     """
-    session = _session(region, threads)
+    model = region.model().SerializeToString()
+    session = ort.InferenceSession(model, session_options(threads), providers=["CPUExecutionProvider"])
     binding = session.io_binding()
     rng = np.random.default_rng(0)
     held = []  # a bound value does not own its memory
     for port in region.inputs:
-        held.append(ort.OrtValue.ortvalue_from_numpy(_random_of(port, rng)))
+        few = random_array(rng, (min(math.prod(port.shape), FEW),), helper.tensor_dtype_to_np_dtype(port.elem_type))
+        held.append(ort.OrtValue.ortvalue_from_numpy(np.resize(few, port.shape)))
         binding.bind_ortvalue_input(port.name, held[-1])
     for port in region.outputs:
         dtype = helper.tensor_dtype_to_np_dtype(port.elem_type)
@@ -256,47 +249,16 @@ def open_region(region: LoweredRegion, threads: int | None = None) -> Run:
     return run
 
 
-def open_called(region: LoweredRegion, threads: int | None = None) -> Run:
-    """A call that runs the region once in ONNX Runtime as users do, from arrays to arrays.
-
-    Raises:
-        ORT_ERRORS: ONNX Runtime cannot open the region.
-    """
-    session = _session(region, threads)
-    rng = np.random.default_rng(0)
-    arrays = {port.name: _random_of(port, rng) for port in region.inputs}
-
-    def run() -> None:
-        session.run(None, arrays)
-
-    run()
-    return run
-
-
-def _session(region: LoweredRegion, threads: int | None) -> ort.InferenceSession:
-    model = region.model().SerializeToString()
-    return ort.InferenceSession(model, session_options(threads), providers=["CPUExecutionProvider"])
-
-
-def _random_of(port: Port, rng: np.random.Generator) -> np.ndarray:
-    """Few random values over and over."""
-    dtype = helper.tensor_dtype_to_np_dtype(port.elem_type)
-    return np.resize(random_array(rng, (min(math.prod(port.shape), FEW),), dtype), port.shape)
-
-
 def pace_now() -> Paced:
     """What tells the pace of this machine now, of no operation."""
     (handed_s, _), (product_s, _) = measure([open_region(region) for region in _telling("fp32", OPSET)])
     return Paced(product_s=product_s, handed_s=handed_s)
 
 
-def measure(
-    runs: Sequence[Run], clock: Clock = time.perf_counter, waited: Clock = waited_s, level: Level | None = None
-) -> tuple[Timing, ...]:
+def measure(runs: Sequence[Run], clock: Clock = time.perf_counter, waited: Clock = waited_s) -> tuple[Timing, ...]:
     """Latency in s of some calls, and its standard deviation; they are run in turn.
 
-    What of the samples counts is their `level`, the mean of the fastest quarter where none is given. Of several runs,
-    the deviation is that of the difference of the first two, shared, so that drift which both felt does not
+    Of several, the deviation is that of the difference of the first two, shared, so that drift which both felt does not
     count. `waited` gives the seconds that other programs have kept this one's threads from running. A steady load of
     that kind slows both halves of the samples alike: a poor measurement is repeated if the load goes, and what remains
     of it widens the deviation (our reading: what waits all the time takes up to twice as long where it runs on several
@@ -316,8 +278,7 @@ def measure(
         again = attempt(MAX_ROUNDS)
         contention, samples = min((contention, samples), again, key=lambda found: found[0] + _spread(found[1]))
     floor = SIGMA_FLOOR + SIGMA_CONTENDED * contention
-    levels = [(level or _low)(side) for side in samples]
-    return tuple((latency_s, max(_noise(samples), floor * latency_s)) for latency_s in levels)
+    return tuple((_low(side), max(_noise(samples), floor * _low(side))) for side in samples)
 
 
 def local_device() -> Device:

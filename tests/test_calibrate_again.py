@@ -1,0 +1,57 @@
+"""A calibration that is stopped goes on where it was."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lrcompile.devices import measure
+from lrcompile.devices.calibrate import calibrate
+from lrcompile.devices.cost import Cost
+from lrcompile.devices.measure import LocalCostModel
+from lrcompile.devices.timings import Timing
+from lrcompile.graph.op import OpDesc
+from tests.test_calibrate import X86, Clock, machine
+
+
+def test_what_was_measured_before_a_stop_is_not_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped after 300 measurements, it measures the others only, and as many more as it has time for."""
+    clock, asked = Clock(), list[OpDesc]()
+    truth, stop_after = machine(clock), 300
+
+    def timed(runs: list[OpDesc], *_: object) -> tuple[Timing, ...]:
+        op = runs[0]
+        asked.append(op)
+        if len(asked) == stop_after:
+            raise KeyboardInterrupt
+        latency_s = truth(op).latency_s
+        return tuple((seconds, 1e-12) for seconds in (2 * latency_s, latency_s, 1e-5, 1e-5))
+
+    monkeypatch.setattr(measure, "measure", timed)
+    monkeypatch.setattr(measure, "_repeated", lambda op, opset: (1, [op] * 4))
+    monkeypatch.setattr(LocalCostModel, "_opened", lambda self, region: region)
+    monkeypatch.setattr(LocalCostModel, "_identified", lambda self, regions: (str(hash(regions[0])), regions))
+
+    def visits(folder: Path) -> list[LocalCostModel]:
+        return [LocalCostModel(cache_dir=folder / str(visit)) for visit in range(3)]
+
+    def measured(models: list[LocalCostModel], op: OpDesc, visit: int) -> Cost:
+        return models[visit].cost(op)
+
+    def run(folder: Path) -> None:
+        models = visits(folder)
+        clock.now = 0.0
+        calibrate(X86, lambda op, visit: measured(models, op, visit), 30.0, seed=3, clock=clock)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "stopped")
+    kept = len(list((tmp_path / "stopped").rglob("*.json")))
+    assert kept == stop_after - 1
+    stop_after, before = 10**9, len(asked)
+    run(tmp_path / "stopped")
+    fresh = asked[before:]
+    asked.clear()
+    run(tmp_path / "whole")
+    assert fresh[:250] == asked[kept:][:250]  # the others, in the same order, while they are drawn at random
+    assert len(fresh) >= len(asked) - 1  # and with the time that was saved, as many more
