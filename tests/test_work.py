@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from lrcompile.devices.analytic import AnalyticCostModel
-from lrcompile.devices.calibrate import Calibration, Measurement, calibrated, fitted_to
+from lrcompile.devices.calibrate import Calibration, Measurement, _worst, calibrated, fitted_to
 from lrcompile.devices.correlation import difference_sigma_s
 from lrcompile.devices.cost import Cost
 from lrcompile.devices.device import Device
@@ -154,6 +154,15 @@ def test_work_of_a_kind_that_was_not_measured_is_left_to_the_formula(device: Dev
     assert got.sigma_s == formula.cost(op).sigma_s
     sides = [[(op, got)], [(usual, AnalyticCostModel(device).cost(usual))]]
     assert 0 < difference_sigma_s(device, *sides) < math.inf
+
+
+def test_what_has_work_that_nothing_had_is_measured_first(calibration: Calibration) -> None:
+    shape = ConvShape(1, 30, 30, (16, 16), (16, 16), (3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1), 30)
+    unknown = conv_op(shape, "fp32")
+    pool = [*islice(operations(12), 30), unknown]
+    found = _worst(X86, calibration.measurements, pool)
+    assert found[0] == unknown
+    assert sorted(map(repr, found)) == sorted(map(repr, pool))
 
 
 def test_profiles_with_work_are_read_as_they_were_written(device: Device, tmp_path: Path) -> None:

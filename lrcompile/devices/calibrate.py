@@ -389,7 +389,10 @@ def _worst(device: Device, found: Sequence[Measurement], pool: Sequence[OpDesc])
         if name not in now.residuals:
             return math.inf
         residuals = now.residuals[name]
-        return now.sigma(name) * residuals.at(features(op, device, residuals.work))[1] / residuals.spread
+        point = features(op, device, residuals.work)
+        if not np.isfinite(point).all():  # it has work that nothing measured had
+            return math.inf
+        return now.sigma(name) * residuals.at(point)[1] / residuals.spread
 
     lots = np.random.default_rng(len(good)).exponential(size=len(pool))
     return [op for _, op in sorted(zip(lots, pool, strict=True), key=lambda pair: float(pair[0] / doubt(pair[1])))]

@@ -71,7 +71,7 @@ def of_recurrent(shape: RecurrentShape, block: int, threads: int) -> Amounts:
     rows = -(-shape.batch // threads) if divided else shape.batch
     shared = not divided and shape.batch * hidden * gates >= mlas.SINGLE
     share = threads if shared else 1
-    products = [gates] if shape.gates == 4 else [2 * hidden, hidden]
+    products = [2 * hidden, hidden] if shape.gates == 3 else [gates]
     cycles = sum(product_cycles(rows, columns, hidden, block) for columns in products) / share
     weight = 4 * hidden * gates / share
     amounts = [
