@@ -7,6 +7,7 @@ python -m tools.bench_planner pairs       thirty pairs of a model and a budget: 
 python -m tools.bench_planner felt        splits that count by what the output feels, against those that do not
 python -m tools.bench_planner windows     splits of convolutions fitted to patches, against those fitted to channels
 python -m tools.bench_planner defaults    what a compile without options gains on trained models
+python -m tools.bench_planner lapack      which part of a compile decompositions are
 """
 
 from __future__ import annotations
@@ -357,20 +358,23 @@ def windows() -> Iterator[str]:
             yield f"{rewrite.site[0]:7}{words:42}{errors[0]:10.4f}{errors[1]:10.4f}"
 
 
-# ---------------------------------------------------------------------------------------------------------- defaults
+# ----------------------------------------------------------------------------------------------- defaults and LAPACK
+
+PUBLISHED: dict[str, tuple[Callable[[], Example], Callable[[], list[tuple[Tensor, ...]]]]] = {
+    "MiniLM-L6": (models.minilm, lambda: list(sentences(0, 64))),
+    "EfficientNet-Lite0": (
+        models.efficientnet_lite0,
+        lambda: [(part,) for part in models.calibration_images(32).split(8)],
+    ),
+}
+"""Published models, and data to calibrate them with."""
+FACTORIZATIONS = ("eigh", "svd", "qr", "cholesky_ex", "solve_triangular")  # of torch.linalg: all that passes call
 
 
 def defaults() -> Iterator[str]:
     """What the default budget gains on trained models, with and without calibration data."""
     yield f"{'model':20}{'device':12}{'calibration':14}{'speed-up':>9}{'error':>8}{'rewrites':>10}{'lossy':>7}"
-    examples: dict[str, tuple[Callable[[], Example], Callable[[], list[tuple[Tensor, ...]]]]] = {
-        "MiniLM-L6": (models.minilm, lambda: list(sentences(0, 64))),
-        "EfficientNet-Lite0": (
-            models.efficientnet_lite0,
-            lambda: [(part,) for part in models.calibration_images(32).split(8)],
-        ),
-    }
-    for name, (example, data) in examples.items():
+    for name, (example, data) in PUBLISHED.items():
         for device in ("v100", "ascend310"):
             for batches in ([], data()):
                 target = resolve_target(device)
@@ -384,9 +388,39 @@ def defaults() -> Iterator[str]:
                 )
 
 
+def lapack() -> Iterator[str]:
+    """Time in decompositions, of that up to a choice: nothing is known from disk, and one thread works."""
+    yield f"{'model':20}{'calls':>7}{'in them s':>11}{'all s':>8}{'share':>8}"
+    for name, (example, data) in PUBLISHED.items():
+        calls, spent_s = 0, 0.0
+
+        def timed(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            nonlocal calls, spent_s
+            start = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                calls, spent_s = calls + 1, spent_s + time.perf_counter() - start
+
+        batches, kept = data(), {key: getattr(torch.linalg, key) for key in FACTORIZATIONS}
+        for key, function in kept.items():
+            setattr(torch.linalg, key, partial(timed, function))
+        try:
+            start = time.perf_counter()
+            _, problem = prepared(example(), resolve_target("x86-ort"), batches)
+            search(problem, Budget(max_error=0.1))
+            all_s = time.perf_counter() - start
+        finally:
+            for key, function in kept.items():
+                setattr(torch.linalg, key, function)
+        yield f"{name:20}{calls:7}{spent_s:11.2f}{all_s:8.2f}{spent_s / all_s:8.1%}"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", choices=("speed", "strategies", "unseen", "pairs", "felt", "windows", "defaults"))
+    parser.add_argument(
+        "table", choices=("speed", "strategies", "unseen", "pairs", "felt", "windows", "defaults", "lapack")
+    )
     parser.add_argument("--device", default="v100", help="for strategies, unseen (default: %(default)s)")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.95, 0.9, 0.8, 0.7], help="for strategies")
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.05, 0.1, 0.2, 0.3], help="for unseen, pairs")
@@ -397,6 +431,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "felt": felt,
         "windows": windows,
         "defaults": defaults,
+        "lapack": lapack,
         "strategies": lambda: strategies(options.shares, options.device),
         "unseen": lambda: unseen(options.budgets, options.device),
         "pairs": lambda: pairs(options.budgets),
