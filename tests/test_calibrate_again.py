@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from lrcompile.devices import measure
-from lrcompile.devices.calibrate import calibrate
-from lrcompile.devices.cost import Cost
+from lrcompile.devices.calibrate import VISITS, calibrate
 from lrcompile.devices.measure import LocalCostModel
 from lrcompile.devices.timings import Timing
 from lrcompile.graph.op import OpDesc
@@ -33,16 +32,10 @@ def test_what_was_measured_before_a_stop_is_not_measured_again(tmp_path: Path, m
     monkeypatch.setattr(LocalCostModel, "_opened", lambda self, region: region)
     monkeypatch.setattr(LocalCostModel, "_identified", lambda self, regions: (str(hash(regions[0])), regions))
 
-    def visits(folder: Path) -> list[LocalCostModel]:
-        return [LocalCostModel(cache_dir=folder / str(visit)) for visit in range(3)]
-
-    def measured(models: list[LocalCostModel], op: OpDesc, visit: int) -> Cost:
-        return models[visit].cost(op)
-
     def run(folder: Path) -> None:
-        models = visits(folder)
+        models = [LocalCostModel(cache_dir=folder / str(visit)) for visit in range(VISITS)]
         clock.now = 0.0
-        calibrate(X86, lambda op, visit: measured(models, op, visit), 30.0, seed=3, clock=clock)
+        calibrate(X86, lambda op, visit: models[visit].cost(op), 30.0, seed=3, clock=clock)
 
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "stopped")

@@ -22,7 +22,7 @@ from torch import fx
 from lrcompile.devices.correlation import difference_sigma_s
 from lrcompile.devices.cost import Cost, total
 from lrcompile.devices.device import Device, Engine, Kernels, Winograd
-from lrcompile.devices.features import family, features, work_s
+from lrcompile.devices.features import family, located, work_s
 from lrcompile.devices.fusion import describe_all
 from lrcompile.devices.mlas import is_product, is_whole, product_of, runs_unfolded
 from lrcompile.devices.residual import Residuals
@@ -109,13 +109,12 @@ class AnalyticCostModel:
 
 def corrected(device: Device, residuals: Residuals, op: OpDesc, latency_s: float, sigma: float) -> tuple[float, float]:
     """Latency in s and relative error of an operation of a measured family; the formula's where that cannot say."""
-    if residuals.work is not None:
-        by_work_s = work_s(op, device, residuals.work)
-        if math.isnan(by_work_s):  # some of its work is of a kind that was not measured
-            return latency_s, sigma
-        latency_s = by_work_s
-    correction, sigma = residuals.at(features(op, device, residuals.work))
-    return latency_s * math.exp(correction), sigma
+    point = located(op, device, residuals)
+    if point is None:
+        return latency_s, sigma
+    correction, sigma = residuals.at(point)
+    base_s = latency_s if residuals.work is None else work_s(op, device, residuals.work)
+    return base_s * math.exp(correction), sigma
 
 
 def eager_latency_s(device: Device, ops: Iterable[OpDesc]) -> float:

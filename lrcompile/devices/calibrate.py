@@ -19,7 +19,7 @@ from torch import fx
 from lrcompile.devices.analytic import AnalyticCostModel
 from lrcompile.devices.cost import Cost
 from lrcompile.devices.device import KERNEL_FIGURES, UNFOLD_FIGURES, Device, Pace
-from lrcompile.devices.features import amounts, family, features
+from lrcompile.devices.features import amounts, family, features, located
 from lrcompile.devices.fit import figure, fit, prices, with_figures
 from lrcompile.devices.fusion import describe_all
 from lrcompile.devices.pace import at, in_step, pace_of
@@ -389,8 +389,8 @@ def _worst(device: Device, found: Sequence[Measurement], pool: Sequence[OpDesc])
         if name not in now.residuals:
             return math.inf
         residuals = now.residuals[name]
-        point = features(op, device, residuals.work)
-        if not np.isfinite(point).all():  # it has work that nothing measured had
+        point = located(op, device, residuals)
+        if point is None:
             return math.inf
         return now.sigma(name) * residuals.at(point)[1] / residuals.spread
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from lrcompile.devices.cost import Cost
 from lrcompile.devices.device import Device
-from lrcompile.devices.features import family, features, sizes
+from lrcompile.devices.features import family, located, sizes
 from lrcompile.graph.op import OpDesc
 
 SHARED, REACH = 0.6, 4.0
@@ -48,14 +48,15 @@ def _variance(device: Device, name: str | None, group: Sequence[tuple[OpDesc, fl
     if not ops:
         return 0.0
     residuals = device.residuals.get(name) if name else None
-    at = [features(op, device, residuals.work) for op in ops] if residuals is not None else []
-    if residuals is not None and np.isfinite(at).all():
+    points = [] if residuals is None else [located(op, device, residuals) for op in ops]
+    known = [point for point in points if point is not None]
+    if residuals is not None and len(known) == len(ops):
         latencies = np.array([signed[op][0] for op in ops])
-        covariance = residuals.joint(at)[1] + residuals.noise**2 * np.eye(len(ops))
+        covariance = residuals.joint(known)[1] + residuals.noise**2 * np.eye(len(ops))
         return float(latencies @ covariance @ latencies)
     sigmas = np.array([signed[op][1] for op in ops])
-    points = np.array([sizes(op) for op in ops])
-    away = np.linalg.norm(points[:, None] - points[None], axis=-1)
+    at = np.array([sizes(op) for op in ops])
+    away = np.linalg.norm(at[:, None] - at[None], axis=-1)
     correlation = SHARED * np.exp(-away / REACH)
     np.fill_diagonal(correlation, 1.0)
     return float(sigmas @ correlation @ sigmas)

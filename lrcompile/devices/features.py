@@ -10,6 +10,7 @@ from lrcompile.devices import features_cpu as cpu
 from lrcompile.devices import features_gpu as gpu
 from lrcompile.devices import mlas, work_cpu
 from lrcompile.devices.device import Device
+from lrcompile.devices.residual import Residuals
 from lrcompile.graph.op import DTYPE_BYTES, FUNCTIONS, OpDesc
 
 WIDTHS: dict[str, int] = {
@@ -78,6 +79,12 @@ def features(op: OpDesc, device: Device, work: np.ndarray | None = None) -> list
     """
     found = _gpu_features(op, device) if device.kind == "gpu" else _cpu_features(op, device)
     return found if work is None else [*found, cpu.log2(work_s(op, device, work) * 1e6)]
+
+
+def located(op: OpDesc, device: Device, residuals: Residuals) -> list[float] | None:
+    """Where an operation lies among its family's residuals; None where it has work that nothing measured had."""
+    point = features(op, device, residuals.work)
+    return point if np.isfinite(point).all() else None
 
 
 def work_s(op: OpDesc, device: Device, prices: np.ndarray) -> float:

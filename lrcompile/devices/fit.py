@@ -14,9 +14,9 @@ from lrcompile.devices.device import Device
 
 PRIOR = 0.1  # how strongly a figure is held to that of the profile, in a logarithm's standard deviations
 SHARES = ("efficiency", "overlap", "depthwise_efficiency", "misaligned", "few_channels")  # figures that are at most 1
-_ALONE = 0.1  # quantile of what a part would cost alone, where searches for prices start
-_FREE, _SAME = 25.0, 8.0  # how far below and above, in logarithms: almost nothing, and more than that
 EXPONENTS = ("norm_exponent",)  # and at least 1
+_ALONE = 0.1  # quantile of what a part would cost if it were all, where searches for prices start
+_BELOW, _ABOVE = 25.0, 8.0  # how far from there a price may be, in logarithms: almost nothing, and much more
 
 
 def fit(
@@ -43,8 +43,9 @@ def fit(
 
 
 def prices(amounts: np.ndarray, latencies_s: np.ndarray) -> np.ndarray:
-    """Prices of the parts of some work, each at least 0, of which its latency is the sum: [parts], in the least squares
-    of logarithms, robustly. NaN of parts that none has. `amounts` are [measurements × parts].
+    """Prices in s, [parts], by which the latency of some work is the sum of its parts; NaN of parts that none has.
+
+    They are at least 0, and fit best: the least squares of logarithms, robustly. `amounts` are [measurements × parts].
     """
     seen = np.asarray((amounts > 0).any(axis=0))
     largest = np.where(seen, amounts.max(0), 1.0)
@@ -52,7 +53,7 @@ def prices(amounts: np.ndarray, latencies_s: np.ndarray) -> np.ndarray:
     least = np.array([np.quantile(logs[part > 0] - np.log(part[part > 0]), _ALONE) for part in shares.T])
     fits = [
         least_squares(
-            lambda x: np.log(shares @ np.exp(x)) - logs, least + start, bounds=(least - _FREE, least + _SAME),
+            lambda x: np.log(shares @ np.exp(x)) - logs, least + start, bounds=(least - _BELOW, least + _ABOVE),
             loss="soft_l1", f_scale=0.3, max_nfev=200,
         )
         for start in (0.0, -2.0)

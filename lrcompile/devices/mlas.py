@@ -20,14 +20,9 @@ SOFTMAX = 16_384  # values from which a softmax runs on several threads
 WAIT = 4  # cycles after which a product can be added to the one before: short kernels wait for it
 _BYTE_CYCLES = 11 / 64  # of reading or writing, in the thread pool's cost model
 _SHARED_CYCLES = 2.1e5  # from which threads share: what it takes to start two
-_CYCLES = {
-    "sigmoid": 2.0,
-    "copy": 1.0,
-    "binary": 1.0,
-    "bias": 1.0,
-    "transpose": 1.0,
-    "reduce": 6.0,
-}  # an element
+_CYCLES = {  # an element
+    "sigmoid": 2.0, "copy": 1.0, "binary": 1.0, "bias": 1.0, "transpose": 1.0, "reduce": 6.0,
+}  # fmt: skip
 _ARRAYS = {"reduce": 1, "binary": 3, "skip_layer_norm": 3}  # that are read or written, 2 of others
 _BATCHED = 4  # sequences from which an LSTM divides them among threads
 
@@ -57,24 +52,18 @@ def product_of(shape: ConvShape) -> tuple[int, int, int, int]:
     return shape.channels_out // shape.groups, inner, math.prod(shape.size_out), shape.batch * shape.groups
 
 
-def met_rows(shape: ConvShape) -> float:
-    """The share of a kernel's rows that meet the image, over all rows of the output: others are skipped."""
-    (before, _), stride, dilation, taps = shape.padding[0], shape.stride[0], shape.dilation[0], shape.kernel[0]
-    met = sum(
-        0 <= y * stride - before + t * dilation < shape.size_in[0]
-        for y in range(shape.size_out[0])
-        for t in range(taps)
-    )
-    return max(met, 1) / (shape.size_out[0] * taps)
-
-
-def taps_met(shape: ConvShape, axis: int) -> int:
-    """Elements of a kernel along an axis that meet the image anywhere: the others are not read in blocks."""
+def taps_met(shape: ConvShape, axis: int) -> list[list[int]]:
+    """For each output along an axis, the elements of the kernel that meet the image: in blocks others are skipped."""
     (before, _), stride, dilation = shape.padding[axis], shape.stride[axis], shape.dilation[axis]
-    starts = [out * stride - before for out in range(shape.size_out[axis])]
-    return sum(
-        any(0 <= start + tap * dilation < shape.size_in[axis] for start in starts) for tap in range(shape.kernel[axis])
-    )
+    return [
+        [tap for tap in range(shape.kernel[axis]) if 0 <= out * stride - before + tap * dilation < shape.size_in[axis]]
+        for out in range(shape.size_out[axis])
+    ]
+
+
+def met_rows(shape: ConvShape) -> float:
+    """The share of a kernel's rows that meet the image, over all rows of the output."""
+    return max(sum(map(len, taps_met(shape, 0))), 1) / (shape.size_out[0] * shape.kernel[0])
 
 
 def in_blocks(shape: ConvShape, block: int) -> bool:
@@ -159,8 +148,7 @@ def row_cycles(shape: ConvShape, block: int, kind: str, threads: int, wait: int 
     if kind == "pointwise" and set(shape.stride) == {1}:  # a thread's rows are one
         high = -(-shape.size_out[0] // threads)
         return sum(run(high * row, filters) for filters in sets) / high
-    (before, _), stride, dilation, taps = shape.padding[1], shape.stride[1], shape.dilation[1], shape.kernel[1]
-    met = [sum(0 <= x * stride - before + i * dilation < shape.size_in[1] for i in range(taps)) for x in range(row)]
+    taps, met = shape.kernel[1], [len(window) for window in taps_met(shape, 1)]
     inside = met.count(taps)
     edges = sum(met) - inside * taps
     across = sum(edges * max(filters / 2, wait) + taps * run(inside, filters) for filters in sets)

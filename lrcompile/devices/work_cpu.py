@@ -114,7 +114,8 @@ def of_conv(shape: ConvShape, block: int, threads: int, kind: str) -> Amounts:
     most = -(-shape.batch * sets * high // threads) / sets  # rows of outputs of one thread, all filters counted
     cycles = [most * depth * row_cycles(shape, block, kind, threads, wait) for wait in (mlas.WAIT, 0)]
     strided = max(shape.stride) > 1
-    weight = 4 * into * out // shape.groups * math.prod(mlas.taps_met(shape, axis) for axis in (0, 1))
+    read = math.prod(len(set().union(*mlas.taps_met(shape, axis))) for axis in (0, 1))  # elements of a kernel
+    weight = 4 * into * out // shape.groups * read
     inputs, outputs = 4 * shape.batch * into * math.prod(shape.size_in), 4 * shape.batch * out * high * row
     return [
         1.0, *_where(few, cycles), *_where(not few and strided, cycles), *_where(not few and not strided, cycles),
