@@ -22,6 +22,7 @@ from torch._dynamo.exc import TorchDynamoException
 from lrcompile.cli import run
 from lrcompile.devices import calibrate as calibrate_module
 from lrcompile.devices import measure, measure_cuda, measure_torch
+from lrcompile.devices import networks as networks_module
 from lrcompile.devices.analytic import AnalyticCostModel
 from lrcompile.devices.calibrate import LEAST, VISITS, Calibration, Measurement, calibrate, calibrated, fitted_to
 from lrcompile.devices.cost import Cost
@@ -80,7 +81,7 @@ def use_made_up_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure.LocalCostModel, "cost", lambda self, op: measured(op))
     monkeypatch.setattr(measure.LocalCostModel, "network", network)
     monkeypatch.setattr(calibrate_module, "MOST", 150)
-    monkeypatch.setattr(calibrate_module, "NETWORKS", 3)
+    monkeypatch.setattr(networks_module, "NETWORKS", 3)
     monkeypatch.setattr(calibrate_module, "POOL", 600)
     monkeypatch.setattr(calibrate_module, "ROUNDS", 1)
 
@@ -199,7 +200,7 @@ def test_a_measurement_is_the_median_of_its_visits() -> None:
 def test_networks_say_what_they_take_besides(tmp_path: Path) -> None:
     clock, truth = Clock(), machine(Clock())
 
-    def network(gm: fx.GraphModule) -> Cost:
+    def network(gm: fx.GraphModule, visit: int) -> Cost:
         ops = describe_all(gm, X86.fuses, X86.lacks).values()
         return Cost(1e-4 + 1.3 * sum(truth(op).latency_s for op in ops if op.kind not in ("view", "fused")))
 

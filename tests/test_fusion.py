@@ -237,6 +237,8 @@ def test_onnx_runtime_fuses_what_the_profile_of_x86_says(traced: Traced, tmp_pat
     kinds = operators(traced, tmp_path)
     copies = sum(kinds[kind] for kind in ("ReorderInput", "ReorderOutput", "Squeeze"))
     assert sum(kinds.values()) - copies == left, kinds
+    assert kinds["BiasGelu"] == sum(op.function == "bias_gelu" for op in ops), kinds
+    assert kinds["SkipLayerNormalization"] == sum(op.function == "skip_layer_norm" for op in ops), kinds
 
 
 class Padded(nn.Module):

@@ -133,12 +133,24 @@ def test_every_transpose_moves_something() -> None:
         assert [min(node.args[0].meta["val"].shape[:2]) > 1 for node in moved] == [True]
 
 
-def test_a_norm_of_a_sum_is_measured_as_one(tmp_path: Path) -> None:
-    op = next(op for op in operations(1) if family(op) == "skip_layer_norm" and op.activation_bytes < 1e5)
+@pytest.mark.parametrize(("name", "kind"), [("skip_layer_norm", "SkipLayerNormalization"), ("bias_gelu", "BiasGelu")])
+def test_what_takes_an_addition_in_is_measured_as_one(name: str, kind: str, tmp_path: Path) -> None:
+    op = next(op for op in operations(1) if family(op) == name and op.activation_bytes < 1e5)
     graph = repeated(op, 2)
     assert graph is not None
     model = optimised(lower_region(graph, dynamic_batch=False).model(), tmp_path)
-    assert Counter(node.op_type for node in model.graph.node) == {"MatMul": 1, "SkipLayerNormalization": 2}
+    assert Counter(node.op_type for node in model.graph.node) == {"MatMul": 1, kind: 2}
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_networks_are_fused_as_exported_models_are(first: bool, tmp_path: Path) -> None:
+    """Norms of sums after a Reshape are fused only where the file says what its shape is."""
+    graph = encoder(replace(ATTENTION, heads_kv=4, keys=7), 2, first=first)
+    kinds = Counter(node.op_type for node in optimised(lower_region(graph).model(), tmp_path).graph.node)
+    ops = describe_all(graph, X86.fuses, X86.lacks).values()
+    for kind, name in (("SkipLayerNormalization", "skip_layer_norm"), ("BiasGelu", "bias_gelu")):
+        assert kinds[kind] == sum(op.function == name for op in ops), kinds
+    assert kinds["BiasGelu"] == 2
 
 
 def test_alone_there_is_nothing_but_the_operation() -> None:

@@ -13,7 +13,6 @@ from itertools import islice
 from typing import Any
 
 import numpy as np
-from scipy.optimize import least_squares
 from torch import fx
 
 from lrcompile.devices.analytic import AnalyticCostModel
@@ -21,19 +20,16 @@ from lrcompile.devices.cost import Cost
 from lrcompile.devices.device import KERNEL_FIGURES, UNFOLD_FIGURES, Device, Pace
 from lrcompile.devices.features import amounts, family, features, located
 from lrcompile.devices.fit import figure, fit, prices, with_figures
-from lrcompile.devices.fusion import describe_all
+from lrcompile.devices.networks import FEWEST_NETWORKS, Measured, measured_networks, taken_besides
 from lrcompile.devices.pace import at, in_step, pace_of
 from lrcompile.devices.profile_text import profile_text
-from lrcompile.devices.repeated import encoder, in_a_row
 from lrcompile.devices.residual import Residuals, fitted
 from lrcompile.devices.runtimes import VISITS, runtime_here
-from lrcompile.devices.sampling import encoders, operations, rows
+from lrcompile.devices.sampling import operations
 from lrcompile.errors import DeviceError
 from lrcompile.graph.op import FUNCTIONS, OpDesc
 
 Progress = Callable[[str, int, int], None]
-_RUN_S = 1e-5  # of about which size that of a run is: for the solver
-NETWORKS = 20  # of convolutions, and as many transformers
 CHUNK = 60  # operations between two visits of one
 NOISY = 0.1  # relative error above which a measurement does not count
 MOST_NOISY = 1 / 3  # share of such measurements above which the machine is called too busy
@@ -41,7 +37,6 @@ LOOKED = 0.25  # share of the time after which that is looked at, and again at t
 LEAST, MOST = 40, 16000  # measurements without which nothing is fitted, and that are enough
 EXPLORED = 0.6  # share of the time for operations at random; the next goes where they are known least, in rounds
 ENDED = 0.94  # share of the time after which networks are measured
-FEWEST_NETWORKS = 5
 ROUNDS, POOL = 3, 6000
 AGREE = 0.03  # difference of two visits up to which there is no third
 ENOUGH_FOR_A_PRICE = 2  # measurements of a family for each part of its work
@@ -229,7 +224,7 @@ def calibrate(
     *,
     forget: Callable[[OpDesc], None] = lambda op: None,
     drawn: Iterator[OpDesc] | None = None,
-    network: Callable[[fx.GraphModule], Cost] | None = None,
+    network: Callable[[fx.GraphModule, int], Cost] | None = None,
     seed: int = 0,
     progress: Progress = lambda stage, done, total: None,
     clock: Callable[[], float] = time.monotonic,
@@ -239,8 +234,8 @@ def calibrate(
     `measure` takes an operation and the number of the visit: each is measured two or three times with others between,
     so that what disturbs the machine for a while does not decide; those that fail are left out. The last part of the
     time goes where predictions of operations left out are worst; they come from `drawn`. `network` measures whole
-    graphs. What is remembered costs no time, so that a calibration goes on where it was stopped; what is too noisy is
-    handed to `forget`, so that another calibration measures it again.
+    graphs at a visit. What is remembered costs no time, so that a calibration goes on where it was stopped; what is
+    too noisy is handed to `forget`, so that another calibration measures it again.
 
     Raises:
         DeviceError: there was time for too few measurements, too many of them were noisy, or all failed.
@@ -279,19 +274,11 @@ def calibrate(
             pool = [op for op in pool if op not in taken]
             add(ops, seconds * share)
     pace = pace_of(known for _, known in visited)
-    measured = list[tuple[fx.GraphModule, float]]()
-    for gm in networks(seed) if network and visited else ():
-        assert network is not None
-        if clock() - start > seconds and len(measured) >= FEWEST_NETWORKS:
-            break
-        try:
-            cost = network(gm)
-        except DeviceError as problem:
-            failed.append(problem)
-            continue
-        if in_step(pace, cost):
-            measured.append((gm, at(pace, cost).latency_s))
-        progress("networks", len(measured), 2 * NETWORKS)
+    measured = list[Measured]()
+    if network and visited:
+        measured = measured_networks(
+            seed, network, pace, lambda: clock() - start <= seconds, lambda done, of: progress("networks", done, of)
+        )
     if failed and not visited:
         raise failed[-1]
     found = measurements(visited)
@@ -308,7 +295,8 @@ def calibrate(
     found_here = replace(fitted_to(device, good, len(visited) - len(good)), pace=pace)
     if len(measured) < FEWEST_NETWORKS:
         return found_here
-    return replace(found_here, network=_network(found_here, measured), networks=len(measured))
+    fitted_device = replace(found_here.device, residuals=found_here.residuals)
+    return replace(found_here, network=taken_besides(fitted_device, measured), networks=len(measured))
 
 
 def measurements(visited: Sequence[tuple[OpDesc, Sequence[Cost]]]) -> list[Measurement]:
@@ -364,13 +352,6 @@ def calibrated(found: Calibration, name: str, description: str, source: str) -> 
         pace=found.pace,
         provenance={**device.provenance, **sources},
     )
-
-
-def networks(seed: int) -> Iterator[fx.GraphModule]:
-    """Random networks of convolutions and transformers' encoders, in turn."""
-    for i, (shapes, (shape, layers)) in enumerate(zip(rows(seed, NETWORKS), encoders(seed, NETWORKS), strict=True)):
-        yield in_a_row(shapes)
-        yield encoder(shape, layers, first=bool(i % 2))
 
 
 def _worst(device: Device, found: Sequence[Measurement], pool: Sequence[OpDesc]) -> list[OpDesc]:
@@ -435,25 +416,6 @@ def _agree(costs: Sequence[Cost], pace: Pace | None) -> bool:
     """Whether two visits of an operation make a third one superfluous."""
     latencies = [at(pace, cost).latency_s for cost in costs if in_step(pace, cost)]
     return len(latencies) > 1 and max(latencies) - min(latencies) < AGREE * min(latencies)
-
-
-def _network(found: Calibration, measured: Sequence[tuple[fx.GraphModule, float]]) -> dict[str, float]:
-    """What networks take besides the sum of their operations' prices: a run, and by how much operations are slower.
-
-    Their values and weights are not in the caches as those of one operation are that is measured again and again.
-    """
-    device = replace(found.device, residuals=found.residuals)
-    model = AnalyticCostModel(device)
-    sums = [
-        sum(model.cost(op).latency_s for op in describe_all(gm, device.fuses, device.lacks).values())
-        for gm, _ in measured
-    ]
-    summed, latencies = np.array(sums), np.array([latency_s for _, latency_s in measured])
-    best = least_squares(
-        lambda x: np.log((x[0] * _RUN_S + x[1] * summed) / latencies), [1.0, 1.1], bounds=([0.0, 1.0], np.inf),
-        loss="soft_l1", f_scale=0.1,
-    ).x  # fmt: skip
-    return {"run_s": float(best[0]) * _RUN_S, "slower": float(best[1])}
 
 
 def _some(measurements: Sequence[Measurement], most: int) -> list[Measurement]:

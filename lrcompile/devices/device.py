@@ -15,7 +15,7 @@ LAUNCH_CLASSES = ("gemm", "conv", "other")
 SIGMA_CLASSES = ("gemm", "conv", "recurrent", "other")
 FUSIONS = (
     "conv_normalization", "conv_activation", "conv_addition", "image_addition", "gemm_activation", "gemm_addition",
-    "conv_padding", "skip_layer_norm",
+    "conv_padding", "skip_layer_norm", "bias_gelu",
 )  # fmt: skip
 FEATURES = ("flash_attention", "grouped_conv", "rank5", "strided_views", "product_bias")
 PROVENANCE = ("datasheet", "published measurement", "fitted", "assumed", "measured here")

@@ -17,7 +17,7 @@ WIDTHS: dict[str, int] = {
     "gemm": 14, "bmm": 14, "pointwise": 26, "conv": 27, "depthwise": 23, "grouped": 19, "volume": 17, "attention": 17,
     "recurrent": 14, "transpose": 5,
     **dict.fromkeys(("copy", "binary", "bias", "gelu", "silu", "sigmoid"), 3),
-    **dict.fromkeys(("layer_norm", "skip_layer_norm", "group_norm", "reduce"), 7),
+    **dict.fromkeys(("layer_norm", "skip_layer_norm", "group_norm", "reduce", "bias_gelu"), 7),
 }  # fmt: skip
 """How many features the families of operations have on a CPU."""
 GPU_WIDTHS: dict[str, int] = {
@@ -30,7 +30,7 @@ WORK: dict[str, int] = {
     "gemm": 17, "bmm": 17, "pointwise": 34, "conv": 34, "depthwise": 34, "grouped": 24, "volume": 24, "attention": 29,
     "recurrent": 30, "transpose": 10, "bias": 7,
     **dict.fromkeys(("copy", "binary", "gelu", "silu", "sigmoid"), 5),
-    **dict.fromkeys(("layer_norm", "skip_layer_norm", "group_norm", "reduce"), 7),
+    **dict.fromkeys(("layer_norm", "skip_layer_norm", "group_norm", "reduce", "bias_gelu"), 7),
 }  # fmt: skip
 """How many amounts of work the families are made of on a CPU (`work_cpu`)."""
 PRECISIONS = {"fp32": "", "tf32": "-tf32", "fp16": "-half", "bf16": "-half"}

@@ -93,6 +93,7 @@ class LoweredRegion:
     nodes: list[onnx.NodeProto] = field(default_factory=list)
     inputs: list[Port] = field(default_factory=list)
     outputs: list[Port] = field(default_factory=list)
+    values: dict[str, Port] = field(default_factory=dict)  # in between, where the batch is dynamic
     constants: list[TensorProto] = field(default_factory=list)
     weights: list[Weight] = field(default_factory=list)
     dynamic_batch: bool = True
@@ -101,6 +102,7 @@ class LoweredRegion:
     def signature(self) -> str:
         """SHA-256 of operators, attributes, shapes and dtypes: neither weight values nor names of nodes count."""
         digest = hashlib.sha256(f"{self.opset} {self.dynamic_batch} {self.inputs} {self.outputs}".encode())
+        digest.update("".join(map(str, self.values.values())).encode())
         for constant in self.constants:
             digest.update(constant.SerializeToString(deterministic=True))
         for node in self.nodes:
@@ -115,12 +117,14 @@ class LoweredRegion:
 
     def model(self) -> onnx.ModelProto:
         """The ONNX model, with the real weights, or small random ones where the region has only their shapes."""
+        outputs = {port.name for port in self.outputs}
         graph = helper.make_graph(
             self.nodes,
             "region",
             [self._info(port, "n") for port in self.inputs],
             [self._info(port, f"{port.name}_n") for port in self.outputs],
             [*self.constants, *(weight.proto() for weight in self.weights)],
+            value_info=[self._info(port, "n") for name, port in self.values.items() if name not in outputs],
         )
         imports = [helper.make_opsetid("", self.opset)]
         return helper.make_model(graph, opset_imports=imports, ir_version=max(_IR_VERSION, self.opset - 12))
@@ -207,6 +211,12 @@ class Builder:
         name = self.reshape(name, [batch, groups, 1, length * size], node)
         name = self.emit("Expand", name, self.integers([batch, groups, heads // groups, length * size], node))
         return self.reshape(name, [batch, heads, length, size], node)
+
+    def say_shape(self, node: fx.Node) -> None:
+        """Notes what shape a node's value has, as exports do: without it ONNX Runtime fuses less after a Reshape."""
+        name, value = self.env[node], node.meta.get("val")
+        if self.region.dynamic_batch and isinstance(name, str) and isinstance(value, Tensor):
+            self.region.values[name] = self.port(name, value, node)
 
     def port(self, name: str, value: Tensor, node: fx.Node) -> Port:
         """An input or output with the type and shape of a node's value."""

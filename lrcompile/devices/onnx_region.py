@@ -59,8 +59,10 @@ def lower_region(region: fx.GraphModule, *, dynamic_batch: bool = True, opset: i
             builder.env[node] = builder.weight(value, node)
         elif node.op == "call_module":
             builder.env[node] = _module(builder, node)
+            builder.say_shape(node)
         else:
             builder.env[node] = _function(builder, node)
+            builder.say_shape(node)
     weight_bytes = builder.region.weight_bytes()
     if weight_bytes > PROTOBUF_BYTES:
         raise UnsupportedRegion(next(iter(region.graph.nodes)), f"{weight_bytes / 2**30:.1f} GiB of weights do not fit")

@@ -346,6 +346,8 @@ def _function(make: _Maker, name: str, x: fx.Node, other: fx.Node | None, row: i
             return make.call(aten.add.Tensor, x, other)
         case "bias":
             return make.call(aten.add.Tensor, x, make.weight(row))
+        case "bias_gelu":
+            return make.call(aten.gelu.default, make.call(aten.add.Tensor, x, make.weight(row)))
         case "skip_layer_norm":
             x = make.call(aten.add.Tensor, x, other)
             return make.call(aten.layer_norm.default, x, [row], make.weight(row), make.weight(row))

@@ -39,14 +39,14 @@ class _Measuring(Protocol):
 class Runtime:
     """A runtime: the profile that a fit starts from, and what measures operations at each of `VISITS` visits.
 
-    `drawn` gives operations without end for a seed; `network` measures a whole graph, where that is done.
+    `drawn` gives operations without end for a seed; `network` measures a whole graph at a visit, where that is done.
     """
 
     device: Device
     described: str
     visits: Sequence[_Measuring]
     drawn: Callable[[int], Iterator[OpDesc]] = operations
-    network: Callable[[fx.GraphModule], Cost] | None = None
+    network: Callable[[fx.GraphModule, int], Cost] | None = None
 
     def measure(self, op: OpDesc, visit: int) -> Cost:
         """The price of an operation as measured at a visit, counted from 0.
@@ -77,9 +77,8 @@ def runtime_here(name: str) -> Runtime:
     described = f"{cpu_name()}, {{}}, {device.units} threads"
     if name == "onnxruntime":
         visits = [LocalCostModel(folder, measures_only=True) for folder in folders]
-        return Runtime(
-            device, described.format(f"ONNX Runtime {ort.__version__}"), visits, network=visits[0].network
-        )  # fmt: skip
+        version = f"ONNX Runtime {ort.__version__}"
+        return Runtime(device, described.format(version), visits, network=lambda gm, i: visits[i].network(gm))
     compiled = name == "torch-compile"
     calls = [TorchCostModel(folder, compiled) for folder in folders]
     version = f"PyTorch {torch.__version__}, {'compiled' if compiled else 'eager'}"

@@ -28,7 +28,7 @@ WEIGHTS: dict[str, int] = {
     **dict.fromkeys(FUNCTIONS, 1),
 }  # fmt: skip
 """How often each family is drawn."""
-_NOT_ON_GPU = ("recurrent", "skip_layer_norm")  # the one is many kernels, the other two
+_NOT_ON_GPU = ("recurrent", "skip_layer_norm", "bias_gelu")  # the one is many kernels, the others two
 COMMON = 0.7  # share of sizes that are common ones
 BESIDE, ODD = 0.88, 0.94  # of channels: above the first one more or less than a multiple of 8, above the second any
 _SIDES = (4, 7, 8, 10, 13, 14, 16, 20, 26, 28, 32, 40, 52, 56, 64, 80, 96, 112, 128)  # of images

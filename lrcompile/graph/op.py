@@ -113,6 +113,7 @@ Function = Literal[
     "binary",  # of two values of the same shape
     "bias",  # adds or multiplies a vector of `row` elements to each row
     "gelu",
+    "bias_gelu",  # of rows of `row` elements and a vector
     "silu",
     "sigmoid",  # and others with an exponential: tanh, exp, erf
     "layer_norm",  # over `row` elements; also softmax
