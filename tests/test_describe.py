@@ -161,6 +161,21 @@ def test_attention_to_values_of_another_width() -> None:
     assert op.flops == 2 * 2 * 3 * 10 * 10 * (32 + 16)
 
 
+# ----------------------------------------------------------------------------------------------------- broadcasting
+
+
+@pytest.mark.parametrize(
+    ("shape", "run"),
+    [
+        ((6,), 6), ((5, 6), 30), ((1, 4, 5, 6), 120), ((3, 1, 5, 6), 30), ((3, 4, 1, 1), 30), ((3, 1, 1, 1), 120),
+        ((1, 4, 1, 1), 30), ((4, 5, 1), 6), ((3, 4, 1, 6), 6), ((), 360),
+    ],
+)  # fmt: skip
+def test_in_which_runs_values_are_added_to_others(shape: tuple[int, ...], run: int) -> None:
+    (op,) = ops_of(Of(torch.add, *shape), torch.randn(3, 4, 5, 6)).values()
+    assert (op.function, op.row) == ("bias", run)
+
+
 # -------------------------------------------------------------------------------------------------------- look-ups
 
 

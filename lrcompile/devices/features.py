@@ -27,7 +27,7 @@ GPU_WIDTHS: dict[str, int] = {
 }  # fmt: skip
 """The same on a GPU."""
 WORK: dict[str, int] = {
-    "gemm": 17, "bmm": 17, "pointwise": 34, "conv": 34, "depthwise": 34, "grouped": 24, "volume": 24, "attention": 29,
+    "gemm": 17, "bmm": 17, "pointwise": 34, "conv": 34, "depthwise": 34, "grouped": 24, "volume": 24, "attention": 30,
     "recurrent": 30, "transpose": 10, "bias": 7,
     **dict.fromkeys(("copy", "binary", "gelu", "silu", "sigmoid"), 5),
     **dict.fromkeys(("layer_norm", "skip_layer_norm", "group_norm", "reduce", "bias_gelu"), 7),

@@ -333,7 +333,8 @@ def _cpu_facts() -> dict[str, str]:
 def _repeated(op: OpDesc, opset: int) -> tuple[int, list[LoweredRegion]]:
     """(how many copies more the first graph of an operation holds than the second, these and what tells the pace).
 
-    There are none if it has no such form.
+    There are none if it has no such form. Attention has the open batch that models have: with static shapes ONNX
+    Runtime need not turn the keys.
 
     Raises:
         UnsupportedRegion: it has no form in ONNX.
@@ -341,7 +342,7 @@ def _repeated(op: OpDesc, opset: int) -> tuple[int, list[LoweredRegion]]:
     least = least_copies(op)
     copies = copies_for(op, _arithmetic_here().cost(op).latency_s)
     graphs = [gm for gm in (repeated(op, least + copies), repeated(op, least)) if gm is not None]
-    regions = [lower_region(gm, dynamic_batch=False, opset=opset) for gm in graphs]
+    regions = [lower_region(gm, dynamic_batch=op.attention is not None, opset=opset) for gm in graphs]
     return copies, [*regions, *_telling(op.dtype, opset)] if regions else []
 
 

@@ -39,7 +39,7 @@ def of_gemm(shape: GemmShape, block: int, threads: int) -> Amounts:
 
 
 def of_attention(shape: AttentionShape, block: int, threads: int) -> Amounts:
-    """Two products a head, softmax, heads taken apart and put together, masks."""
+    """Two products a head, of which one has its keys turned, softmax, heads taken apart and put together, masks."""
     heads, queries, keys, width = shape.batch * shape.heads, shape.queries, shape.keys, shape.head_dim
     scores, pairs = heads * queries * keys, shape.batch * queries * keys
     alone = heads == 1 and scores * width < mlas.SINGLE
@@ -54,7 +54,8 @@ def of_attention(shape: AttentionShape, block: int, threads: int) -> Amounts:
     return [
         1.0, most, bound, free, most * keys * width, scores / softmax,
         *_either(keys % 16 > 0, [heads * queries / softmax]), heads * queries * (keys % 16) / softmax,
-        shape.batch * width * (queries * shape.heads + 2 * keys * shape.heads_kv), *_beyond(4 * scores),
+        shape.batch * width * (queries * shape.heads + 2 * keys * shape.heads_kv),
+        heads * keys * width, *_beyond(4 * scores),
         *_where(shape.heads != shape.heads_kv, [1.0, copies]),
         *_where(shape.mask == "number", [1.0, scores, pairs, *_beyond(4 * scores)]),
         *_where(shape.mask == "boolean", [1.0, scores, pairs, *_beyond(4 * scores)]),

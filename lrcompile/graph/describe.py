@@ -83,7 +83,9 @@ def _row(packet: Any, node: fx.Node) -> int:
     x, y = (_value(node.args[0]) if node.args else None), node.meta.get("val")
     if not isinstance(x, Tensor) or not isinstance(y, Tensor) or not x.dim():
         return 1
-    function = _FUNCTIONS.get(packet)
+    function = _function(packet, node)
+    if function == "bias":
+        return _run(node)
     if function == "reduce":
         return max(1, x.numel() // max(1, y.numel()))
     if packet in (aten.group_norm, aten.instance_norm):
@@ -92,6 +94,20 @@ def _row(packet: Any, node: fx.Node) -> int:
     if packet is aten.layer_norm:
         return math.prod(x.shape[-len(node.args[1]) :])  # type: ignore[arg-type]
     return max(1, y.shape[-1] if y.dim() else 1)
+
+
+def _run(node: fx.Node) -> int:
+    """Elements in a row for which each operand has as many values, or one for all: so kernels go over them."""
+    result: Tensor = _value(node)
+    shapes = [v.shape for v in map(_value, node.all_input_nodes) if isinstance(v, Tensor)]
+    padded = [(1,) * (result.dim() - len(shape)) + tuple(shape) for shape in shapes]
+    axes = [(size, once) for size, *once in zip(result.shape, *padded, strict=True) if size > 1]
+    run = 1
+    for size, once in reversed(axes):
+        if [n == 1 for n in once] != [n == 1 for n in axes[-1][1]]:
+            break
+        run *= size
+    return run
 
 
 def _transpose(node: fx.Node) -> OpDesc:
