@@ -330,7 +330,9 @@ def calibrate(
     minutes: Annotated[float, typer.Option(help="How long to measure, at most.")] = 15.0,
     runtime: Annotated[
         str,
-        typer.Option(help="What runs the operations: onnxruntime, torch (eager), torch-compile; torch-cuda on a GPU."),
+        typer.Option(
+            help="What runs them: onnxruntime, torch (eager), torch-compile; on a GPU torch-cuda, onnxruntime-cuda"
+        ),
     ] = "onnxruntime",
     seed: Annotated[
         int, typer.Option(help="Seed of what is measured; the same one goes on where it was stopped.", min=0)

@@ -172,8 +172,9 @@ def test_attention_to_values_of_another_width() -> None:
     ],
 )  # fmt: skip
 def test_in_which_runs_values_are_added_to_others(shape: tuple[int, ...], run: int) -> None:
-    (op,) = ops_of(Of(torch.add, *shape), torch.randn(3, 4, 5, 6)).values()
-    assert (op.function, op.row) == ("bias", run)
+    for add in (torch.add, lambda x, weight: weight + x):
+        (op,) = ops_of(Of(add, *shape), torch.randn(3, 4, 5, 6)).values()
+        assert (op.function, op.row) == ("bias", run)
 
 
 # -------------------------------------------------------------------------------------------------------- look-ups

@@ -182,6 +182,18 @@ class PostNorm(nn.Module):
         return self.last(self.norm(x + self.first(x)))
 
 
+class TwoActivations(nn.Module):
+    """A linear layer with a bias that two GELUs read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.up(x)
+        return self.down(functional.gelu(y)) + self.down(functional.gelu(y, approximate="tanh"))
+
+
 class Gated(nn.Module):
     """A linear layer with a bias before an activation."""
 
@@ -208,6 +220,7 @@ class Gated(nn.Module):
                 (partial(functional.gelu, approximate="tanh"), (2, 5)),
             )
         ),
+        trace(TwoActivations().eval(), (torch.randn(2, 5, 8),)),
         *(trace(Residual(axes).eval(), (torch.randn(2, 8, *[6] * axes),)) for axes in (1, 2, 3)),
         *(trace(Block(end).eval(), (IMAGE,)) for end in ("norm, add, relu", "relu", "add", "gelu", "relu, relu")),
     ],
@@ -221,6 +234,7 @@ class Gated(nn.Module):
         "GELU of 4 axes",
         "sigmoid of 3 axes",
         "tanh GELU",
+        "two GELUs",
         "1-D",
         "2-D",
         "3-D",

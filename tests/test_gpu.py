@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+import onnxruntime as ort
 import pytest
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ import lrcompile
 from lrcompile import Budget, Recovery, calibration_from
 from lrcompile.devices import calibrate
 from lrcompile.devices.measure_cuda import CudaCostModel
+from lrcompile.devices.measure_ort_cuda import PROVIDER, OrtCudaCostModel
 from lrcompile.devices.profile import load_device
 from lrcompile.devices.repeated import chain
 from lrcompile.graph.op import ConvShape, conv_op, gemm_op
@@ -44,6 +46,16 @@ def test_operations_take_longer_where_there_is_more_to_do(tmp_path: Path) -> Non
     assert large.latency_s > 20 * small.latency_s > 0
     assert large.flops / large.latency_s > 5e13
     assert model.cost(gemm_op(512, 512, 512, "bf16")) == small  # remembered
+    shape = ConvShape(8, 64, 64, (56, 56), (56, 56), (3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1))
+    assert 0 < model.cost(conv_op(shape, "fp16")).latency_s < 1e-3
+
+
+@pytest.mark.skipif(PROVIDER not in ort.get_available_providers(), reason="ONNX Runtime has no CUDA provider")
+def test_operations_are_measured_with_onnx_runtime(tmp_path: Path) -> None:
+    model = OrtCudaCostModel(tmp_path)
+    for dtype in ("fp32", "tf32", "fp16"):
+        small, large = (model.cost(gemm_op(size, size, size, dtype)) for size in (512, 8192))
+        assert large.latency_s > 20 * small.latency_s > 0
     shape = ConvShape(8, 64, 64, (56, 56), (56, 56), (3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1))
     assert 0 < model.cost(conv_op(shape, "fp16")).latency_s < 1e-3
 

@@ -182,5 +182,6 @@ def test_bad_prices_are_named(device: Device, tmp_path: Path, new: str) -> None:
     first = text[text.index("work = [") :].split(",")[0]
     changed = text.replace(first + ", ", new, 1) if new != "work = [1e-6, " else text.replace("work = [", new, 1)
     (tmp_path / "mine.toml").write_text(changed)
-    with pytest.raises(DeviceError, match=r"residuals\.gemm\.work: expected .*, got "):
+    got = "18; if another version of lrcompile calibrated it, calibrate again" if new == "work = [1e-6, " else ""
+    with pytest.raises(DeviceError, match=rf"residuals\.gemm\.work: expected 17 finite .*, got {got}"):
         load_device(str(tmp_path / "mine.toml"))

@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -277,7 +278,7 @@ def calibrate(
     measured = list[Measured]()
     if network and visited:
         measured = measured_networks(
-            seed, network, pace, lambda: clock() - start <= seconds, lambda done, of: progress("networks", done, of)
+            seed, network, pace, lambda: clock() - start <= seconds, partial(progress, "networks")
         )
     if failed and not visited:
         raise failed[-1]

@@ -159,7 +159,7 @@ class Device:
     """A device profile; rates in operations a second, a multiply-add counting as two.
 
     Mappings over data types hold only types that the hardware computes with; `computed_as` names the substitute
-    for the others. `fuses` names what its runtime runs as the last step of the operation before, of `FUSIONS`;
+    for the others. `fuses` names what its runtime runs as one with the operation before, of `FUSIONS`;
     "image_addition" is that of two maps of 2-D convolutions, where "conv_addition" takes any value.
     `residuals` are what the formula left of measurements, by family of operations, where there are any.
     `network` says what networks take besides, as measured: a run takes `run_s`, and operations are `slower` by a factor

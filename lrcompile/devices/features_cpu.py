@@ -34,7 +34,7 @@ def of_attention(shape: AttentionShape, block: int, threads: int) -> Features:
     """Sizes, work, what mask there is, and how heads are divided."""
     heads = shape.batch * shape.heads
     scores = heads * shape.queries * shape.keys
-    sizes = (shape.batch, shape.heads, shape.heads / shape.heads_kv, shape.queries, shape.keys, shape.head_dim)
+    sizes = (shape.batch, shape.heads, shape.heads / max(shape.heads_kv, 1), shape.queries, shape.keys, shape.head_dim)
     return [
         *map(log2, (*sizes, heads, scores, scores * shape.head_dim)),
         float(shape.mask != "none"), float(shape.mask == "boolean"), float(shape.causal),

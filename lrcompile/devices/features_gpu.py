@@ -10,7 +10,7 @@ from lrcompile.graph.op import AttentionShape, ConvShape, GemmShape, OpDesc
 
 _TILE, _HALF_TILE = 128, 64  # extents of kernels
 _ROW_VECTOR = 4  # elements of a row that PyTorch's normalisations read at once
-_WITH_ROWS = ("bias", "layer_norm", "skip_layer_norm", "group_norm", "transpose", "reduce")
+_WITH_ROWS = ("bias", "layer_norm", "skip_layer_norm", "bias_gelu", "group_norm", "transpose", "reduce")
 
 
 def of_gemm(shape: GemmShape, vector: int) -> Features:

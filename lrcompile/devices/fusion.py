@@ -158,8 +158,9 @@ def _adds_bias_apart(gm: fx.GraphModule, node: fx.Node) -> bool:
 
 def _gelu_of_biased(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
     """The GELU that alone reads a linear layer and takes its bias in; that of tanh is as fast with one as without."""
-    users = [user for user in node.users if _is_gelu(user) and user.kwargs.get("approximate", "none") == "none"]
-    return users[0] if users == list(node.users) != [] and _is_biased_on_axes(gm, node) else None
+    (user, *others) = node.users or (node,)
+    alone = not others and _is_gelu(user) and user.kwargs.get("approximate", "none") == "none"
+    return user if alone and _is_biased_on_axes(gm, node) else None
 
 
 def _is_biased_on_axes(gm: fx.GraphModule, node: fx.Node) -> bool:

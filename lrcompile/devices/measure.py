@@ -47,6 +47,7 @@ SIGMA_CONTENDED = 0.3
 HOPELESS = 1.3
 FEW = 1 << 14  # random values, repeated to fill an input: making them takes longer than running most operations
 CONFIDENCE = 0.9
+CPU_PROVIDERS = ("CPUExecutionProvider",)
 VECTOR_UNITS = {  # by the flags of x86, the widest first
     "amx_tile": "AMX", "avx512_vnni": "AVX-512 with VNNI", "avx512f": "AVX-512", "avx_vnni": "AVX2 with VNNI",
     "avx2": "AVX2",
@@ -222,24 +223,37 @@ class LocalCostModel:
         return prediction
 
 
-def open_region(region: LoweredRegion, threads: int | None = None) -> Run:
+def open_region(
+    region: LoweredRegion,
+    threads: int | None = None,
+    *,
+    providers: Sequence[Any] = CPU_PROVIDERS,
+    on: str = "cpu",
+    falls_back: bool = True,
+) -> Run:
     """A call that runs the region once in ONNX Runtime, on bound inputs and outputs, so that nothing is copied.
+
+    `providers` are ONNX Runtime's names of what runs it, with their options; `on` is the device that values lie on.
+    Unless it `falls_back`, nothing of it may run on the CPU instead.
 
     Raises:
         ORT_ERRORS: ONNX Runtime cannot open the region or allocate its inputs.
     """
     model = region.model().SerializeToString()
-    session = ort.InferenceSession(model, session_options(threads), providers=["CPUExecutionProvider"])
+    options = session_options(threads)
+    if not falls_back:
+        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    session = ort.InferenceSession(model, options, providers=list(providers))
     binding = session.io_binding()
     rng = np.random.default_rng(0)
     held = []  # a bound value does not own its memory
     for port in region.inputs:
         few = random_array(rng, (min(math.prod(port.shape), FEW),), helper.tensor_dtype_to_np_dtype(port.elem_type))
-        held.append(ort.OrtValue.ortvalue_from_numpy(np.resize(few, port.shape)))
+        held.append(ort.OrtValue.ortvalue_from_numpy(np.resize(few, port.shape), on))
         binding.bind_ortvalue_input(port.name, held[-1])
     for port in region.outputs:
         dtype = helper.tensor_dtype_to_np_dtype(port.elem_type)
-        held.append(ort.OrtValue.ortvalue_from_shape_and_type(list(port.shape), dtype))
+        held.append(ort.OrtValue.ortvalue_from_shape_and_type(list(port.shape), dtype, on))
         binding.bind_ortvalue_output(port.name, held[-1])
 
     def run(held: list[ort.OrtValue] = held) -> None:

@@ -93,7 +93,7 @@ class LoweredRegion:
     nodes: list[onnx.NodeProto] = field(default_factory=list)
     inputs: list[Port] = field(default_factory=list)
     outputs: list[Port] = field(default_factory=list)
-    values: dict[str, Port] = field(default_factory=dict)  # in between, where the batch is dynamic
+    values: dict[str, Port] = field(default_factory=dict)  # in between, that start with a dynamic batch
     constants: list[TensorProto] = field(default_factory=list)
     weights: list[Weight] = field(default_factory=list)
     dynamic_batch: bool = True
@@ -144,7 +144,7 @@ class Builder:
         self.region = LoweredRegion(dynamic_batch=dynamic_batch, opset=opset)
         self.env: dict[fx.Node, Value] = {}
         self._known: dict[Any, str] = {}
-        self._count = 0
+        self._made: list[str] = []
 
     def emit(self, op: str, *inputs: str, **attributes: Any) -> str:
         """Adds a node with one output and returns the output's name."""
@@ -152,8 +152,8 @@ class Builder:
 
     def emit_many(self, op: str, inputs: Sequence[str], outputs: int, **attributes: Any) -> list[str]:
         """Adds a node with several outputs."""
-        names = [f"v{self._count + i}" for i in range(outputs)]
-        self._count += outputs
+        names = [f"v{len(self._made) + i}" for i in range(outputs)]
+        self._made += names
         self.region.nodes.append(helper.make_node(op, list(inputs), names, **attributes))
         return names
 
@@ -213,10 +213,15 @@ class Builder:
         return self.reshape(name, [batch, heads, length, size], node)
 
     def say_shape(self, node: fx.Node) -> None:
-        """Notes what shape a node's value has, as exports do: without it ONNX Runtime fuses less after a Reshape."""
+        """Notes that a node's value starts with the batch: without it ONNX Runtime fuses less after a Reshape.
+
+        Of other values nothing is said: the batch can be one of their other axes, which would be a number then.
+        """
         name, value = self.env[node], node.meta.get("val")
-        if self.region.dynamic_batch and isinstance(name, str) and isinstance(value, Tensor):
-            self.region.values[name] = self.port(name, value, node)
+        if not self.region.dynamic_batch or not isinstance(value, Tensor) or name not in self._made:
+            return
+        if value.dim() and value.shape[0] in {port.shape[0] for port in self.region.inputs if port.shape}:
+            self.region.values[str(name)] = self.port(str(name), value, node)
 
     def port(self, name: str, value: Tensor, node: fx.Node) -> Port:
         """An input or output with the type and shape of a node's value."""

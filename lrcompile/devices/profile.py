@@ -257,7 +257,10 @@ class _Reader:
         found = table["work"]
         good = isinstance(found, list) and all(type(price) in (int, float) for price in found)
         if not good or len(found) != count or not all(0 <= price < math.inf or math.isnan(price) for price in found):
-            raise self.error(f"{place}.work", f"{count} finite numbers of at least 0, or nan", "something else")
+            got = "something else"
+            if isinstance(found, list) and len(found) != count:
+                got = f"{len(found)}; if another version of lrcompile calibrated it, calibrate again"
+            raise self.error(f"{place}.work", f"{count} finite numbers of at least 0, or nan", got)
         return np.array(found, dtype=float)
 
     def rows(self, place: str, table: Mapping[str, Any], key: str, width: int) -> np.ndarray:

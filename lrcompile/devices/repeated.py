@@ -345,7 +345,7 @@ def _function(make: _Maker, name: str, x: fx.Node, other: fx.Node | None, row: i
         case "binary":
             return make.call(aten.add.Tensor, x, other)
         case "bias":
-            return make.call(aten.add.Tensor, x, make.weight(row))
+            return make.call(aten.add.Tensor, x, make.weight(row if x.meta["val"].shape[0] > 1 else 1))
         case "bias_gelu":
             return make.call(aten.gelu.default, make.call(aten.add.Tensor, x, make.weight(row)))
         case "skip_layer_norm":

@@ -15,6 +15,7 @@ from lrcompile.devices.cost import Cost
 from lrcompile.devices.device import Device
 from lrcompile.devices.measure import LocalCostModel, cpu_name, local_device
 from lrcompile.devices.measure_cuda import CudaCostModel
+from lrcompile.devices.measure_ort_cuda import DRAWN, PROVIDER, OrtCudaCostModel
 from lrcompile.devices.measure_torch import TorchCostModel
 from lrcompile.devices.profile import load_device
 from lrcompile.devices.sampling import GPU, GPU_WEIGHTS, operations
@@ -22,8 +23,12 @@ from lrcompile.devices.timings import default_cache_dir
 from lrcompile.errors import InputError
 from lrcompile.graph.op import OpDesc
 
-RUNTIMES = ("onnxruntime", "torch", "torch-compile", "torch-cuda")
+RUNTIMES = ("onnxruntime", "torch", "torch-compile", "torch-cuda", "onnxruntime-cuda")
 VISITS = 3
+# What ONNX Runtime makes of any graph before its CUDA provider runs it (our reading).
+_CUDA_FUSES = frozenset({"conv_normalization", "conv_padding", "skip_layer_norm", "bias_gelu"})
+_FUSED_ALONE = ("skip_layer_norm", "bias_gelu")  # that are one kernel there
+_CUDA_LACKS = frozenset({"flash_attention", "strided_views", "product_bias"})
 _PROFILES = ("h200", "h100", "a100", "v100", "t4")
 _TWICE_FP32 = ((8, 6), (8, 7), (8, 9))  # units with 128 lanes for fp32, where an A100's have 64
 _BY_CAPABILITY = {(9, 0): "h100", (8, 0): "a100", (7, 5): "t4", (7, 0): "v100"}
@@ -66,13 +71,15 @@ def runtime_here(name: str) -> Runtime:
     """The runtime of a name.
 
     Raises:
-        InputError: there is no such runtime, or torch sees no GPU for it.
+        InputError: there is no such runtime, torch sees no GPU for it, or ONNX Runtime has no provider for that.
     """
     if name not in RUNTIMES:
         raise InputError(f"unknown runtime {name!r}: expected {' or '.join(RUNTIMES)}")
     folders = [default_cache_dir() / f"visit{i}" for i in range(VISITS)]
     if name == "torch-cuda":
-        return _of_cuda([CudaCostModel(folder) for folder in folders])
+        return _torch_on_cuda([CudaCostModel(folder) for folder in folders])
+    if name == "onnxruntime-cuda":
+        return _onnxruntime_on_cuda([OrtCudaCostModel(folder) for folder in folders])
     device = local_device()
     described = f"{cpu_name()}, {{}}, {device.units} threads"
     if name == "onnxruntime":
@@ -85,12 +92,8 @@ def runtime_here(name: str) -> Runtime:
     return Runtime(_eager(device), described.format(version), calls)
 
 
-def _of_cuda(visits: list[CudaCostModel]) -> Runtime:
-    if not torch.cuda.is_available():
-        raise InputError(
-            "runtime torch-cuda: torch sees no CUDA GPU here; install a CUDA build of torch on a machine with one, or "
-            "calibrate another --runtime"
-        )
+def _torch_on_cuda(visits: list[CudaCostModel]) -> Runtime:
+    _check_cuda("torch-cuda")
     version = f"PyTorch {torch.__version__}, cuDNN {torch.backends.cudnn.version()}, CUDA graphs"
     device = _eager(cuda_device())
     native = tuple(name for name in GPU.dtypes if name not in device.computed_as)  # others run on another engine
@@ -98,6 +101,34 @@ def _of_cuda(visits: list[CudaCostModel]) -> Runtime:
         device, f"{torch.cuda.get_device_name()}, {version}", visits,
         partial(operations, sizes=replace(GPU, dtypes=native), weights=GPU_WEIGHTS),
     )  # fmt: skip
+
+
+def _onnxruntime_on_cuda(visits: list[OrtCudaCostModel]) -> Runtime:
+    _check_cuda("onnxruntime-cuda")
+    if PROVIDER not in (found := ort.get_available_providers()):
+        raise InputError(
+            f"runtime onnxruntime-cuda: expected an ONNX Runtime with {PROVIDER}, got one with {', '.join(found)}; "
+            "install onnxruntime-gpu in the place of onnxruntime, or calibrate another --runtime"
+        )
+    device = cuda_device()
+    source = "assumed (as ONNX Runtime's CPU provider)"
+    places = {*(f"fuses.{name}" for name in _CUDA_FUSES), *(f"lacks.{name}" for name in _CUDA_LACKS - device.lacks)}
+    device = replace(
+        device, fuses=_CUDA_FUSES, lacks=device.lacks | _CUDA_LACKS,
+        provenance={**device.provenance, **dict.fromkeys(places, source)},
+    )  # fmt: skip
+    return Runtime(
+        device, f"{torch.cuda.get_device_name()}, ONNX Runtime {ort.__version__}, CUDA provider", visits,
+        partial(operations, sizes=replace(GPU, dtypes=DRAWN), weights=GPU_WEIGHTS | dict.fromkeys(_FUSED_ALONE, 1)),
+    )  # fmt: skip
+
+
+def _check_cuda(runtime: str) -> None:
+    if not torch.cuda.is_available():
+        raise InputError(
+            f"runtime {runtime}: torch sees no CUDA GPU here; install a CUDA build of torch on a machine with one, or "
+            "calibrate another --runtime"
+        )
 
 
 def _eager(device: Device) -> Device:

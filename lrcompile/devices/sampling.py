@@ -183,10 +183,10 @@ def _attention(dice: _Dice) -> OpDesc:
 
 
 def _moving(dice: _Dice, function: Any) -> OpDesc:
-    """What moves data or maps elements, in rows of up to 4096."""
+    """What moves data or maps elements, in rows of up to 4096; a bias also in runs as long as images."""
     rng, dtype = dice.rng, "fp32" if dice.dtype == "tf32" else dice.dtype
     count = _any(rng, 1 << 7, dice.sizes.values)
-    row = min(count, _any(rng, 4, 4096))
+    row = min(count, _any(rng, 4, 1 << 16 if function == "bias" else 4096))
     rows = max(1, count // row)
     if function == "transpose":  # rows come in whole runs, and a quarter are of single values, as of images
         row = 1 if row < 24 else row

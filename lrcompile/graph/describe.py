@@ -81,11 +81,11 @@ def _function(packet: Any, node: fx.Node) -> Function:
 def _row(packet: Any, node: fx.Node) -> int:
     """Over how many elements it does so: the last axis where nothing else is known."""
     x, y = (_value(node.args[0]) if node.args else None), node.meta.get("val")
-    if not isinstance(x, Tensor) or not isinstance(y, Tensor) or not x.dim():
-        return 1
     function = _function(packet, node)
     if function == "bias":
         return _run(node)
+    if not isinstance(x, Tensor) or not isinstance(y, Tensor) or not x.dim():
+        return 1
     if function == "reduce":
         return max(1, x.numel() // max(1, y.numel()))
     if packet in (aten.group_norm, aten.instance_norm):

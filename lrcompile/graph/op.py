@@ -111,7 +111,7 @@ class RecurrentShape:
 Function = Literal[
     "copy",  # anything that reads and writes each value once and computes little: relu, concatenate, gather
     "binary",  # of two values of the same shape
-    "bias",  # adds or multiplies a vector of `row` elements to each row
+    "bias",  # adds or multiplies, in runs of `row` elements, as many values to each run, or one for all of it
     "gelu",
     "bias_gelu",  # of rows of `row` elements and a vector
     "silu",
