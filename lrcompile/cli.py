@@ -351,7 +351,8 @@ def calibrate(
         found = calibrate_file(out, minutes * 60, seed, progress, plot, runtime)
     rows = found.summary()
     if as_json:
-        _print_json({"out": str(out), "measured": len(found.measurements), "noisy": found.noisy, "families": rows})
+        counts = {"measured": len(found.measurements), "noisy": found.noisy, "within_10": found.within_10}
+        _print_json({"out": str(out), **counts, "doubt": found.doubt, "families": rows})
         return
     shares = ("error", "within_10", "sigma", "sigma_robust", "formula")
     cells = [(row["family"], str(row["count"]), *(f"{row[key]:.1%}" for key in shares)) for row in rows]
@@ -359,6 +360,8 @@ def calibrate(
     console = _console()
     console.print(plain_table(names, cells))
     console.print(f"measured {len(found.measurements)} operations, left {found.noisy} noisy ones out; wrote {out}")
+    if found.doubt:
+        console.print(f"do not trust it: {found.doubt}")
 
 
 @app.command()

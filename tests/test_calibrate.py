@@ -397,12 +397,23 @@ def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     assert run(["calibrate", "--out", str(out), "--minutes", "0.02", "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert {row["family"] for row in printed["families"]} == set(WEIGHTS)
+    assert (printed["doubt"] is None) == (printed["within_10"] >= 0.8)
     (tmp_path / "ops.csv").write_text("op,m,n,k\ngemm,512,512,512\n")
     assert run(["predict", str(tmp_path / "ops.csv"), "--out", str(tmp_path / "o.csv"), "--target", str(out)]) == 0
     assert run(["calibrate", "--out", str(out), "--minutes", "0.02"]) == 0
-    assert "within 10 %" in capsys.readouterr().out
+    screen = capsys.readouterr().out
+    assert "within 10 %" in screen
+    assert ("do not trust it: only" in screen) == (printed["within_10"] < 0.8)
     assert run(["calibrate", "--out", str(tmp_path / "mine.txt")]) == 2
     assert "give --out mine.toml" in capsys.readouterr().err
+
+
+def test_a_poor_calibration_says_so(calibration: Calibration) -> None:
+    poor, good = (replace(calibration, held_out={"gemm": np.array([0.3, *[0.05] * n, -0.2])}) for n in (6, 18))
+    assert poor.within_10 == 0.75
+    assert "only 75% of the operations" in (poor.doubt or "")
+    assert good.doubt is None
+    assert replace(poor, device=load_device("a100")).doubt is None  # where as much is usual
 
 
 # -------------------------------------------------------------------------------------------------------------- torch

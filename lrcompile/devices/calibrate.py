@@ -35,6 +35,7 @@ CHUNK = 60  # operations between two visits of one
 NOISY = 0.1  # relative error above which a measurement does not count
 MOST_NOISY = 1 / 3  # share of such measurements above which the machine is called too busy
 LOOKED = 0.25  # share of the time after which that is looked at, and again at the end
+TRUSTED = 0.8  # share of operations within 10 % below which a calibration of a CPU says that it is poor
 LEAST, MOST = 40, 16000  # measurements without which nothing is fitted, and that are enough
 EXPLORED = 0.6  # share of the time for operations at random; the next goes where they are known least, in rounds
 ENDED = 0.94  # share of the time after which networks are measured
@@ -184,6 +185,22 @@ class Calibration:
                 }
             )
         return rows
+
+    @property
+    def within_10(self) -> float:
+        """The share of all operations that are predicted within 10 % from all others."""
+        errors = np.concatenate(list(self.held_out.values()))
+        return float((np.abs(np.expm1(-errors)) <= 0.1).mean())
+
+    @property
+    def doubt(self) -> str | None:
+        """Why a profile of a CPU should not be trusted, if that is so."""
+        if self.device.kind != "cpu" or self.within_10 >= TRUSTED:
+            return None
+        return (
+            f"only {self.within_10:.0%} of the operations are predicted within 10 % from the others, where a quiet "
+            "machine came to 87 % in 15 minutes: stop other programs, or give it more time, and calibrate again"
+        )
 
     def predicted_without(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """By family: latencies measured, and predicted from all other operations, in s."""
