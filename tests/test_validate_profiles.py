@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -115,4 +116,6 @@ def test_a_miss_fails_and_the_page_gets_the_table(
 def test_score_by_hand() -> None:
     found = Score.of(np.array([1.0, 2.2, 2.7]), np.array([1.0, 2.0, 3.0]))
     assert (found.n, found.mape, found.median, found.tau) == pytest.approx((3, 20 / 3, 10, 1.0))
+    assert found.sigma == pytest.approx(np.log([1.0, 1.1, 0.9]).std())
+    assert found.sigma_robust == pytest.approx(1.4826 * math.log(1.1))
     assert {op for limits in SETS for table in limits.tables for op in table.ops} >= set(CONV)

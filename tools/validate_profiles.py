@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import kendalltau
 
+from lrcompile.devices.calibrate import ROBUST
 from lrcompile.devices.correlation import REACH, SHARED
 from lrcompile.devices.device import Device
 from lrcompile.devices.features import sizes
@@ -95,20 +96,24 @@ class Set:
 
 @dataclass(frozen=True)
 class Score:
-    """How near predictions come: n, mean and median absolute error in %, rank correlation, bias and spread of logs."""
+    """How near predictions come: n, mean and median absolute error in %, rank correlation, and of logarithms of errors
+    the mean, the standard deviation, and a robust one that does not mind a few outliers.
+    """
 
     n: int
     mape: float
     median: float
     tau: float
     bias: float
-    spread: float
+    sigma: float
+    sigma_robust: float
 
     @classmethod
     def of(cls, predicted: np.ndarray, measured: np.ndarray) -> Score:
         errors, logs = 100 * abs(predicted / measured - 1), np.log(predicted / measured)
         tau = float(kendalltau(predicted, measured).statistic)
-        return cls(len(errors), float(errors.mean()), float(np.median(errors)), tau, logs.mean(), logs.std())
+        robust = ROBUST * float(np.median(abs(logs - np.median(logs))))
+        return cls(len(errors), float(errors.mean()), float(np.median(errors)), tau, logs.mean(), logs.std(), robust)
 
     def holds(self, limits: Set) -> bool:
         return self.mape <= limits.mape and self.tau >= limits.tau
@@ -217,8 +222,8 @@ def fitted_to(device: Device, names: Sequence[str], tables: Sequence[tuple[Table
 def table_of(scores: Sequence[tuple[Set, Score, Score | None]]) -> str:
     """Markdown: what was judged, as shipped and on held-out shapes."""
     lines = [
-        "| set | rows | error as shipped | held out | median | τ | bias | limit |",
-        "|---|---|---|---|---|---|---|---|",
+        "| set | rows | error as shipped | held out | median | τ | bias | σ | robust σ | limit |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for limits, shipped, unseen in scores:
         judged = unseen or shipped
@@ -227,7 +232,7 @@ def table_of(scores: Sequence[tuple[Set, Score, Score | None]]) -> str:
         out = f"{unseen.mape:.1f} %" if unseen else "nothing fitted on it"
         lines.append(
             f"| {limits.name} | {judged.n} | {shipped.mape:.1f} % | {out} | {judged.median:.1f} % | {judged.tau:.3f} "
-            f"| {math.expm1(judged.bias):+.0%} | {bounds} |"
+            f"| {math.expm1(judged.bias):+.0%} | {judged.sigma:.1%} | {judged.sigma_robust:.1%} | {bounds} |"
         )
     return "\n".join(lines)
 
