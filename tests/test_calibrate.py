@@ -408,6 +408,11 @@ def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     assert "give --out mine.toml" in capsys.readouterr().err
 
 
+def test_no_bar_is_longer_than_a_latency(calibration: Calibration) -> None:
+    far = tuple(Measurement(m.op, replace(m.cost, latency_s=9 * m.cost.latency_s)) for m in calibration.measurements)
+    assert set(calibrated(replace(calibration, measurements=far), "mine", "", "").sigma_relative.values()) == {1.0}
+
+
 def test_a_poor_calibration_says_so(calibration: Calibration) -> None:
     poor, good = (replace(calibration, held_out={"gemm": np.array([0.3, *[0.05] * n, -0.2])}) for n in (6, 18))
     assert poor.within_10 == 0.75

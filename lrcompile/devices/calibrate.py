@@ -343,10 +343,11 @@ def calibrated(found: Calibration, name: str, description: str, source: str) -> 
     """The device as a profile of its own: fitted figures, residuals and error bars, with where they come from.
 
     Bars of `[sigma]` are those of the formula, since it stands alone wherever they count: for what has no residuals.
+    At most they are as long as a latency: there is none below 0.
     """
     device = found.device
     sigma = {
-        key: math.sqrt(float(np.mean(_log_errors(device, mine) ** 2)))
+        key: min(1.0, math.sqrt(float(np.mean(_log_errors(device, mine) ** 2))))
         for key, families in SIGMAS.items()
         if len(mine := [m for m in found.measurements if (family(m.op) or "").partition("-")[0] in families])
     }
