@@ -178,7 +178,7 @@ class Calibration:
                     "family": name,
                     "count": len(errors),
                     "error": float(np.abs(np.expm1(-errors)).mean()),
-                    "within_10": float((np.abs(np.expm1(-errors)) <= 0.1).mean()),
+                    "within_10": _within_10(errors),
                     "sigma": self.sigma(name),
                     "sigma_robust": ROBUST * float(np.median(np.abs(errors))),
                     "formula": float(np.abs(np.expm1(-formula)).mean()),
@@ -189,8 +189,7 @@ class Calibration:
     @property
     def within_10(self) -> float:
         """The share of all operations that are predicted within 10 % from all others."""
-        errors = np.concatenate(list(self.held_out.values()))
-        return float((np.abs(np.expm1(-errors)) <= 0.1).mean())
+        return _within_10(np.concatenate(list(self.held_out.values())))
 
     @property
     def doubt(self) -> str | None:
@@ -213,6 +212,11 @@ class Calibration:
     def sigma(self, name: str) -> float:
         """The raw standard deviation of a family's errors, in a logarithm."""
         return float(np.sqrt(np.mean(self.held_out[name] ** 2)))
+
+
+def _within_10(errors: np.ndarray) -> float:
+    """The share of errors, as logarithms of measured over predicted, that are within 10 % of what was measured."""
+    return float((np.abs(np.expm1(-errors)) <= 0.1).mean())
 
 
 def calibrate_here(

@@ -118,8 +118,7 @@ class LocalCostModel:
         timings = self._timings(regions)
         if isinstance(timings, str):
             return self._predicted(timings, _prior().cost(op))
-        (all_s, sigma_s), (least_s, least_sigma_s), *_ = timings
-        latency_s, deviation_s = max((all_s - least_s) / copies, LEAST_S), math.hypot(sigma_s, least_sigma_s) / copies
+        latency_s, deviation_s = of_one(timings[0], timings[1], copies)
         product_s, handed_s = timings[3 if len(timings) > 3 else 1][0], timings[2][0]  # where the second is the product
         return Paced(latency_s, deviation_s, op.flops, op.weight_bytes, op.activation_bytes, product_s, handed_s)
 
@@ -221,6 +220,11 @@ class LocalCostModel:
             raise DeviceError(f"it cannot be measured here: {reason}")
         self.counters.fallbacks[reason] += 1
         return prediction
+
+
+def of_one(more: Timing, less: Timing, copies: int) -> Timing:
+    """What one operation takes, of two graphs of which the first has so many copies of it more."""
+    return max((more[0] - less[0]) / copies, LEAST_S), math.hypot(more[1], less[1]) / copies
 
 
 def open_region(

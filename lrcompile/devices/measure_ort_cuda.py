@@ -6,7 +6,6 @@ what the host takes to start each kernel counts, since it takes that in a networ
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from torch import fx
 
 from lrcompile.devices.bench import Run
 from lrcompile.devices.cost import Cost
-from lrcompile.devices.measure import LEAST_S, UNMEASURABLE, cpu_name, measure, open_region
+from lrcompile.devices.measure import UNMEASURABLE, cpu_name, measure, of_one, open_region
 from lrcompile.devices.onnx_graph import PROTOBUF_BYTES
 from lrcompile.devices.onnx_region import UnsupportedRegion, lower_region
 from lrcompile.devices.repeated import least_copies, repeated
@@ -59,9 +58,7 @@ class OrtCudaCostModel:
             except UNMEASURABLE as problem:
                 raise DeviceError(f"ONNX Runtime with {self.provider}: {first_line(problem)}") from problem
             remember(self.cache_dir, key, timings)
-        (all_s, sigma_s), (least_s, least_sigma_s) = timings
-        latency_s, deviation_s = max((all_s - least_s) / copies, LEAST_S), math.hypot(sigma_s, least_sigma_s) / copies
-        return Cost(latency_s, deviation_s, op.flops, op.weight_bytes, op.activation_bytes)
+        return Cost(*of_one(timings[0], timings[1], copies), op.flops, op.weight_bytes, op.activation_bytes)
 
     def forget(self, op: OpDesc) -> None:
         """Drops what is remembered of an operation, so that it is measured again."""

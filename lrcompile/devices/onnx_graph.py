@@ -144,7 +144,7 @@ class Builder:
         self.region = LoweredRegion(dynamic_batch=dynamic_batch, opset=opset)
         self.env: dict[fx.Node, Value] = {}
         self._known: dict[Any, str] = {}
-        self._made: list[str] = []
+        self._made: dict[str, None] = {}  # a set in order
 
     def emit(self, op: str, *inputs: str, **attributes: Any) -> str:
         """Adds a node with one output and returns the output's name."""
@@ -153,7 +153,7 @@ class Builder:
     def emit_many(self, op: str, inputs: Sequence[str], outputs: int, **attributes: Any) -> list[str]:
         """Adds a node with several outputs."""
         names = [f"v{len(self._made) + i}" for i in range(outputs)]
-        self._made += names
+        self._made |= dict.fromkeys(names)
         self.region.nodes.append(helper.make_node(op, list(inputs), names, **attributes))
         return names
 

@@ -57,11 +57,8 @@ def lower_region(region: fx.GraphModule, *, dynamic_batch: bool = True, opset: i
             if not isinstance(value, Tensor):
                 raise UnsupportedRegion(node, f"{type(value).__name__} {node.target}")
             builder.env[node] = builder.weight(value, node)
-        elif node.op == "call_module":
-            builder.env[node] = _module(builder, node)
-            builder.say_shape(node)
         else:
-            builder.env[node] = _function(builder, node)
+            builder.env[node] = _module(builder, node) if node.op == "call_module" else _function(builder, node)
             builder.say_shape(node)
     weight_bytes = builder.region.weight_bytes()
     if weight_bytes > PROTOBUF_BYTES:
