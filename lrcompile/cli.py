@@ -117,6 +117,9 @@ def compile_command(
         str | None, typer.Option("--eval", help="pkg.mod:fn, from the model to a number, higher is better.")
     ] = None,
     max_drop: Annotated[float | None, typer.Option(help="How far that number may fall.")] = None,
+    eval_by_site: Annotated[
+        bool, typer.Option("--eval-by-site", help="Evaluate with each rewrite alone too: how far the number falls.")
+    ] = False,
     confidence: Annotated[float | None, typer.Option(help="Least P(faster) of a rewrite.")] = None,
     strategy: Annotated[
         str | None, typer.Option(help="What chooses: milp (the default), beam, latency-step, energy or uniform.")
@@ -152,6 +155,7 @@ def compile_command(
         model=model, target=target, out=out, arch=arch, trust_pickle=trust_pickle, inputs=tuple(inputs or ()),
         calib=calib, batch=batch, dtype=dtype, max_rank=max_rank, io_rank=io_rank, opset=opset,
         max_error=max_error, size=size, speedup=speedup, max_latency=max_latency, eval=evaluation, max_drop=max_drop,
+        eval_by_site=eval_by_site or None,
         measure=measure, confidence=confidence, strategy=strategy, passes=passes,
         options=tuple(options or ()), skip=tuple(skip or ()), seed=seed, plan=plan, plan_out=plan_out,
         report=report, report_json=report_json, recover=recover, recover_minutes=recover_minutes,

@@ -24,7 +24,7 @@ from lrcompile.confirm import Measured, Reference, confirm
 from lrcompile.devices.cost import Cost, total
 from lrcompile.devices.target import DEFAULT_TARGET, Target, resolve_target
 from lrcompile.emit.write import check_opset, emit
-from lrcompile.errors import InputError, PlanError
+from lrcompile.errors import InputError
 from lrcompile.frontend.calibration_data import CalibrationData
 from lrcompile.frontend.export import batch_size
 from lrcompile.frontend.prepare import prepare
@@ -46,12 +46,20 @@ from lrcompile.planning.search import Choice, Problem
 from lrcompile.planning.sensitivity import Evaluator, rewritten
 from lrcompile.planning.store import Store
 from lrcompile.planning.strategies import search
-from lrcompile.plugins import discover, given
+from lrcompile.plugins import as_planned, discover, given
 from lrcompile.quantization.limits import search_for_int8
 from lrcompile.quantization.quantize import Quantization, metric_after, quantizer
 from lrcompile.remarks import remarks
 from lrcompile.report.clock import Clock, Progress, silent
-from lrcompile.report.report import Decision, Report, decide, error_figures, latency_figures, model_figures
+from lrcompile.report.report import (
+    Decision,
+    Report,
+    decide,
+    error_figures,
+    latency_figures,
+    model_figures,
+    told_of,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,6 +174,7 @@ def compile(  # the name that users look for
     opset: int | None = None,
     seed: int = 0,
     metric: Callable[[nn.Module], Any] | None = None,
+    metric_by_site: bool = False,
     progress: Progress | None = None,
 ) -> Result:
     """Rewrites a model where that makes it faster on the target, within the budget.
@@ -176,7 +185,8 @@ def compile(  # the name that users look for
     [B, C·T, H, W]. `opset` is the version of ONNX operators, 18 to 23. With `plan`, its rewrites are applied and
     nothing is searched. Without `calibration`, decompositions see the weights alone and the output error is measured
     on the example inputs. `metric` takes a model, called as the one given is, and returns a number, higher is better,
-    which may fall by `budget.max_drop`; it is evaluated at most 25 times.
+    which may fall by `budget.max_drop`; it is evaluated at most 25 times, and with `metric_by_site` once more for each
+    rewrite alone, for the report.
 
     Raises:
         InputError: the model, inputs, metric or options cannot be used.
@@ -186,7 +196,7 @@ def compile(  # the name that users look for
     """
     options: dict[str, Any] = {"calibration": calibration, "passes": passes, "dtype": dtype, "batch": batch}
     options |= {"max_rank": max_rank, "io_rank": io_rank, "opset": opset}
-    evaluation = check_metric(metric, budget, plan)
+    evaluation = check_metric(metric, budget, plan, metric_by_site)
     if plan is not None:
         plan.check_decided(target, skip, seed, budget)
         return replay(model, args, kwargs, plan=plan, progress=progress, **options)
@@ -210,6 +220,7 @@ def prepare_model(
     opset: int | None = None,
     seed: int = 0,
     metric: Callable[[nn.Module], Any] | None = None,
+    metric_by_site: bool = False,
     progress: Progress | None = None,
 ) -> Prepared:
     """Everything up to the choice; see `compile`. The result can be solved for one budget after another."""
@@ -226,7 +237,7 @@ def prepare_model(
     base = None
     if metric is not None:
         with clock("evaluate"):
-            base = Metric.on(traced, Evaluation.of(metric), seed, clock.progress)
+            base = Metric.on(traced, Evaluation.of(metric, metric_by_site), seed, clock.progress)
     target = target.for_model(traced.dynamic_batch, opset)
     reference = Reference.of(traced) if target.is_local else None
     keep, skipped = _keeper(traced.graph, skip)
@@ -309,9 +320,15 @@ def solve(prepared: Prepared, budget: Budget) -> Result:
     left = {id(candidate) for candidate in choice.candidates}
     dropped = [site for candidate in wanted if id(candidate) not in left for site in candidate.sites]
     overruled = dict.fromkeys(dropped, measured.overruled or "") if measured else {}
+    drops: Mapping[str, float] = {}
+    if drop and drop.metric.evaluation.by_site:
+        with clock("evaluate by site"):
+            told = told_of(p.graph, p.pricing, choice.candidates, budget, p.skipped)
+            drops = drop.metric.drops(told, lambda one: rewritten(p.graph, one.rewrites, p.passes, p.context))
     decisions = decide(
         p.graph, p.pricing, choice.candidates, budget, p.skipped, canonical, overruled,
         remark=lambda rewrite: remark(p.passes[rewrite.pass_name], rewrite), effect=problem.evaluator.effect,
+        drops=drops,
     )  # fmt: skip
     check_rank(choice.graph, p.traced)
     rewrites = (*canonical, *choice.rewrites)
@@ -388,7 +405,7 @@ def replay(
     clock = Clock(progress or silent)
     target = resolve_target(plan.target)
     transforms, problems = _passes(passes)
-    by_name = _with_options({transform.name: transform for transform in transforms}, plan)
+    by_name = as_planned(transforms, (rewrite.pass_name for rewrite in plan.rewrites), plan.options)
     torch.manual_seed(plan.seed)
     with clock("trace"):
         model, args, kwargs, dtype = prepare(model, args, kwargs, dtype or plan.dtype, batch)
@@ -460,24 +477,6 @@ def _passes(passes: Sequence[Pass] | None) -> tuple[tuple[Pass, ...], tuple[str,
         return given(passes), ()
     found = discover()
     return found.passes, found.problems
-
-
-def _with_options(passes: Mapping[str, Pass], plan: Plan) -> dict[str, Pass]:
-    """The passes with the options that the plan was made with."""
-    result = dict(passes)
-    for rewrite in plan.rewrites:
-        if rewrite.pass_name not in passes:
-            raise PlanError(
-                f"the plan uses pass {rewrite.pass_name!r}, which is not installed; "
-                f"known: {', '.join(sorted(passes))}; install its plugin or make a new plan"
-            )
-    for name, options in plan.options.items():
-        given = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
-        try:
-            result[name] = replace(passes[name], **given)
-        except (TypeError, KeyError, ValueError) as error:
-            raise PlanError(f"the plan sets options of pass {name!r} that it does not have: {error}") from error
-    return result
 
 
 def _calibrated(graph: Graph, data: Split, context: Context, clock: Clock, divisible: bool) -> Context:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from importlib.metadata import EntryPoint, entry_points
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from lrcompile.errors import InputError, PluginError, first_line
+from lrcompile.errors import InputError, PlanError, PluginError, first_line
 from lrcompile.passes import Pass, Stage
 
 GROUP = "lrcompile.passes"
@@ -110,6 +110,30 @@ def configure(passes: Sequence[Pass], settings: Sequence[str]) -> tuple[Pass, ..
         except (TypeError, ValueError) as error:  # of the pass itself, which may check its options
             raise InputError(f"--option {setting}: {error}") from error
     return tuple(by_name.values())
+
+
+def as_planned(
+    passes: Sequence[Pass], used: Iterable[str], options: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Pass]:
+    """The passes by name, with the options that a plan was made with.
+
+    Raises:
+        PlanError: one that the plan uses is not installed, or has no such options.
+    """
+    result = {transform.name: transform for transform in passes}
+    for name in used:
+        if name not in result:
+            raise PlanError(
+                f"the plan uses pass {name!r}, which is not installed; "
+                f"known: {', '.join(sorted(result))}; install its plugin or make a new plan"
+            )
+    for name, made_with in options.items():
+        values = {key: tuple(value) if isinstance(value, list) else value for key, value in made_with.items()}
+        try:
+            result[name] = replace(result[name], **values)
+        except (TypeError, KeyError, ValueError) as error:
+            raise PlanError(f"the plan sets options of pass {name!r} that it does not have: {error}") from error
+    return result
 
 
 def parsed_option(kind: type, name: str, option: str, text: str) -> dict[str, Any]:

@@ -42,6 +42,7 @@ class Request:
     speedup: float | None
     max_latency: str | None
     eval: str | None
+    eval_by_site: bool | None
     max_drop: float | None
     measure: str | None
     confidence: float | None

@@ -71,7 +71,8 @@ def compile_files(request: Request, progress: Callable[[str, int, int], None]) -
         request = replace(request, batch=batch, seed=plan.seed, measure=measure, target=plan.target)
     whole, recovery = request.budget(), request.recovery()
     budget, training = until_error(whole, recovery, replayed=plan is not None)
-    metric = check_metric(None if request.eval is None else Evaluation.load(request.eval), budget, plan)
+    by_site = bool(request.eval_by_site)
+    metric = check_metric(None if request.eval is None else Evaluation.load(request.eval), budget, plan, by_site)
     check_quantize(request)
     asked = _asked(request, progress)
     processes = Processes.here() if recovery is not None else Processes()
@@ -83,7 +84,7 @@ def compile_files(request: Request, progress: Callable[[str, int, int], None]) -
     learned = _learned(request, asked) if recovery is not None else None
     finished: list[Checkpoint] = []
     options = {**asked.options, "budget": budget} if plan is None else {**asked.options, "plan": plan}
-    result = compile_model(*asked.inputs, metric=metric, progress=progress, **options)
+    result = compile_model(*asked.inputs, metric=metric, metric_by_site=by_site, progress=progress, **options)
     if learned is not None:
         result = recover(result, recovery=training, finished=finished, progress=progress, **learned)
         result = reached(result, whole, recovery, replayed=plan is not None)
@@ -168,7 +169,7 @@ def family_files(request: Request, progress: Callable[[str, int, int], None]) ->
     recovery = request.recovery()
     if recovery is None or request.out is None:
         raise InputError("--progressive makes several models and trains each; give --out, and --recover STEPS for each")
-    for name in ("plan", "plan_out", "report", "report_json", "size", "eval", "max_drop"):
+    for name in ("plan", "plan_out", "report", "report_json", "size", "eval", "eval_by_site", "max_drop"):
         if getattr(request, name) is not None:
             option = "--" + name.replace("_", "-")
             raise InputError(f"--progressive sets the sizes, and makes several plans and reports; leave out {option}")

@@ -72,11 +72,24 @@ def test_command_line(cwd: Path, capsys: pytest.CaptureFixture[str], net: nn.Mod
     assert Path("again/weights.safetensors").read_bytes() == Path("out/weights.safetensors").read_bytes()
 
 
+def test_by_site(cwd: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    limits = ("--eval", "user_metric:accuracy", "--max-drop", "0.02")
+    assert run([*WORDS, *limits, "--eval-by-site", "--plan-out", "plan.json", "--report-json", "report.json"]) == 0
+    out, err = capsys.readouterr()
+    assert "more evaluations of user_metric:accuracy, of one rewrite each, take" in err
+    assert "metric falls" in out
+    sites = json.loads(Path("report.json").read_text())["sites"]
+    assert any(isinstance(site["drop"], float) for site in sites if site["decision"] == "rewritten")
+    assert run(["explain", "plan.json"]) == 0
+    assert "metric falls" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("words", "expected", "says"),
     [
         (("--eval", "user_metric:broken", "--max-drop", "0.1"), 2, "raised RuntimeError: the data are gone"),
         (("--eval", "user_metric:names", "--max-drop", "0.1"), 2, "returned a list; expected one number"),
+        (("--eval-by-site",), 2, "evaluates a metric for each rewrite, and there is none"),
         (("--eval", "user_metric:MODULE", "--max-drop", "0.1"), 2, "no attribute 'MODULE'"),
         (("--eval", "user_metric:torch", "--max-drop", "0.1"), 2, "is a module; expected a function"),
         (("--eval", "user_metric.py", "--max-drop", "0.1"), 2, "not of the form pkg.mod:attribute"),

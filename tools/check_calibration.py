@@ -44,7 +44,7 @@ from lrcompile.planning.price import price
 from lrcompile.plugins import discover
 from tools import models
 from tools.never_slower import TRAINED
-from tools.validate_profiles import SURE, by_chance, put
+from tools.validate_profiles import SURE, by_chance, check_marks, put
 
 SEED = 777  # not that of a calibration
 REPEATS = 0.05  # measurements of one operation that differ by more say nothing about a prediction
@@ -296,6 +296,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "models": lambda: check_models(device),
         "pairs": lambda: check_pairs(device, options.pairs, plot),
     }
+    if options.out:  # before minutes are measured
+        for name in options.parts or parts:
+            check_marks(options.out, *_marks(name))
     held = True
     for name in options.parts or parts:
         checked = parts[name]()
@@ -303,8 +306,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         held &= checked.holds
         if options.out:
             text = f"{checked.line[0].upper()}{checked.line[1:]}.\n\n{checked.text}"
-            put(options.out, f"<!-- {name}: start -->", text, f"<!-- {name}: end -->")
+            start, end = _marks(name)
+            put(options.out, start, text, end)
     return int(not held)
+
+
+def _marks(name: str) -> tuple[str, str]:
+    return f"<!-- {name}: start -->", f"<!-- {name}: end -->"
 
 
 if __name__ == "__main__":

@@ -8,9 +8,10 @@ import random
 import time
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from numbers import Real
 from typing import Any
 
@@ -25,6 +26,7 @@ from lrcompile.frontend.trace import Traced
 from lrcompile.graph.graph import Graph
 from lrcompile.planning.budget import Budget
 from lrcompile.planning.plan import Plan
+from lrcompile.planning.price import Candidate
 
 MOST_EVALUATIONS = 25
 ON_ORIGINAL = 2
@@ -38,26 +40,30 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A function that gives the value of a model, higher is better, and its name as the user knows it."""
+    """A function that gives the value of a model, higher is better, and its name as the user knows it.
+
+    With `by_site` it is also evaluated with each rewrite alone, for the report.
+    """
 
     function: Callable[[nn.Module], Any]
     name: str
     by_name: bool = False
+    by_site: bool = False
 
     @classmethod
-    def of(cls, function: Callable[[nn.Module], Any] | Evaluation) -> Evaluation:
+    def of(cls, function: Callable[[nn.Module], Any] | Evaluation, by_site: bool = False) -> Evaluation:
         """The evaluation by a Python function.
 
         Raises:
             InputError: it cannot be called.
         """
         if isinstance(function, Evaluation):
-            return function
+            return replace(function, by_site=by_site or function.by_site)
         if not callable(function):
             raise InputError(f"the metric is a {type(function).__name__}; expected a function of the model")
         kind = type(function)
         name = getattr(function, "__qualname__", kind.__qualname__)
-        return cls(function, f"{getattr(function, '__module__', kind.__module__)}:{name}")
+        return cls(function, f"{getattr(function, '__module__', kind.__module__)}:{name}", by_site=by_site)
 
     @classmethod
     def load(cls, text: str) -> Evaluation:
@@ -109,12 +115,15 @@ class Evaluation:
 
 
 def check_metric(
-    metric: Callable[[nn.Module], Any] | Evaluation | None, budget: Budget | None, plan: Plan | None
+    metric: Callable[[nn.Module], Any] | Evaluation | None,
+    budget: Budget | None,
+    plan: Plan | None,
+    by_site: bool = False,
 ) -> Evaluation | None:
     """The evaluation to hold a compile to, where one is asked for.
 
     Raises:
-        InputError: a metric without a limit, a limit without a metric, or a plan to replay as well.
+        InputError: a metric without a limit, a limit or sites without a metric, or a plan to replay as well.
     """
     limited = budget is not None and budget.max_drop is not None
     if plan is not None and (metric is not None or limited):
@@ -123,8 +132,13 @@ def check_metric(
         )
     if metric is None:
         DropLimit.of(None, budget or Budget())
+        if by_site:
+            raise InputError(
+                "--eval-by-site evaluates a metric for each rewrite, and there is none; give one with "
+                "--eval pkg.mod:fn (in Python metric=fn)"
+            )
         return None
-    evaluation = Evaluation.of(metric)
+    evaluation = Evaluation.of(metric, by_site)
     if not limited:
         raise InputError(
             f"the metric {evaluation.name} has no limit; say how far it may fall with --max-drop 0.01 "
@@ -214,6 +228,21 @@ class Metric:
         if key not in self.known:
             self.known[key] = _or_worst(_value(self.evaluation, graph().gm, self.traced, self.seed, key))
         return self.known[key]
+
+    def drops(self, alone: Mapping[str, Candidate], made: Callable[[Candidate], Graph]) -> dict[str, float]:
+        """How far the value falls with the candidate of each site alone; infinitely where it is not finite.
+
+        `made` makes the graph with a candidate. What was evaluated before is not evaluated again; how long the rest
+        takes is said first.
+        """
+        keys = {site: ("0", *map(str, candidate.rewrites)) for site, candidate in alone.items()}
+        new = {key: alone[site] for site, key in keys.items() if key not in self.known}
+        name, takes_s = self.evaluation.name, len(new) * self.evaluation_s
+        self.progress(f"{len(new)} more evaluations of {name}, of one rewrite each, take {takes_s:.2g} s", 0, 0)
+        for done, (key, candidate) in enumerate(new.items()):
+            self.progress("evaluate by site", done, len(new))
+            self.value(key, partial(made, candidate))
+        return {site: self.base - self.known[key] for site, key in keys.items()}
 
     def value_of(self, key: tuple[str, ...], run: Callable[[Sequence[Any]], Sequence[Any]]) -> float:
         """The value of what takes the flat inputs of the graph and gives its outputs."""

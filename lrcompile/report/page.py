@@ -49,7 +49,7 @@ def html_page(report: Report, title: str) -> str:
     return _template().render(
         report=report, title=title, lines=lines, before=before, after=after, kind=kind_of(report.latency_ms),
         longest=max((site.latency_ms_before or 0.0 for site in report.sites), default=0.0),
-        choice=choice, figure=figure,
+        choice=choice, figure=figure, drops=any(site.drop is not None for site in report.sites),
     )  # fmt: skip
 
 

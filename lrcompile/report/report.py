@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from lrcompile.devices.fusion import describe_all
 from lrcompile.errors import PlanError
 from lrcompile.frontend.calibration_data import CalibrationData
 from lrcompile.frontend.trace import Traced
-from lrcompile.graph.graph import ALL_CONVS, Graph, parameter_count, weight_bytes
+from lrcompile.graph.graph import ALL_CONVS, Graph, Site, parameter_count, weight_bytes
 from lrcompile.graph.rewrite import Rewrite
 from lrcompile.planning.budget import Budget
 from lrcompile.planning.plan import finite
@@ -30,7 +30,8 @@ class Decision:
 
     `decision` is "rewritten", "kept" or "refused". `error` is that of the layer's own output; `effect` is what the
     rewrite alone does to the model's, in the measure of the budget: of what was kept, the rewrite of least error that
-    might have been made. Latencies are those of everything that the rewrite takes up, in milliseconds; for a site
+    might have been made. `drop` is how far the user's metric falls with that rewrite alone, None where it was not
+    evaluated. Latencies are those of everything that the rewrite takes up, in milliseconds; for a site
     rewritten together with others they stand at the first of them.
     """
 
@@ -46,6 +47,7 @@ class Decision:
     reason: str
     alternatives: Sequence[Mapping[str, Any]] = ()
     effect: float | None = None
+    drop: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; the pass stands under "pass"."""
@@ -123,17 +125,17 @@ def decide(
     overruled: Mapping[str, str] | None = None,
     remark: Callable[[Rewrite], str] = lambda rewrite: "",
     effect: Callable[[Candidate], float | None] = lambda candidate: None,
+    drops: Mapping[str, float] | None = None,
 ) -> list[Decision]:
     """The decision for every linear, convolution and embedding layer, in graph order.
 
     `canonical` are the exact rewrites made before anything was priced; `overruled` are the sites whose rewrite was
     set aside by a measurement of the whole model, with the reason. `remark` says what a pass has to say of a rewrite,
-    `effect` gives the root of what one alone does to the model's outputs, where it is known.
+    `effect` gives the root of what one alone does to the model's outputs, where it is known; `drops` is how far the
+    user's metric falls at each site with what `told_of` has there.
     """
-    by_site: dict[str, list[Candidate]] = defaultdict(list)
-    for candidate in pricing.candidates:
-        for path in candidate.sites:
-            by_site[path].append(candidate)
+    by_site = _by_site(pricing)
+    told = told_of(graph, pricing, chosen, budget, skipped)
     refusals: dict[str, list[str]] = defaultdict(list)
     for refusal in pricing.refusals:
         refusals[refusal.site].append(f"{refusal.pass_name}: {refusal.reason}")
@@ -144,29 +146,58 @@ def decide(
     taken = {path: candidate for candidate in chosen for path in candidate.sites}
     decisions = []
 
-    def felt(candidate: Candidate | None) -> float | None:
-        root = None if candidate is None else effect(candidate)
+    def felt(candidate: Candidate) -> float | None:
+        root = effect(candidate)
         return None if root is None else budget.measure_in_use.value(root)
 
-    for path, site in graph.sites().items():
+    for path, site in _listed(graph, taken).items():
         candidates = by_site[path]
-        if not isinstance(site.module, (nn.Linear, nn.Embedding, *ALL_CONVS)) and path not in taken:
-            continue
         label = operation_label(site.module)
         cost = pricing.node_costs.get(site.nodes[0].name)
         if path in taken:
-            decision = _rewritten(path, label, taken[path], _alternatives(candidates, budget, felt), remark)
-            decisions.append(replace(decision, effect=felt(taken[path])))
+            decisions.append(_rewritten(path, label, taken[path], _alternatives(candidates, budget, felt), remark))
         elif path in skipped:
             decisions.append(_kept(path, label, "kept", cost, "skipped by --skip", ()))
         elif candidates:
             reason = (overruled or {}).get(path) or _why_kept(candidates, budget)
-            decision = _kept(path, label, "kept", cost, reason, _alternatives(candidates, budget, felt))
-            decisions.append(replace(decision, effect=felt(_least(candidates, budget))))
+            decisions.append(_kept(path, label, "kept", cost, reason, _alternatives(candidates, budget, felt)))
         else:
             reason = "; ".join(refusals[path]) or "no pass proposes anything here"
             decisions.append(_kept(path, label, "refused" if refusals[path] else "kept", cost, reason, ()))
+        if path in told:
+            decisions[-1] = replace(decisions[-1], effect=felt(told[path]), drop=(drops or {}).get(path))
     return [_with_canonical(decision, cleaned[decision.site]) for decision in decisions]
+
+
+def told_of(
+    graph: Graph, pricing: Pricing, chosen: Sequence[Candidate], budget: Budget, skipped: Sequence[str] = ()
+) -> dict[str, Candidate]:
+    """For each site the rewrite whose effect on the model is told.
+
+    That is the one made, or of what was kept the one of least error that might have been.
+    """
+    taken = {path: candidate for candidate in chosen for path in candidate.sites}
+    by_site = _by_site(pricing)
+    found = {
+        path: taken.get(path) or _least(by_site[path], budget)
+        for path in _listed(graph, taken)
+        if path in taken or path not in skipped
+    }
+    return {path: candidate for path, candidate in found.items() if candidate is not None}
+
+
+def _listed(graph: Graph, taken: Collection[str]) -> dict[str, Site]:
+    """The sites that a report lists, in graph order: layers, and what else was rewritten."""
+    layers = (nn.Linear, nn.Embedding, *ALL_CONVS)
+    return {path: site for path, site in graph.sites().items() if isinstance(site.module, layers) or path in taken}
+
+
+def _by_site(pricing: Pricing) -> defaultdict[str, list[Candidate]]:
+    found: defaultdict[str, list[Candidate]] = defaultdict(list)
+    for candidate in pricing.candidates:
+        for path in candidate.sites:
+            found[path].append(candidate)
+    return found
 
 
 def _with_canonical(decision: Decision, passes: Sequence[str]) -> Decision:

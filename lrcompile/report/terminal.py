@@ -35,18 +35,20 @@ def print_decisions(console: Console, sites: Sequence[Decision]) -> None:
     for row in sites:
         figures = (
             _ms(row.latency_ms_before, row.latency_ms_after), figure(row.error, "error {:.3g}"),
-            figure(row.effect, "of the model alone {:.3g}"), figure(row.p_faster, "P(faster) {:.2f}"), row.reason,
+            figure(row.effect, "of the model alone {:.3g}"), figure(row.drop, "metric falls {:.3g}"),
+            figure(row.p_faster, "P(faster) {:.2f}"), row.reason,
         )  # fmt: skip
         console.print(f"{row.site}  {row.op}: {choice(row)}", style="bold" if row.decision == "rewritten" else "dim")
         console.print("  " + ", ".join(filter(None, figures)))
 
 
 def _decision_table(sites: Sequence[Decision]) -> Table:
-    figures = ("error", "model's", "before ms", "after ms", "P(faster)")
+    drops = any(row.drop is not None for row in sites)
+    figures = ("error", "model's", *["metric falls"] * drops, "before ms", "after ms", "P(faster)")
     table = plain_table(("site", "layer", "choice", *figures, "why"), figures=figures)
     for row in sites:
         table.add_row(
-            row.site, row.op, choice(row), figure(row.error), figure(row.effect),
+            row.site, row.op, choice(row), figure(row.error), figure(row.effect), *[figure(row.drop)] * drops,
             figure(row.latency_ms_before, "{:.4f}"), figure(row.latency_ms_after, "{:.4f}"),
             figure(row.p_faster, "{:.2f}"), row.reason,
             style=None if row.decision == "rewritten" else "dim",
