@@ -70,7 +70,7 @@ def test_a_region_is_compared_with_its_split() -> None:
 
 
 def test_this_gpu_can_be_calibrated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibrate, "CHUNK", 20)
+    monkeypatch.setattr(calibrate, "FIRST", 20)
     out = tmp_path / "mine.toml"
     found = calibrate_file(out, 30, 0, lambda stage, done, total: None, runtime="torch-cuda")
     assert len(found.measurements) >= 40

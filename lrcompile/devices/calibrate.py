@@ -31,7 +31,8 @@ from lrcompile.errors import DeviceError
 from lrcompile.graph.op import FUNCTIONS, OpDesc
 
 Progress = Callable[[str, int, int], None]
-CHUNK = 60  # operations between two visits of one
+FIRST, CHUNK = 60, 600  # operations between two visits of one: at first, and once it is known how long they take
+LEAST_S = 1e-3  # what an operation's visits take at least, with what is remembered
 NOISY = 0.1  # relative error above which a measurement does not count
 MOST_NOISY = 1 / 3  # share of such measurements above which the machine is called too busy
 LOOKED = 0.25  # share of the time after which that is looked at, and again at the end
@@ -277,10 +278,21 @@ def calibrate(
                     progress("measure", min(round(clock() - start), round(seconds)), round(seconds))
         visited.extend((op, known) for op, known in zip(ops, costs, strict=True) if len(known) > 1)
 
+    def chunk(end: float) -> int:
+        """How many operations to visit in turn: time is left for all visits of them, and for as many again or none.
+
+        Many, so that visits are far apart: a machine that others share can be slower for half a minute.
+        """
+        taken = clock() - start
+        if not visited:
+            return FIRST
+        fit = (end - taken) / max(taken / len(visited), LEAST_S)
+        return max(1, round(fit / max(1, round(fit / CHUNK))))
+
     drawn = drawn or operations(seed)
     looked = False
     while clock() - start < seconds * EXPLORED and len(visited) < MOST * EXPLORED:
-        add(list(islice(drawn, CHUNK)), seconds * EXPLORED)
+        add(list(islice(drawn, chunk(seconds * EXPLORED))), seconds * EXPLORED)
         if not looked and clock() - start > seconds * LOOKED:
             _quiet(measurements(visited), forget)
             looked = True
@@ -289,7 +301,7 @@ def calibrate(
         share = EXPLORED + (ENDED - EXPLORED) * (i + 1) / ROUNDS
         worst = iter(_worst(device, measurements(visited), pool))
         while clock() - start < seconds * share and len(visited) < MOST * share:
-            ops = list(islice(worst, CHUNK))
+            ops = list(islice(worst, chunk(seconds * share)))
             if not ops:
                 break
             taken = set(ops)
