@@ -21,7 +21,6 @@ from lrcompile.devices.pace import FEWEST, Paced, at, in_step, pace_of
 from lrcompile.devices.profile import load_device
 from lrcompile.devices.profile_text import profile_text
 from lrcompile.devices.sampling import operations
-from lrcompile.errors import DeviceError
 from lrcompile.graph.op import OpDesc, conv_op, gemm_op
 from tests.test_analytic import CONV
 
@@ -101,11 +100,13 @@ def machine(clock: list[float], *, told: bool) -> Callable[[OpDesc, int], Cost]:
 
 def test_a_machine_that_is_slow_at_times_is_calibrated(tmp_path: Path) -> None:
     clock = [0.0]
-    with pytest.raises(DeviceError, match="the machine is too busy to calibrate"):
-        calibrate(X86, machine(clock, told=False), 24.0, clock=lambda: clock[0])
+    untold = calibrate(X86, machine(clock, told=False), 24.0, clock=lambda: clock[0])
+    assert untold.doubt is not None  # two of three visits agree, on either pace
+    assert untold.within_10 < 0.7
     clock = [0.0]
     found = calibrate(X86, machine(clock, told=True), 24.0, clock=lambda: clock[0])
-    assert found.noisy == 0
+    assert (found.noisy, found.doubt) == (0, None)
+    assert found.within_10 > 0.95
     assert found.pace == Pace(pytest.approx(PRODUCT_S), pytest.approx(1.0), pytest.approx(3.0))
     device = calibrated(found, "mine", "made up", "measured here (a test)")
     (tmp_path / "mine.toml").write_text(profile_text(device, "A test."))
@@ -114,7 +115,7 @@ def test_a_machine_that_is_slow_at_times_is_calibrated(tmp_path: Path) -> None:
     assert read.provenance["pace.follows"] == "measured here (a test)"
 
 
-@pytest.mark.parametrize("op", [gemm_op(32, 32, 32, "fp32"), conv_op(CONV, "fp32")], ids=["product", "convolution"])
+@pytest.mark.parametrize("op", [gemm_op(999, 999, 999, "fp32"), conv_op(CONV, "fp32")], ids=["product", "convolution"])
 def test_the_product_is_measured_in_turn(op: OpDesc, monkeypatch: pytest.MonkeyPatch) -> None:
     sides: list[int] = []
 

@@ -209,7 +209,8 @@ def test_how_many_copies() -> None:
             assert 1 <= copies <= MOST_COPIES
             assert copies <= 2 or copies * (op.weight_bytes + op.activation_bytes) < 1.6 * MOST_BYTES
         assert copies_for(op, 1e-9) >= copies_for(op, 1.0)
-        assert least_copies(op) == int(family(op) in ("conv", "pointwise", "depthwise", "grouped"))
+        in_blocks = int(family(op) in ("conv", "pointwise", "depthwise", "grouped"))
+        assert [least_copies(op, copies) for copies in (0, 7, 80)] == [in_blocks, in_blocks, 10]
     assert {family(op) for op in islice(operations(6), 400)} == set(WEIGHTS)
 
 

@@ -31,7 +31,7 @@ from lrcompile.errors import DeviceError
 from lrcompile.graph.op import FUNCTIONS, OpDesc
 
 Progress = Callable[[str, int, int], None]
-FIRST, CHUNK = 60, 600  # operations between two visits of one: at first, and once it is known how long they take
+FIRST, CHUNK = 60, 240  # operations between two visits of one: at first, and once it is known how long they take
 LEAST_S = 1e-3  # what an operation's visits take at least, with what is remembered
 NOISY = 0.1  # relative error above which a measurement does not count
 MOST_NOISY = 1 / 3  # share of such measurements above which the machine is called too busy

@@ -347,7 +347,7 @@ def _cpu_facts() -> dict[str, str]:
     return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())}
 
 
-@lru_cache(maxsize=256)  # a calibration comes back to an operation after 60 others, a check of it after 200
+@lru_cache(maxsize=400)  # a calibration and a check of it come back to an operation after over 200 others
 def _repeated(op: OpDesc, opset: int) -> tuple[int, list[LoweredRegion]]:
     """(how many copies more the first graph of an operation holds than the second, these and what tells the pace).
 
@@ -357,8 +357,8 @@ def _repeated(op: OpDesc, opset: int) -> tuple[int, list[LoweredRegion]]:
     Raises:
         UnsupportedRegion: it has no form in ONNX.
     """
-    least = least_copies(op)
     copies = copies_for(op, _arithmetic_here().cost(op).latency_s)
+    least = least_copies(op, copies)
     graphs = [gm for gm in (repeated(op, least + copies), repeated(op, least)) if gm is not None]
     regions = [lower_region(gm, dynamic_batch=op.attention is not None, opset=opset) for gm in graphs]
     return copies, [*regions, *_telling(op.dtype, opset)] if regions else []

@@ -18,7 +18,8 @@ from lrcompile.graph.op import AttentionShape, ConvShape, GemmShape, OpDesc, Rec
 
 aten = torch.ops.aten
 COPIES_S = 6e-4  # how long all copies should take
-MOST_COPIES = 40
+MOST_COPIES = 80
+_COMPARED = 8  # copies for each that the graph that others are compared with has too
 MOST_BYTES = 3e7  # of all copies together, so that they fit into the caches if one of them does
 WAKING = 128  # extents of a product that several threads share
 _HANDED = ConvShape(1, 16, 32, (27, 27), (27, 27), (1, 1), (1, 1), ((0, 0), (0, 0)), (1, 1))
@@ -47,9 +48,12 @@ def copies_for(op: OpDesc, latency_s: float) -> int:
     return max(least, round(min(COPIES_S / max(latency_s, 1e-9), fit, MOST_COPIES)))
 
 
-def least_copies(op: OpDesc) -> int:
-    """Of the graph that others are compared with: one convolution lays values out in blocks."""
-    return int(op.conv is not None and len(op.conv.kernel) == 2)
+def least_copies(op: OpDesc, copies: int = 0) -> int:
+    """Of the graph that others are compared with, which have so many copies more.
+
+    One convolution lays values out in blocks, and the first of many short operations take longer than those after them.
+    """
+    return max(int(op.conv is not None and len(op.conv.kernel) == 2), copies // _COMPARED)
 
 
 def repeated(op: OpDesc, copies: int, *, alone: bool = False) -> fx.GraphModule | None:
