@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import pickle
 import platform
 import time
 from collections import Counter
@@ -347,7 +348,6 @@ def _cpu_facts() -> dict[str, str]:
     return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())}
 
 
-@lru_cache(maxsize=400)  # a calibration and a check of it come back to an operation after over 200 others
 def _repeated(op: OpDesc, opset: int) -> tuple[int, list[LoweredRegion]]:
     """(how many copies more the first graph of an operation holds than the second, these and what tells the pace).
 
@@ -357,11 +357,23 @@ def _repeated(op: OpDesc, opset: int) -> tuple[int, list[LoweredRegion]]:
     Raises:
         UnsupportedRegion: it has no form in ONNX.
     """
+    copies, held = _lowered(op, opset)
+    regions = pickle.loads(held)
+    return copies, [*regions, *_telling(op.dtype, opset)] if regions else []
+
+
+@lru_cache(maxsize=400)  # a calibration and a check of it come back to an operation after over 200 others
+def _lowered(op: OpDesc, opset: int) -> tuple[int, bytes]:
+    """(how many copies, the two graphs), held as bytes.
+
+    Held as they are, their many small objects scatter what sessions allocate between them, and operations of a few µs
+    take up to a third longer.
+    """
     copies = copies_for(op, _arithmetic_here().cost(op).latency_s)
     least = least_copies(op, copies)
     graphs = [gm for gm in (repeated(op, least + copies), repeated(op, least)) if gm is not None]
     regions = [lower_region(gm, dynamic_batch=op.attention is not None, opset=opset) for gm in graphs]
-    return copies, [*regions, *_telling(op.dtype, opset)] if regions else []
+    return copies, pickle.dumps(regions)
 
 
 @lru_cache(maxsize=8)
