@@ -51,15 +51,7 @@ from lrcompile.quantization.limits import search_for_int8
 from lrcompile.quantization.quantize import Quantization, metric_after, quantizer
 from lrcompile.remarks import remarks
 from lrcompile.report.clock import Clock, Progress, silent
-from lrcompile.report.report import (
-    Decision,
-    Report,
-    decide,
-    error_figures,
-    latency_figures,
-    model_figures,
-    told_of,
-)
+from lrcompile.report.report import Decision, Report, decide, error_figures, latency_figures, model_figures, told_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -320,13 +312,12 @@ def solve(prepared: Prepared, budget: Budget) -> Result:
     left = {id(candidate) for candidate in choice.candidates}
     dropped = [site for candidate in wanted if id(candidate) not in left for site in candidate.sites]
     overruled = dict.fromkeys(dropped, measured.overruled or "") if measured else {}
-    drops: Mapping[str, float] = {}
+    told, drops = told_of(p.graph, p.pricing, choice.candidates, budget, p.skipped), dict[str, float]()
     if drop and drop.metric.evaluation.by_site:
         with clock("evaluate by site"):
-            told = told_of(p.graph, p.pricing, choice.candidates, budget, p.skipped)
             drops = drop.metric.drops(told, lambda one: rewritten(p.graph, one.rewrites, p.passes, p.context))
     decisions = decide(
-        p.graph, p.pricing, choice.candidates, budget, p.skipped, canonical, overruled,
+        p.graph, p.pricing, choice.candidates, told, budget, p.skipped, canonical, overruled,
         remark=lambda rewrite: remark(p.passes[rewrite.pass_name], rewrite), effect=problem.evaluator.effect,
         drops=drops,
     )  # fmt: skip

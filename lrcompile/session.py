@@ -71,8 +71,8 @@ def compile_files(request: Request, progress: Callable[[str, int, int], None]) -
         request = replace(request, batch=batch, seed=plan.seed, measure=measure, target=plan.target)
     whole, recovery = request.budget(), request.recovery()
     budget, training = until_error(whole, recovery, replayed=plan is not None)
-    by_site = bool(request.eval_by_site)
-    metric = check_metric(None if request.eval is None else Evaluation.load(request.eval), budget, plan, by_site)
+    evaluation = None if request.eval is None else Evaluation.load(request.eval)
+    metric = check_metric(evaluation, budget, plan, bool(request.eval_by_site))
     check_quantize(request)
     asked = _asked(request, progress)
     processes = Processes.here() if recovery is not None else Processes()
@@ -84,7 +84,7 @@ def compile_files(request: Request, progress: Callable[[str, int, int], None]) -
     learned = _learned(request, asked) if recovery is not None else None
     finished: list[Checkpoint] = []
     options = {**asked.options, "budget": budget} if plan is None else {**asked.options, "plan": plan}
-    result = compile_model(*asked.inputs, metric=metric, metric_by_site=by_site, progress=progress, **options)
+    result = compile_model(*asked.inputs, metric=metric, progress=progress, **options)
     if learned is not None:
         result = recover(result, recovery=training, finished=finished, progress=progress, **learned)
         result = reached(result, whole, recovery, replayed=plan is not None)

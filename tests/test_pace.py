@@ -21,6 +21,7 @@ from lrcompile.devices.pace import FEWEST, Paced, at, in_step, pace_of
 from lrcompile.devices.profile import load_device
 from lrcompile.devices.profile_text import profile_text
 from lrcompile.devices.sampling import operations
+from lrcompile.errors import DeviceError
 from lrcompile.graph.op import OpDesc, conv_op, gemm_op
 from tests.test_analytic import CONV
 
@@ -83,13 +84,13 @@ def test_visits_do_not_count_while_threads_hand_over_work_slowly() -> None:
     assert [m.op for m in kept] == [op for op, lates in zip(ops, slowly, strict=True) if not any(lates)]
 
 
-def machine(clock: list[float], *, told: bool) -> Callable[[OpDesc, int], Cost]:
-    """An x86 that is twice as slow every other two seconds; the product tells of it, or not."""
+def machine(clock: list[float], *, told: bool, period_s: float = 4.0) -> Callable[[OpDesc, int], Cost]:
+    """An x86 that is twice as slow for half of every period; the product tells of it, or not."""
     model = AnalyticCostModel(replace(X86, residuals={}))
 
     def measured(op: OpDesc, visit: int) -> Cost:
         clock[0] += 0.03
-        slow = 2.0 if clock[0] % 4 < 2 else 1.0
+        slow = 2.0 if clock[0] % period_s < period_s / 2 else 1.0
         own = 1 + 0.03 * math.sin(op.flops + op.activation_bytes)  # what no formula says
         latency_s = own * model.cost(op).latency_s * slow
         product_s = PRODUCT_S * slow if told else PRODUCT_S
@@ -99,6 +100,9 @@ def machine(clock: list[float], *, told: bool) -> Callable[[OpDesc, int], Cost]:
 
 
 def test_a_machine_that_is_slow_at_times_is_calibrated(tmp_path: Path) -> None:
+    clock = [0.0]
+    with pytest.raises(DeviceError, match="the machine is too busy to calibrate"):
+        calibrate(X86, machine(clock, told=False, period_s=10.0), 24.0, clock=lambda: clock[0])
     clock = [0.0]
     untold = calibrate(X86, machine(clock, told=False), 24.0, clock=lambda: clock[0])
     assert untold.doubt is not None  # two of three visits agree, on either pace

@@ -32,7 +32,7 @@ from lrcompile.graph.op import FUNCTIONS, OpDesc
 
 Progress = Callable[[str, int, int], None]
 FIRST, CHUNK = 60, 240  # operations between two visits of one: at first, and once it is known how long they take
-LEAST_S = 1e-3  # what an operation's visits take at least, with what is remembered
+REMEMBERED_S = 1e-3  # what an operation's visits take at least, where they are remembered
 NOISY = 0.1  # relative error above which a measurement does not count
 MOST_NOISY = 1 / 3  # share of such measurements above which the machine is called too busy
 LOOKED = 0.25  # share of the time after which that is looked at, and again at the end
@@ -286,7 +286,7 @@ def calibrate(
         taken = clock() - start
         if not visited:
             return FIRST
-        fit = (end - taken) / max(taken / len(visited), LEAST_S)
+        fit = (end - taken) / max(taken / len(visited), REMEMBERED_S)
         return max(1, round(fit / max(1, round(fit / CHUNK))))
 
     drawn = drawn or operations(seed)

@@ -367,7 +367,7 @@ def _lowered(op: OpDesc, opset: int) -> tuple[int, bytes]:
     """(how many copies, the two graphs), held as bytes.
 
     Held as they are, their many small objects scatter what sessions allocate between them, and operations of a few µs
-    take up to a third longer.
+    take longer.
     """
     copies = copies_for(op, _arithmetic_here().cost(op).latency_s)
     least = least_copies(op, copies)

@@ -119,6 +119,7 @@ def decide(
     graph: Graph,
     pricing: Pricing,
     chosen: Sequence[Candidate],
+    told: Mapping[str, Candidate],
     budget: Budget,
     skipped: Sequence[str] = (),
     canonical: Sequence[Rewrite] = (),
@@ -129,13 +130,12 @@ def decide(
 ) -> list[Decision]:
     """The decision for every linear, convolution and embedding layer, in graph order.
 
-    `canonical` are the exact rewrites made before anything was priced; `overruled` are the sites whose rewrite was
-    set aside by a measurement of the whole model, with the reason. `remark` says what a pass has to say of a rewrite,
-    `effect` gives the root of what one alone does to the model's outputs, where it is known; `drops` is how far the
-    user's metric falls at each site with what `told_of` has there.
+    `told` is what `told_of` gives. `canonical` are the exact rewrites made before anything was priced; `overruled` are
+    the sites whose rewrite was set aside by a measurement of the whole model, with the reason. `remark` says what a
+    pass has to say of a rewrite, `effect` gives the root of what one alone does to the model's outputs, where it is
+    known; `drops` is how far the user's metric falls at each site with what is told of.
     """
     by_site = _by_site(pricing)
-    told = told_of(graph, pricing, chosen, budget, skipped)
     refusals: dict[str, list[str]] = defaultdict(list)
     for refusal in pricing.refusals:
         refusals[refusal.site].append(f"{refusal.pass_name}: {refusal.reason}")
