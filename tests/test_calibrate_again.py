@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections import Counter
 from itertools import islice
 from pathlib import Path
@@ -10,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from lrcompile.devices import measure
-from lrcompile.devices.calibrate import FIRST, VISITS, calibrate
-from lrcompile.devices.cost import Cost
+from lrcompile.devices.calibrate import calibrate
 from lrcompile.devices.measure import LocalCostModel
 from lrcompile.devices.sampling import operations
 from lrcompile.devices.timings import Timing
+from lrcompile.devices.visits import TOLD, VISITS
 from lrcompile.graph.op import OpDesc
 from tests.test_calibrate import X86, Clock, machine
 
@@ -53,23 +52,6 @@ def test_what_was_measured_before_a_stop_is_not_measured_again(tmp_path: Path, m
     assert again <= {stopped_in}
     asked.clear()
     run(tmp_path / "whole")
-    some = set(asked[: 2 * FIRST])
-    assert some == set(islice(operations(3), FIRST)) <= {*fresh, *remembered}  # the same operations
+    some = set(asked[: 2 * TOLD])
+    assert some == set(islice(operations(3), TOLD)) <= {*fresh, *remembered}  # the same operations
     assert len(fresh) >= len(asked) - 1  # and with the time that was saved, as many more
-
-
-def test_visits_of_an_operation_are_far_apart_and_no_time_is_lost() -> None:
-    clock, asked = Clock(), list[OpDesc]()
-    truth = machine(clock)
-
-    def measured(op: OpDesc, visit: int) -> Cost:
-        asked.append(op)
-        return truth(op, visit)
-
-    calibrate(X86, measured, 30.0, seed=3, clock=clock)
-    apart: dict[OpDesc, list[int]] = {}
-    for when, op in enumerate(asked):
-        apart.setdefault(op, []).append(when)
-    between = [times[1] - times[0] for times in apart.values() if len(times) > 1][FIRST:]
-    assert statistics.median(between) > 2 * FIRST
-    assert sum(len(times) == 1 for times in apart.values()) < 0.02 * len(asked)

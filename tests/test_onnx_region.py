@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from lrcompile.devices.onnx_graph import Weight
 from lrcompile.devices.onnx_region import UnsupportedRegion, lower_region, region_to_onnx
 from lrcompile.frontend.trace import trace
 from lrcompile.nn.linear import TransposedLinear
@@ -203,6 +204,18 @@ def test_fake_weights_become_small_values_without_zeros_or_denormals() -> None:
         values = np.abs(onnx.numpy_helper.to_array(initializer))
         assert values.min() > 1e-3
         assert values.max() < 0.1
+
+
+@pytest.mark.parametrize("shape", [(1,), (3, 7), (400, 300)], ids=["one", "few", "more than are drawn"])
+def test_no_two_fake_weights_are_equal(shape: tuple[int, ...]) -> None:
+    """Or ONNX Runtime would compute only once what is done with them."""
+    tensors = [torch.empty(shape, dtype=dtype, device="meta") for dtype in (torch.float32, torch.bfloat16)]
+    for tensor, bits in zip(tensors, (24, 8), strict=True):
+        found = {Weight(f"w{i}", tensor, positive=True).proto().raw_data for i in range(100)}
+        assert len(found) == 100 or (bits == 8 and shape == (1,))  # so many different values it does not have
+        values = onnx.numpy_helper.to_array(Weight("w0", tensor, positive=True).proto()).astype(np.float32)
+        assert values.shape == shape
+        assert 0.0099 < values.min() <= values.max() < 0.0301
 
 
 UNSUPPORTED: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...], str]] = {

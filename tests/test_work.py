@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from lrcompile.devices.analytic import AnalyticCostModel
-from lrcompile.devices.calibrate import Calibration, Measurement, _worst, calibrated, fitted_to
+from lrcompile.devices.calibrate import Calibration, _by_doubt, calibrated, fitted_to
 from lrcompile.devices.correlation import difference_sigma_s
 from lrcompile.devices.cost import Cost
 from lrcompile.devices.device import Device
@@ -22,6 +22,7 @@ from lrcompile.devices.mlas import WAIT, product_cycles, row_cycles
 from lrcompile.devices.profile import load_device
 from lrcompile.devices.profile_text import profile_text
 from lrcompile.devices.sampling import operations
+from lrcompile.devices.visits import Measurement
 from lrcompile.errors import DeviceError
 from lrcompile.graph.op import ConvShape, OpDesc, conv_op, gemm_op
 
@@ -161,7 +162,7 @@ def test_what_has_work_that_nothing_had_is_measured_first(calibration: Calibrati
     shape = ConvShape(1, 30, 30, (16, 16), (16, 16), (3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1), 30)
     unknown = conv_op(shape, "fp32")
     pool = [*islice(operations(12), 30), unknown]
-    found = _worst(X86, calibration.measurements, pool)
+    found = _by_doubt(calibration, pool)
     assert found[0] == unknown
     assert sorted(map(repr, found)) == sorted(map(repr, pool))
 

@@ -27,7 +27,6 @@ from torch import fx, nn
 
 from lrcompile.confirm import Reference
 from lrcompile.devices.analytic import AnalyticCostModel
-from lrcompile.devices.calibrate import VISITS, Measurement
 from lrcompile.devices.cost import Cost, total
 from lrcompile.devices.device import Device
 from lrcompile.devices.features import family
@@ -36,6 +35,7 @@ from lrcompile.devices.pace import Paced, at, in_step
 from lrcompile.devices.profile import load_device
 from lrcompile.devices.sampling import operations
 from lrcompile.devices.target import Target
+from lrcompile.devices.visits import VISITS, Measurement
 from lrcompile.errors import DeviceError
 from lrcompile.frontend.trace import trace
 from lrcompile.graph.op import ConvShape, OpDesc, conv_op
@@ -108,7 +108,7 @@ def steadily(device: Device, measure: Callable[[], Cost]) -> Cost:
 
 
 def measured(ops: Sequence[OpDesc], device: Device) -> list[float]:
-    """Latencies in s: each operation is measured as often as a calibration does, with all others between.
+    """Latencies in s: each operation is measured three times, with all others between, and the median counts.
 
     They are given for the pace of the machine that the profile's are given for. NaN of one that cannot be measured.
     """

@@ -18,13 +18,14 @@ from typing import Any
 import numpy as np
 
 from lrcompile.devices.analytic import AnalyticCostModel
-from lrcompile.devices.calibrate import Calibration, Measurement, calibrated, fitted_to, with_starts
+from lrcompile.devices.calibrate import Calibration, calibrated, fitted_to, with_starts
 from lrcompile.devices.cost import Cost
 from lrcompile.devices.device import Device
 from lrcompile.devices.features import family
 from lrcompile.devices.profile import load_device
 from lrcompile.devices.profile_text import profile_text
 from lrcompile.devices.repeated import chain
+from lrcompile.devices.visits import Measurement
 from lrcompile.graph.op import AttentionShape, ConvShape, GemmShape, OpDesc, attention_op, conv_op, gemm_op
 from tools.validate_profiles import SURE, by_chance, put
 

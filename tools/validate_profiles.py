@@ -19,13 +19,13 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import kendalltau
 
-from lrcompile.devices.calibrate import ROBUST
 from lrcompile.devices.correlation import REACH, SHARED
 from lrcompile.devices.device import Device
 from lrcompile.devices.features import sizes
 from lrcompile.devices.fit import fit
 from lrcompile.devices.predict import describe_rows, predict_rows
 from lrcompile.devices.profile import load_device
+from lrcompile.devices.visits import ROBUST
 
 LATENCY = Path(__file__).resolve().parents[1].parent / "shared" / "latency"
 HALF_US_MS = 0.0005  # DeepBench cuts to whole µs

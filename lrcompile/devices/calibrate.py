@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -22,28 +21,26 @@ from lrcompile.devices.device import KERNEL_FIGURES, UNFOLD_FIGURES, Device, Pac
 from lrcompile.devices.features import amounts, family, features, located
 from lrcompile.devices.fit import figure, fit, prices, with_figures
 from lrcompile.devices.networks import FEWEST_NETWORKS, Measured, measured_networks, taken_besides
-from lrcompile.devices.pace import at, in_step, pace_of
 from lrcompile.devices.profile_text import profile_text
-from lrcompile.devices.residual import Residuals, fitted
-from lrcompile.devices.runtimes import VISITS, runtime_here
+from lrcompile.devices.residual import ENOUGH, Residuals, fitted
+from lrcompile.devices.runtimes import runtime_here
 from lrcompile.devices.sampling import operations
+from lrcompile.devices.visits import ROBUST, TOLD, Measurement, Visits
 from lrcompile.errors import DeviceError
 from lrcompile.graph.op import FUNCTIONS, OpDesc
 
 Progress = Callable[[str, int, int], None]
-FIRST, CHUNK = 60, 240  # operations between two visits of one: at first, and once it is known how long they take
-REMEMBERED_S = 1e-3  # what an operation's visits take at least, where they are remembered
-NOISY = 0.1  # relative error above which a measurement does not count
-MOST_NOISY = 1 / 3  # share of such measurements above which the machine is called too busy
-LOOKED = 0.25  # share of the time after which that is looked at, and again at the end
+CHUNK = 240  # operations that are visited in a row before some of them are visited again
+LOOKED = 0.25  # share of the time after which it is looked whether the machine is too busy, and again at the end
 TRUSTED = 0.8  # share of operations within 10 % below which a calibration of a CPU says that it is poor
 LEAST, MOST = 40, 16000  # measurements without which nothing is fitted, and that are enough
-EXPLORED = 0.6  # share of the time for operations at random; the next goes where they are known least, in rounds
-ENDED = 0.94  # share of the time after which networks are measured
-ROUNDS, POOL = 3, 6000
-AGREE = 0.03  # difference of two visits up to which there is no third
+EXPLORED = 0.5  # share of the time for operations at random; the next goes where they are known least
+ROUNDS = (0.63, 0.76, 0.88, 0.94)  # of which so many rounds end at these shares, the last one short: it looks again
+POOL = 12000
+SURPRISES = 2.0  # error where it is left out, in those of its family, from which an operation is visited again
 ENOUGH_FOR_A_PRICE = 2  # measurements of a family for each part of its work
 FIT_TO = 600  # operations of a family that the formula's figures are fitted to
+ROUGHLY = 250  # and that say how far residuals reach, while it is measured
 Fits = tuple[tuple[tuple[str, ...], dict[str, str]], ...]
 
 
@@ -112,7 +109,6 @@ STARTS = {  # of kernels on a GPU, where a profile has none
     "conv": {"misaligned": 0.5, "split_setup": 2e-6},
     "attention": {"efficiency": 0.3, "overlap": 0.7, "setup": 6e-6, "bandwidth": 0.3},
 }
-ROBUST = 1.4826  # of the median of absolute errors, for a normal distribution to have its standard deviation
 FEWEST = 5  # measurements of some families without which their figures stay as they are
 SIGMAS: dict[str, tuple[str, ...]] = {  # families in every type
     "gemm": ("gemm", "bmm", "attention"),
@@ -120,32 +116,6 @@ SIGMAS: dict[str, tuple[str, ...]] = {  # families in every type
     "recurrent": ("recurrent",),
     "other": FUNCTIONS,
 }
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """An operation and what it takes here."""
-
-    op: OpDesc
-    cost: Cost
-
-    @classmethod
-    def of(cls, op: OpDesc, costs: Sequence[Cost]) -> Measurement:
-        """The median of some visits, and how far they are apart, or their own deviation if that is larger.
-
-        Two of three that agree are believed: the robust deviation counts.
-        """
-        latencies = [cost.latency_s for cost in costs]
-        middle = statistics.median(latencies)
-        spread = statistics.stdev(latencies) if len(costs) == 2 else 0.0
-        if len(costs) > 2:
-            spread = ROBUST * statistics.median(abs(latency_s - middle) for latency_s in latencies)
-        return cls(op, replace(costs[0], latency_s=middle, sigma_s=max(spread, min(cost.sigma_s for cost in costs))))
-
-    @property
-    def is_noisy(self) -> bool:
-        """Whether it says too little to be fitted to."""
-        return self.cost.sigma_s > NOISY * self.cost.latency_s
 
 
 @dataclass(frozen=True)
@@ -254,105 +224,76 @@ def calibrate(
 ) -> Calibration:
     """Measures operations until the time is spent, and fits the device to them.
 
-    `measure` takes an operation and the number of the visit: each is measured two or three times with others between,
-    so that what disturbs the machine for a while does not decide; those that fail are left out. The last part of the
-    time goes where predictions of operations left out are worst; they come from `drawn`. `network` measures whole
-    graphs at a visit. What is remembered costs no time, so that a calibration goes on where it was stopped; what is
-    too noisy is handed to `forget`, so that another calibration measures it again.
+    `measure` takes an operation and the number of the visit: each is measured once, and again with others between
+    where it surprises, so that what disturbs the machine for a while does not decide; those that fail are left out.
+    They come from `drawn`, the last part of them from where predictions of operations left out are worst. `network`
+    measures whole graphs at a visit. What is remembered costs no time, so that a calibration goes on where it was
+    stopped; what is too noisy is handed to `forget`, so that another calibration measures it again.
 
     Raises:
         DeviceError: there was time for too few measurements, too many of them were noisy, or all failed.
     """
-    start, visited, failed = clock(), list[tuple[OpDesc, list[Cost]]](), list[DeviceError]()
+    start = clock()
 
-    def add(ops: Sequence[OpDesc], end: float) -> None:
-        costs: list[list[Cost]] = [[] for _ in ops]
-        pace = pace_of(known for _, known in visited)
-        for visit in range(VISITS):
-            for op, known in zip(ops, costs, strict=True):
-                if clock() - start < end and len(known) == visit and not (visit > 1 and _agree(known, pace)):
-                    try:
-                        known.append(measure(op, visit))
-                    except DeviceError as problem:  # such as too little memory for it
-                        failed.append(problem)
-                    progress("measure", min(round(clock() - start), round(seconds)), round(seconds))
-        visited.extend((op, known) for op, known in zip(ops, costs, strict=True) if len(known) > 1)
+    def measured_in_time(op: OpDesc, visit: int) -> Cost:
+        progress("measure", min(round(clock() - start), round(seconds)), round(seconds))
+        return measure(op, visit)
 
-    def chunk(end: float) -> int:
-        """How many operations to visit in turn: time is left for all visits of them, and for as many again or none.
+    def until(share: float) -> Callable[[], bool]:
+        return lambda: clock() - start < seconds * share
 
-        Many, so that visits are far apart: a machine that others share can be slower for half a minute.
-        """
-        taken = clock() - start
-        if not visited:
-            return FIRST
-        fit = (end - taken) / max(taken / len(visited), REMEMBERED_S)
-        return max(1, round(fit / max(1, round(fit / CHUNK))))
-
-    drawn = drawn or operations(seed)
-    looked = False
-    while clock() - start < seconds * EXPLORED and len(visited) < MOST * EXPLORED:
-        add(list(islice(drawn, chunk(seconds * EXPLORED))), seconds * EXPLORED)
-        if not looked and clock() - start > seconds * LOOKED:
-            _quiet(measurements(visited), forget)
+    visits = Visits(measured_in_time, forget)
+    drawn, exploring, looked = drawn or operations(seed), until(EXPLORED), False
+    while exploring() and len(visits.known) < MOST * EXPLORED:
+        visits.add(islice(drawn, CHUNK if visits.known else TOLD), exploring)
+        if not looked and not until(LOOKED)():
+            visits.good()
             looked = True
-    pool = list(islice(drawn, POOL)) if len(visited) >= LEAST else []
-    for i in range(ROUNDS):
-        share = EXPLORED + (ENDED - EXPLORED) * (i + 1) / ROUNDS
-        worst = iter(_worst(device, measurements(visited), pool))
-        while clock() - start < seconds * share and len(visited) < MOST * share:
-            ops = list(islice(worst, chunk(seconds * share)))
-            if not ops:
-                break
-            taken = set(ops)
-            pool = [op for op in pool if op not in taken]
-            add(ops, seconds * share)
-    pace = pace_of(known for _, known in visited)
+    pool = list(islice(drawn, POOL)) if len(visits.known) >= LEAST else []
+    for share in ROUNDS:
+        chosen = _look_again(device, visits, pool, until(share))
+        while until(share)() and len(visits.known) < MOST * share and (ops := list(islice(chosen, CHUNK))):
+            visits.add(ops, until(share))
+        pool = [op for op in pool if op not in visits.known]
     measured = list[Measured]()
-    if network and visited:
-        measured = measured_networks(
-            seed, network, pace, lambda: clock() - start <= seconds, partial(progress, "networks")
-        )
-    if failed and not visited:
-        raise failed[-1]
-    found = measurements(visited)
-    in_time = {m.op for m in found}
-    for op, _ in visited:
-        if op not in in_time:
-            forget(op)
-    good = _quiet(found, forget)
+    if network and visits.known:
+        measured = measured_networks(seed, network, visits.pace, until(1), partial(progress, "networks"))
+    if visits.failure and not visits.known:
+        raise visits.failure
+    good = visits.good()
     if len(good) < LEAST:
         raise DeviceError(
             f"{len(good)} operations were measured in {seconds:.0f} s, at least {LEAST} are needed: give more time"
         )
     progress("fit", 0, 1)
-    found_here = replace(fitted_to(device, good, len(visited) - len(good)), pace=pace)
+    found_here = replace(fitted_to(device, good, len(visits.known) - len(good)), pace=visits.pace)
     if len(measured) < FEWEST_NETWORKS:
         return found_here
     fitted_device = replace(found_here.device, residuals=found_here.residuals)
     return replace(found_here, network=taken_besides(fitted_device, measured), networks=len(measured))
 
 
-def measurements(visited: Sequence[tuple[OpDesc, Sequence[Cost]]]) -> list[Measurement]:
-    """Operations with what their visits say, all at one pace of the machine; two of them in step at least."""
-    pace = pace_of(known for _, known in visited)
-    found = ((op, [at(pace, cost) for cost in known if in_step(pace, cost)]) for op, known in visited)
-    return [Measurement.of(op, known) for op, known in found if len(known) > 1]
+def _look_again(
+    device: Device, visits: Visits, pool: Sequence[OpDesc], in_time: Callable[[], bool]
+) -> Iterator[OpDesc]:
+    """Visits again what surprises, or says too little as it is; the pool in the order of `_by_doubt`."""
+    good = [m for m in visits.measurements() if not m.is_noisy]
+    if len(good) < LEAST:
+        return iter(())
+    now = fitted_to(device, good, 0, ROUGHLY)
+    counted = {m.op for m in good}
+    visits.again([*(op for op in visits.known if op not in counted), *_surprising(now)], in_time)
+    return iter(_by_doubt(now, pool))
 
 
-def _quiet(found: Sequence[Measurement], forget: Callable[[OpDesc], None]) -> list[Measurement]:
-    """The measurements that count, the others forgotten; DeviceError where too few of them do."""
-    good = [m for m in found if not m.is_noisy]
-    noisy = len(found) - len(good)
-    for m in found:
-        if m.is_noisy:
-            forget(m.op)
-    if noisy > MOST_NOISY * len(found):
-        raise DeviceError(
-            f"{noisy} of {len(found)} measurements have an error above {NOISY:.0%}: the machine is too busy to "
-            "calibrate; stop other programs and start again: what was measured well is kept"
-        )
-    return good
+def _surprising(now: Calibration) -> list[OpDesc]:
+    """Operations that took another time than all others say, those first that are the furthest from it."""
+    found: list[tuple[float, OpDesc]] = []
+    for name, errors in now.held_out.items():
+        usual = ROBUST * float(np.median(np.abs(errors))) + 1e-12
+        mine = (m.op for m in now.measurements if family(m.op) == name)
+        found += zip(np.abs(errors) / usual, mine, strict=True)
+    return [op for times, op in sorted(found, key=lambda one: -one[0]) if times > SURPRISES]
 
 
 def calibrated(found: Calibration, name: str, description: str, source: str) -> Device:
@@ -389,33 +330,32 @@ def calibrated(found: Calibration, name: str, description: str, source: str) -> 
     )
 
 
-def _worst(device: Device, found: Sequence[Measurement], pool: Sequence[OpDesc]) -> list[OpDesc]:
+def _by_doubt(now: Calibration, pool: Sequence[OpDesc]) -> list[OpDesc]:
     """The pool by lot, in which an operation has the more tickets the less is known of it.
 
     That is what is left of its family's spread, as its errors are. By lot, and not the worst first, so that all
     families become better as often as they are drawn (Efraimidis and Spirakis, 2006).
     """
-    good = [m for m in found if not m.is_noisy]
-    if not pool or len(good) < LEAST:
-        return []
-    now = fitted_to(device, good, 0)
 
     def doubt(op: OpDesc) -> float:
         name = family(op)
         if name not in now.residuals:
             return math.inf
         residuals = now.residuals[name]
-        point = located(op, device, residuals)
+        point = located(op, now.device, residuals)
         if point is None:
             return math.inf
         return now.sigma(name) * residuals.at(point)[1] / residuals.spread
 
-    lots = np.random.default_rng(len(good)).exponential(size=len(pool))
+    lots = np.random.default_rng(len(now.measurements)).exponential(size=len(pool))
     return [op for _, op in sorted(zip(lots, pool, strict=True), key=lambda pair: float(pair[0] / doubt(pair[1])))]
 
 
-def fitted_to(device: Device, good: Sequence[Measurement], noisy: int) -> Calibration:
-    """The figures that fit, the residuals they leave, and the errors of each where it is left out of these."""
+def fitted_to(device: Device, good: Sequence[Measurement], noisy: int, enough: int = ENOUGH) -> Calibration:
+    """The figures that fit, the residuals they leave, and the errors of each where it is left out of these.
+
+    `enough` operations of a family say how far its residuals reach.
+    """
     places: list[str] = []
     for families, figures in FITTED[device.kind]:
         mine = _some([m for m in good if family(m.op) in families], FIT_TO * len(families))
@@ -423,7 +363,7 @@ def fitted_to(device: Device, good: Sequence[Measurement], noisy: int) -> Calibr
         if len(mine) >= FEWEST:
             device = fit(device, tuple(found), lambda candidate, mine=mine: -_log_errors(candidate, mine))  # type: ignore[misc]
             places += found.values()
-    residuals = _residuals(device, good)
+    residuals = _residuals(device, good, enough)
     held_out = {name: found.left_out() for name, found in residuals.items()}
     return Calibration(device, tuple(places), residuals, tuple(good), noisy, held_out)
 
@@ -447,12 +387,6 @@ def with_starts(device: Device) -> Device:
     return with_figures(started, given)
 
 
-def _agree(costs: Sequence[Cost], pace: Pace | None) -> bool:
-    """Whether two visits of an operation make a third one superfluous."""
-    latencies = [at(pace, cost).latency_s for cost in costs if in_step(pace, cost)]
-    return len(latencies) > 1 and max(latencies) - min(latencies) < AGREE * min(latencies)
-
-
 def _some(measurements: Sequence[Measurement], most: int) -> list[Measurement]:
     chosen = np.random.default_rng(0).permutation(len(measurements))[:most]
     return [measurements[i] for i in sorted(chosen)]
@@ -464,16 +398,16 @@ def _log_errors(device: Device, measurements: Sequence[Measurement]) -> np.ndarr
     return np.array([math.log(m.cost.latency_s / model.cost(m.op).latency_s) for m in measurements])
 
 
-def _residuals(device: Device, good: Sequence[Measurement]) -> dict[str, Residuals]:
+def _residuals(device: Device, good: Sequence[Measurement], enough: int) -> dict[str, Residuals]:
     found: dict[str, list[Measurement]] = defaultdict(list)
     for m in good:
         name = family(m.op)
         if name is not None:
             found[name].append(m)
-    return {name: _residuals_of(device, mine) for name, mine in found.items()}
+    return {name: _residuals_of(device, mine, enough) for name, mine in found.items()}
 
 
-def _residuals_of(device: Device, mine: Sequence[Measurement]) -> Residuals:
+def _residuals_of(device: Device, mine: Sequence[Measurement], enough: int) -> Residuals:
     """What is left of a family, by the formula or by the work that it is made of, whichever is nearer."""
     values, work = _log_errors(device, mine), None
     parts = np.array([amounts(m.op, device) for m in mine])
@@ -483,4 +417,4 @@ def _residuals_of(device: Device, mine: Sequence[Measurement]) -> Residuals:
         left = np.log(latencies / (parts @ np.nan_to_num(found)))
         if left @ left < values @ values:
             values, work = left, found
-    return fitted(np.array([features(m.op, device, work) for m in mine]), values, work)
+    return fitted(np.array([features(m.op, device, work) for m in mine]), values, work, enough)

@@ -250,10 +250,9 @@ def open_region(
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     session = ort.InferenceSession(model, options, providers=list(providers))
     binding = session.io_binding()
-    rng = np.random.default_rng(0)
     held = []  # a bound value does not own its memory
     for port in region.inputs:
-        few = random_array(rng, (min(math.prod(port.shape), FEW),), helper.tensor_dtype_to_np_dtype(port.elem_type))
+        few = _few_values(port.elem_type)[: math.prod(port.shape)]
         held.append(ort.OrtValue.ortvalue_from_numpy(np.resize(few, port.shape), on))
         binding.bind_ortvalue_input(port.name, held[-1])
     for port in region.outputs:
@@ -266,6 +265,11 @@ def open_region(
 
     run()
     return run
+
+
+@lru_cache(maxsize=8)
+def _few_values(elem_type: int) -> np.ndarray:
+    return random_array(np.random.default_rng(0), (FEW,), helper.tensor_dtype_to_np_dtype(elem_type))
 
 
 def pace_now() -> Paced:

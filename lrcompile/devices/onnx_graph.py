@@ -7,6 +7,7 @@ import math
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ ATTENTION_OPSET = 23  # the first in which attention is one operator
 GELU_OPSET, GROUP_NORM_OPSET, RMS_NORM_OPSET = 20, 21, 23  # the same of these
 _IR_VERSION = 10
 _SCALE = 0.02
+_POOL = 65537
 
 DTYPES = {
     torch.float32: TensorProto.FLOAT,
@@ -273,8 +275,18 @@ def _substitute(name: str, shape: tuple[int, ...], elem_type: int, positive: boo
     dtype = helper.tensor_dtype_to_np_dtype(elem_type)
     if elem_type not in (TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16, TensorProto.BFLOAT16):
         return np.zeros(shape, dtype).tobytes()
-    rng = np.random.default_rng(zlib.crc32(name.encode()))
-    pool = rng.uniform(_SCALE / 2, 1.5 * _SCALE, 65537)
+    pool, size, key = _pool(elem_type, positive), math.prod(shape), zlib.crc32(name.encode())
+    start = key % _POOL
+    values = np.resize(pool[start : start + min(size, _POOL)], size)
+    values[:1] = _SCALE * (0.5 + key / 2**32)  # of two that start alike
+    return values.tobytes()
+
+
+@lru_cache(maxsize=8)
+def _pool(elem_type: int, positive: bool) -> np.ndarray:
+    """Values of a type, all of them twice in a row: making them anew takes longer than most operations."""
+    rng = np.random.default_rng(0)
+    pool = rng.uniform(_SCALE / 2, 1.5 * _SCALE, _POOL)
     if not positive:
         pool *= rng.choice([-1.0, 1.0], pool.shape)
-    return np.resize(pool.astype(dtype), math.prod(shape)).tobytes()
+    return np.tile(pool, 2).astype(helper.tensor_dtype_to_np_dtype(elem_type))

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
 
 from lrcompile.graph.op import AttentionShape, ConvShape, GemmShape, OpDesc, RecurrentShape
 
@@ -166,6 +168,7 @@ class _Maker:
         self.graph = fx.Graph()
         self.outputs: list[fx.Node] = []
         self.inputs = self.weights = 0
+        self._results: dict[tuple[Any, str], Any] = {}
 
     def input(self, *shape: int, dtype: torch.dtype | None = None) -> fx.Node:
         node = self.graph.placeholder(f"x{self.inputs}")
@@ -186,15 +189,25 @@ class _Maker:
         self.weights += 1
         self.root.add_module(name, module.to(self.dtype).eval())
         node = self.graph.call_module(name, (x,))
-        node.meta["val"] = module(x.meta["val"])
+        node.meta["val"] = self._result((repr(module), _described(x)), partial(module, x.meta["val"]))
         return node
 
     def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+        values = fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
+        key = (target, repr(fx.node.map_arg((args, kwargs), _described)))
+        return self.known(self._result(key, lambda: target(*values[0], **values[1])), target, *args, **kwargs)
+
+    def known(self, result: Any, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+        """A call whose result is known, on meta tensors."""
         node = self.graph.call_function(target, args, kwargs)
-        node.meta["val"] = target(
-            *fx.node.map_arg(args, lambda n: n.meta["val"]), **fx.node.map_arg(kwargs, lambda n: n.meta["val"])
-        )
+        node.meta["val"] = result
         return node
+
+    def _result(self, key: tuple[Any, str], make: Callable[[], Any]) -> Any:
+        """What a call gives, on meta tensors: copies of an operation give the same, and it takes long to find out."""
+        if key not in self._results:
+            self._results[key] = make()
+        return self._results[key]
 
     def output(self, node: fx.Node) -> None:
         self.outputs.append(node)
@@ -202,6 +215,11 @@ class _Maker:
     def done(self) -> fx.GraphModule:
         self.graph.output(tuple(self.outputs))
         return fx.GraphModule(self.root, self.graph)
+
+
+def _described(node: fx.Node) -> str:
+    """Shapes, types and strides of a value."""
+    return str([(x.shape, x.dtype, x.stride()) for x in tree_leaves(node.meta["val"])])
 
 
 def _gemms(make: _Maker, shape: GemmShape, copies: int, *, weight: bool, stored: bool) -> None:
@@ -303,8 +321,13 @@ def _recurrents(make: _Maker, shape: RecurrentShape, copies: int) -> None:
                 weights += [make.weight(*size) for size in sizes]
         state = states if shape.gates == 4 else states[0]
         given = (state, weights, True, shape.layers, 0.0, False, shape.directions == 2, True)
-        y = make.call(_RECURRENT[shape.gates], x, *given)
-        make.output(make.call(operator.getitem, y, 0))
+        # not found out: on meta tensors, too, all steps are computed
+        outputs = torch.empty(
+            shape.batch, shape.steps, shape.hidden_size * shape.directions, dtype=make.dtype, device="meta"
+        )
+        result = (outputs, *(node.meta["val"] for node in states[: shape.gates - 2]))
+        y = make.known(result, _RECURRENT[shape.gates], x, *given)
+        make.output(make.known(outputs, operator.getitem, y, 0))
 
 
 def _functions(make: _Maker, op: OpDesc, copies: int, *, alone: bool) -> None:

@@ -91,9 +91,9 @@ class Residuals:
         return self.spread**2 * np.exp(-cdist(scaled, scaled, self.distance)) + self.noise**2 * np.eye(len(scaled))
 
 
-def fitted(points: np.ndarray, values: np.ndarray, work: np.ndarray | None = None) -> Residuals:
-    """Distance, reach, spread and noise that explain the values best; found by some of them where there are many."""
-    some = np.random.default_rng(0).permutation(len(points))[:ENOUGH]
+def fitted(points: np.ndarray, values: np.ndarray, work: np.ndarray | None = None, enough: int = ENOUGH) -> Residuals:
+    """Distance, reach, spread and noise that explain the values best; found by `enough` where there are more."""
+    some = np.random.default_rng(0).permutation(len(points))[:enough]
     width = points.shape[1]
     held = np.log([_REACH] * width + [_SPREAD, _NOISE])
     bounds = np.log([_BOUNDS[0]] * width + list(_BOUNDS[1:]))

@@ -20,11 +20,11 @@ from lrcompile.devices.measure_torch import TorchCostModel
 from lrcompile.devices.profile import load_device
 from lrcompile.devices.sampling import GPU, GPU_WEIGHTS, operations
 from lrcompile.devices.timings import default_cache_dir
+from lrcompile.devices.visits import VISITS
 from lrcompile.errors import InputError
 from lrcompile.graph.op import OpDesc
 
 RUNTIMES = ("onnxruntime", "torch", "torch-compile", "torch-cuda", "onnxruntime-cuda")
-VISITS = 3
 # What ONNX Runtime makes of any graph before its CUDA provider runs it (our reading).
 _CUDA_FUSES = frozenset({"conv_normalization", "conv_padding", "skip_layer_norm", "bias_gelu"})
 _FUSED_ALONE = ("skip_layer_norm", "bias_gelu")  # that are one kernel there
