@@ -26,6 +26,7 @@ from lrcompile.devices.analytic import AnalyticCostModel
 from lrcompile.devices.calibrate import LEAST, Calibration, calibrate, calibrated, fitted_to
 from lrcompile.devices.cost import Cost
 from lrcompile.devices.device import Device
+from lrcompile.devices.elsewhere import Elsewhere
 from lrcompile.devices.features import WIDTHS, family, features, width_of
 from lrcompile.devices.fit import with_figures
 from lrcompile.devices.fusion import describe_all
@@ -77,7 +78,7 @@ def use_made_up_machine(monkeypatch: pytest.MonkeyPatch) -> None:
         ops = describe_all(gm, X86.fuses, X86.lacks).values()
         return Cost(1e-5 + sum(measured(op).latency_s for op in ops if op.kind not in ("view", "fused")))
 
-    monkeypatch.setattr(measure.LocalCostModel, "cost", lambda self, op: measured(op))
+    monkeypatch.setattr(Elsewhere, "cost", lambda self, op, visit: measured(op))
     monkeypatch.setattr(measure.LocalCostModel, "network", network)
     monkeypatch.setattr(calibrate_module, "MOST", 150)
     monkeypatch.setattr(networks_module, "NETWORKS", 3)

@@ -14,6 +14,7 @@ from torch import fx
 from lrcompile.devices.analytic import AnalyticCostModel
 from lrcompile.devices.cost import Cost
 from lrcompile.devices.device import Device
+from lrcompile.devices.elsewhere import Elsewhere
 from lrcompile.devices.measure import LocalCostModel
 from lrcompile.devices.profile import load_device
 from lrcompile.graph.op import OpDesc
@@ -64,7 +65,7 @@ def test_steps_that_a_profile_does_not_know(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_measured_is_a_median_of_visits(monkeypatch: pytest.MonkeyPatch) -> None:
     latencies = iter([1.0, 10.0, 3.0, 30.0, 2.0, 20.0])
-    monkeypatch.setattr(LocalCostModel, "cost", lambda self, op: Cost(next(latencies), 0.01))
+    monkeypatch.setattr(Elsewhere, "cost", lambda self, op: Cost(next(latencies), 0.01))
     op = next(check_calibration.operations(0))
     assert measured([op, op], DEVICE) == [2.0, 20.0]
 

@@ -29,6 +29,7 @@ from lrcompile.confirm import Reference
 from lrcompile.devices.analytic import AnalyticCostModel
 from lrcompile.devices.cost import Cost, total
 from lrcompile.devices.device import Device
+from lrcompile.devices.elsewhere import Elsewhere
 from lrcompile.devices.features import family
 from lrcompile.devices.measure import LocalCostModel, pace_now
 from lrcompile.devices.pace import Paced, at, in_step
@@ -108,23 +109,18 @@ def steadily(device: Device, measure: Callable[[], Cost]) -> Cost:
 
 
 def measured(ops: Sequence[OpDesc], device: Device) -> list[float]:
-    """Latencies in s: each operation is measured three times, with all others between, and the median counts.
+    """Latencies in s: each operation is measured in three processes, with all others between; the median counts.
 
     They are given for the pace of the machine that the profile's are given for. NaN of one that cannot be measured.
     """
     costs: list[list[Cost]] = [[] for _ in ops]
     for _ in range(VISITS):
-        model = LocalCostModel(cache_dir=None, measures_only=True)
-
-        def anew(op: OpDesc, model: LocalCostModel = model) -> Cost:
-            model.forget(op)
-            return model.cost(op)
-
-        for op, known in zip(ops, costs, strict=True):
-            try:
-                known.append(steadily(device, partial(anew, op)))
-            except DeviceError:  # such as too little memory for it
-                known.append(Cost(math.nan))
+        with Elsewhere() as elsewhere:
+            for op, known in zip(ops, costs, strict=True):
+                try:
+                    known.append(steadily(device, partial(elsewhere.cost, op)))
+                except DeviceError:  # such as too little memory for it
+                    known.append(Cost(math.nan))
     return [Measurement.of(op, known).cost.latency_s for op, known in zip(ops, costs, strict=True)]
 
 

@@ -6,6 +6,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from datetime import date
 from functools import partial
@@ -200,10 +201,11 @@ def calibrate_here(
         DeviceError: see `calibrate`.
     """
     here = runtime_here(runtime)
-    found = calibrate(
-        with_starts(here.device), here.measure, seconds, forget=here.forget, drawn=here.drawn(seed),
-        network=here.network, seed=seed, progress=progress,
-    )  # fmt: skip
+    with closing(here):
+        found = calibrate(
+            with_starts(here.device), here.measure, seconds, forget=here.forget, drawn=here.drawn(seed),
+            network=here.network, seed=seed, progress=progress,
+        )  # fmt: skip
     # a calibration that goes on where it was stopped holds older measurements too, so it says by when
     source = f"measured here (by {date.today().isoformat()}, {here.described}, {len(found.measurements)} operations)"
     made = f"Made by lrcompile calibrate --runtime {runtime} --minutes {seconds / 60:g} --seed {seed}."

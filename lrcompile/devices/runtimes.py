@@ -13,6 +13,7 @@ from torch import fx
 
 from lrcompile.devices.cost import Cost
 from lrcompile.devices.device import Device
+from lrcompile.devices.elsewhere import Elsewhere
 from lrcompile.devices.measure import LocalCostModel, cpu_name, local_device
 from lrcompile.devices.measure_cuda import CudaCostModel
 from lrcompile.devices.measure_ort_cuda import DRAWN, PROVIDER, OrtCudaCostModel
@@ -44,7 +45,8 @@ class _Measuring(Protocol):
 class Runtime:
     """A runtime: the profile that a fit starts from, and what measures operations at each of `VISITS` visits.
 
-    `drawn` gives operations without end for a seed; `network` measures a whole graph at a visit, where that is done.
+    `drawn` gives operations without end for a seed; `network` measures a whole graph at a visit, where that is done;
+    operations are measured `elsewhere`, where that is another process.
     """
 
     device: Device
@@ -52,6 +54,7 @@ class Runtime:
     visits: Sequence[_Measuring]
     drawn: Callable[[int], Iterator[OpDesc]] = operations
     network: Callable[[fx.GraphModule, int], Cost] | None = None
+    elsewhere: Elsewhere | None = None
 
     def measure(self, op: OpDesc, visit: int) -> Cost:
         """The price of an operation as measured at a visit, counted from 0.
@@ -59,12 +62,17 @@ class Runtime:
         Raises:
             DeviceError: it cannot be measured.
         """
-        return self.visits[visit].cost(op)
+        return self.elsewhere.cost(op, visit) if self.elsewhere else self.visits[visit].cost(op)
 
     def forget(self, op: OpDesc) -> None:
         """Has an operation measured again at all visits."""
         for visit in self.visits:
             visit.forget(op)
+
+    def close(self) -> None:
+        """Ends what measures elsewhere."""
+        if self.elsewhere:
+            self.elsewhere.close()
 
 
 def runtime_here(name: str) -> Runtime:
@@ -85,7 +93,10 @@ def runtime_here(name: str) -> Runtime:
     if name == "onnxruntime":
         visits = [LocalCostModel(folder, measures_only=True) for folder in folders]
         version = f"ONNX Runtime {ort.__version__}"
-        return Runtime(device, described.format(version), visits, network=lambda gm, i: visits[i].network(gm))
+        return Runtime(
+            device, described.format(version), visits, network=lambda gm, i: visits[i].network(gm),
+            elsewhere=Elsewhere(folders),
+        )  # fmt: skip
     compiled = name == "torch-compile"
     calls = [TorchCostModel(folder, compiled) for folder in folders]
     version = f"PyTorch {torch.__version__}, {'compiled' if compiled else 'eager'}"
