@@ -170,7 +170,7 @@ class Calibration:
             return None
         return (
             f"only {self.within_10:.0%} of the operations are predicted within 10 % from the others, where a quiet "
-            "machine came to 87 % in 15 minutes: stop other programs, or give it more time, and calibrate again"
+            "machine came to 87 to 91 % in 15 minutes: stop other programs, or give it more time, and calibrate again"
         )
 
     def predicted_without(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
