@@ -228,6 +228,21 @@ def test_networks_that_are_not_measured_steadily_do_not_count(monkeypatch: pytes
     assert found(lambda: False) == [0, 1, 2, 4, 5]  # as few as are needed, the first visit alone
 
 
+def test_networks_that_are_mostly_unsteady_say_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(networks_module, "NETWORKS", 10)
+
+    def found(unsteady: int) -> int:
+        asked: list[int] = []
+
+        def measured(gm: fx.GraphModule, visit: int) -> Cost:
+            asked.append(visit)
+            return Cost(1.0 + visit * (asked.count(visit) <= unsteady))
+
+        return len(networks_module.measured_networks(0, measured, None, lambda: True, lambda done, of: None))
+
+    assert [found(unsteady) for unsteady in (0, 9, 10, 11)] == [20, 11, 10, 0]
+
+
 def test_rows_are_chains() -> None:
     drawn = rows(3, 12)
     assert drawn == rows(3, 12)

@@ -47,10 +47,11 @@ def measured_networks(
     """Random networks and their latencies in s, at one pace: what cannot be measured, or not steadily, is left out.
 
     `measure` takes a network and the number of the visit. Where there is no time for a second one, the first counts.
+    There are none where fewer than half of those that were visited are left: the rest of them was hardly steadier.
     """
     graphs = list(networks(seed))
     visits: list[list[float]] = [[] for _ in graphs]
-    done, total = 0, NETWORK_VISITS * len(graphs)
+    done, total, tried = 0, NETWORK_VISITS * len(graphs), 0
     for visit in range(NETWORK_VISITS):
         for graph, known in zip(graphs, visits, strict=True):
             if not in_time() and sum(map(bool, visits)) >= FEWEST_NETWORKS:
@@ -61,14 +62,15 @@ def measured_networks(
                     known.append(at(pace, cost).latency_s)
             except DeviceError:  # such as too little memory for it
                 pass
-            done += 1
+            done, tried = done + 1, tried + (visit == 0)
             progress(done, total)
     times = max(map(len, visits)) if sum(len(known) > 1 for known in visits) >= FEWEST_NETWORKS else 1
-    return [
+    kept = [
         (graph, statistics.median(known))
         for graph, known in zip(graphs, visits, strict=True)
         if len(known) >= times and max(known) <= (1 + _APART) * min(known)
     ]
+    return kept if 2 * len(kept) >= tried else []
 
 
 def taken_besides(device: Device, measured: Sequence[Measured]) -> dict[str, float]:
