@@ -237,14 +237,14 @@ def calibrate(
     """
     start = clock()
 
-    def measured_in_time(op: OpDesc, visit: int) -> Cost:
+    def measure_and_report(op: OpDesc, visit: int) -> Cost:
         progress("measure", min(round(clock() - start), round(seconds)), round(seconds))
         return measure(op, visit)
 
     def until(share: float) -> Callable[[], bool]:
         return lambda: clock() - start < seconds * share
 
-    visits = Visits(measured_in_time, forget)
+    visits = Visits(measure_and_report, forget)
     drawn, exploring, looked = drawn or operations(seed), until(EXPLORED), False
     while exploring() and len(visits.known) < MOST * EXPLORED:
         visits.add(islice(drawn, CHUNK if visits.known else TOLD), exploring)

@@ -96,15 +96,17 @@ def serve(folders: Sequence[str]) -> None:
     requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # where anything else that is printed goes
     models = [LocalCostModel(Path(folder), measures_only=True) for folder in folders]
+    models = models or [LocalCostModel(cache_dir=None, measures_only=True)]
     while True:
         try:
             op, visit = pickle.load(requests)
         except EOFError:
             return
-        model = models[visit] if models else LocalCostModel(cache_dir=None, measures_only=True)
         answer: Any
         try:
-            answer = model.cost(op)
+            if not folders:
+                models[visit].forget(op)
+            answer = models[visit].cost(op)
         except DeviceError as problem:
             answer = str(problem)
         pickle.dump(answer, answers)

@@ -51,7 +51,7 @@ def measured_networks(
     """
     graphs = list(networks(seed))
     visits: list[list[float]] = [[] for _ in graphs]
-    done, total, tried = 0, NETWORK_VISITS * len(graphs), 0
+    done, total = 0, NETWORK_VISITS * len(graphs)
     for visit in range(NETWORK_VISITS):
         for graph, known in zip(graphs, visits, strict=True):
             if not in_time() and sum(map(bool, visits)) >= FEWEST_NETWORKS:
@@ -62,7 +62,7 @@ def measured_networks(
                     known.append(at(pace, cost).latency_s)
             except DeviceError:  # such as too little memory for it
                 pass
-            done, tried = done + 1, tried + (visit == 0)
+            done += 1
             progress(done, total)
     times = max(map(len, visits)) if sum(len(known) > 1 for known in visits) >= FEWEST_NETWORKS else 1
     kept = [
@@ -70,7 +70,7 @@ def measured_networks(
         for graph, known in zip(graphs, visits, strict=True)
         if len(known) >= times and max(known) <= (1 + _APART) * min(known)
     ]
-    return kept if 2 * len(kept) >= tried else []
+    return kept if 2 * len(kept) >= min(done, len(graphs)) else []
 
 
 def taken_besides(device: Device, measured: Sequence[Measured]) -> dict[str, float]:

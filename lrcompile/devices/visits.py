@@ -116,22 +116,26 @@ class Visits:
         return [m for m in found.values() if not m.is_noisy]
 
     def _visit(self, op: OpDesc) -> None:
-        known = self.known.get(op, [])
         try:
-            known.append(self.measure(op, len(known)))
+            cost = self.measure(op, len(self.known.get(op, ())))
         except DeviceError as problem:  # such as too little memory for it
             self.failure = problem
             return
-        self.known[op] = known
+        self.known.setdefault(op, []).append(cost)
 
 
 def _measurement(op: OpDesc, costs: Sequence[Cost], pace: Pace | None) -> Measurement | None:
     """What visits say at one pace; nothing where none was in step with it."""
-    counted = [at(pace, cost) for cost in costs if in_step(pace, cost)]
+    counted = _counted(costs, pace)
     return Measurement.of(op, counted) if counted else None
 
 
 def _agree(costs: Sequence[Cost], pace: Pace | None) -> bool:
     """Whether two visits of an operation make a third one superfluous."""
-    latencies = [at(pace, cost).latency_s for cost in costs if in_step(pace, cost)]
+    latencies = [cost.latency_s for cost in _counted(costs, pace)]
     return len(latencies) > 1 and max(latencies) - min(latencies) < AGREE * min(latencies)
+
+
+def _counted(costs: Sequence[Cost], pace: Pace | None) -> list[Cost]:
+    """The visits in step with a pace, as they are at that."""
+    return [at(pace, cost) for cost in costs if in_step(pace, cost)]
