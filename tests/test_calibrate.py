@@ -15,23 +15,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import fx
 from torch._dynamo.exc import TorchDynamoException
 
 from lrcompile.cli import run
 from lrcompile.devices import calibrate as calibrate_module
-from lrcompile.devices import measure, measure_torch
+from lrcompile.devices import measure_torch
 from lrcompile.devices import networks as networks_module
 from lrcompile.devices.analytic import AnalyticCostModel
 from lrcompile.devices.calibrate import LEAST, Calibration, calibrate, calibrated, fitted_to
 from lrcompile.devices.cost import Cost
-from lrcompile.devices.device import Device
+from lrcompile.devices.device import Device, Pace
 from lrcompile.devices.elsewhere import Elsewhere
 from lrcompile.devices.features import WIDTHS, family, features, width_of
 from lrcompile.devices.fit import with_figures
 from lrcompile.devices.fusion import describe_all
 from lrcompile.devices.measure import local_device
 from lrcompile.devices.measure_torch import TorchCostModel
+from lrcompile.devices.networks import Network
+from lrcompile.devices.pace import Paced
 from lrcompile.devices.profile import available_devices, load_device
 from lrcompile.devices.profile_text import profile_text
 from lrcompile.devices.residual import DISTANCES, NEAREST, Residuals, _surprise, fitted
@@ -74,12 +75,12 @@ def use_made_up_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """Commands calibrate on a machine that is made up, and soon have enough of it."""
     measured = machine(Clock())
 
-    def network(self: measure.LocalCostModel, gm: fx.GraphModule) -> Cost:
-        ops = describe_all(gm, X86.fuses, X86.lacks).values()
+    def whole(self: Elsewhere, network: Network) -> Cost:
+        ops = describe_all(network.graph(), X86.fuses, X86.lacks).values()
         return Cost(1e-5 + sum(measured(op).latency_s for op in ops if op.kind not in ("view", "fused")))
 
     monkeypatch.setattr(Elsewhere, "cost", lambda self, op, visit: measured(op))
-    monkeypatch.setattr(measure.LocalCostModel, "network", network)
+    monkeypatch.setattr(Elsewhere, "network", whole)
     monkeypatch.setattr(calibrate_module, "MOST", 150)
     monkeypatch.setattr(networks_module, "NETWORKS", 3)
     monkeypatch.setattr(calibrate_module, "POOL", 600)
@@ -189,11 +190,11 @@ def test_noisy_measurements_are_not_kept_for_the_next_calibration() -> None:
 def test_networks_say_what_they_take_besides(tmp_path: Path) -> None:
     clock, truth = Clock(), machine(Clock())
 
-    def network(gm: fx.GraphModule, visit: int) -> Cost:
-        ops = describe_all(gm, X86.fuses, X86.lacks).values()
+    def whole(network: Network) -> Cost:
+        ops = describe_all(network.graph(), X86.fuses, X86.lacks).values()
         return Cost(1e-4 + 1.3 * sum(truth(op).latency_s for op in ops if op.kind not in ("view", "fused")))
 
-    found = calibrate(X86, machine(clock), 30.0, network=network, clock=clock)
+    found = calibrate(X86, machine(clock), 30.0, network=whole, clock=clock)
     assert found.network == {"run_s": pytest.approx(1e-4, rel=0.3), "slower": pytest.approx(1.3, rel=0.05)}
     (tmp_path / "mine.toml").write_text(profile_text(calibrated(found, "", "made up", "measured here (a test)"), "A."))
     device = load_device(str(tmp_path / "mine.toml"))
@@ -206,39 +207,64 @@ def test_networks_say_what_they_take_besides(tmp_path: Path) -> None:
 
 def test_networks_that_are_not_measured_steadily_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(networks_module, "NETWORKS", 6)
-    asked: list[tuple[fx.GraphModule, int]] = []
+    drawn = list(networks_module.networks(0))
+    asked: list[int] = []
 
-    def measured(gm: fx.GraphModule, visit: int) -> Cost:
-        asked.append((gm, visit))
-        index = (len(asked) - 1) % 12
+    def measured(network: Network) -> Cost:
+        index = drawn.index(network)
+        asked.append(index)
         if index == 3:
             raise DeviceError("too large")
-        return Cost(1.0 + visit * (0.5 if index == 5 else 0.02))
+        visit = asked.count(index) - 1
+        return Cost(1.0 + visit * {5: 0.5, 7: 0.07 * (visit < 2)}.get(index, 0.02))
 
     def found(in_time: Callable[[], bool]) -> list[int]:
         asked.clear()
-        seen: list[tuple[int, int]] = []
-        kept = networks_module.measured_networks(0, measured, None, in_time, lambda done, of: seen.append((done, of)))
-        assert seen[-1] == (len(asked), 24)
-        assert all(latency_s == pytest.approx(1.01 if in_time() else 1.0) for _, latency_s in kept)
-        return [[gm for gm, _ in asked].index(gm) for gm, _ in kept]
+        wholes = networks_module.NetworkVisits(drawn, measured)
+        for _ in range(6):
+            wholes.again(None, in_time)
+        return [drawn.index(network) for network, latency_s in wholes.measured(None) if latency_s < 1.1]
 
     assert found(lambda: True) == [0, 1, 2, 4, 6, 7, 8, 9, 10, 11]
-    assert [visit for _, visit in asked] == [0] * 12 + [1] * 12
+    assert asked[:12] == list(range(12))
+    assert asked[12] == 3  # those that were visited least
+    assert sorted(asked[12:]) == sorted([*range(12), 3, 5, 7, *[3, 5] * 2, 3])  # as often as it may be, or all are told
     assert found(lambda: False) == [0, 1, 2, 4, 5]  # as few as are needed, the first visit alone
+    assert asked == [0, 1, 2, 3, 4, 5]
+
+
+def test_networks_out_of_step_are_visited_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(networks_module, "NETWORKS", 5)
+    drawn, pace = list(networks_module.networks(0)), Pace(1e-4, 1.0, 1.0)
+    asked: list[Network] = []
+
+    def measured(network: Network) -> Cost:
+        asked.append(network)
+        late = 10 < len(asked) <= 20  # the second visit of all is in a bad spell
+        return Paced(2.0 if late else 1.0, product_s=2e-4, handed_s=3e-4 if late else 2e-4)
+
+    wholes = networks_module.NetworkVisits(drawn, measured)
+    for _ in range(5):
+        wholes.again(pace, lambda: True)
+    assert len(asked) == 30
+    assert [latency_s for _, latency_s in wholes.measured(pace)] == [0.5] * 10  # at the pace that is asked for
 
 
 def test_networks_that_are_mostly_unsteady_say_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(networks_module, "NETWORKS", 10)
+    drawn = list(networks_module.networks(0))
 
     def found(unsteady: int) -> int:
-        asked: list[int] = []
+        asked: list[Network] = []
 
-        def measured(gm: fx.GraphModule, visit: int) -> Cost:
-            asked.append(visit)
-            return Cost(1.0 + visit * (asked.count(visit) <= unsteady))
+        def measured(network: Network) -> Cost:
+            asked.append(network)
+            return Cost(1.0 + asked.count(network) * (drawn.index(network) < unsteady))
 
-        return len(networks_module.measured_networks(0, measured, None, lambda: True, lambda done, of: None))
+        wholes = networks_module.NetworkVisits(drawn, measured)
+        for _ in range(5):
+            wholes.again(None, lambda: True)
+        return len(wholes.measured(None))
 
     assert [found(unsteady) for unsteady in (0, 9, 10, 11)] == [20, 11, 10, 0]
 

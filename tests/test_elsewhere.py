@@ -10,6 +10,7 @@ import pytest
 
 from lrcompile.devices.elsewhere import Elsewhere
 from lrcompile.devices.measure import LocalCostModel
+from lrcompile.devices.networks import networks
 from lrcompile.devices.pace import Paced
 from lrcompile.errors import DeviceError
 from lrcompile.graph.op import gemm_op
@@ -53,6 +54,7 @@ def test_without_folders_nothing_is_remembered_and_a_process_that_ends_is_replac
         assert elsewhere.cost(OP).latency_s != elsewhere.cost(OP).latency_s
         with pytest.raises(DeviceError, match=r"^it cannot be measured here: operation gemm in int8 has no ONNX form"):
             elsewhere.cost(gemm_op(64, 64, 64, "int8"))
+        assert 0 < elsewhere.network(next(networks(0))).latency_s < 1.0
         os.kill(pid_of(elsewhere), signal.SIGINT)  # is for the one that asks
         assert elsewhere.cost(OP).latency_s > 0
         os.kill(pid_of(elsewhere), signal.SIGKILL)

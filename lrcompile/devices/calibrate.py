@@ -9,19 +9,24 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from datetime import date
-from functools import partial
 from itertools import islice
 from typing import Any
 
 import numpy as np
-from torch import fx
 
 from lrcompile.devices.analytic import AnalyticCostModel
 from lrcompile.devices.cost import Cost
 from lrcompile.devices.device import KERNEL_FIGURES, UNFOLD_FIGURES, Device, Pace
 from lrcompile.devices.features import amounts, family, features, located
 from lrcompile.devices.fit import figure, fit, prices, with_figures
-from lrcompile.devices.networks import FEWEST_NETWORKS, Measured, measured_networks, taken_besides
+from lrcompile.devices.networks import (
+    FEWEST_NETWORKS,
+    NETWORK_VISITS,
+    Network,
+    NetworkVisits,
+    networks,
+    taken_besides,
+)
 from lrcompile.devices.profile_text import profile_text
 from lrcompile.devices.residual import ENOUGH, Residuals, fitted
 from lrcompile.devices.runtimes import runtime_here
@@ -37,7 +42,8 @@ TRUSTED = 0.8  # share of operations within 10 % below which a calibration of a 
 LEAST, MOST = 40, 16000  # measurements without which nothing is fitted, and that are enough
 EXPLORED = 0.5  # share of the time for operations at random; the next goes where they are known least
 ROUNDS = (0.63, 0.76, 0.88, 0.94)  # of which so many rounds end at these shares, the last one short: it looks again
-POOL = 12000
+POOL = 4000  # operations of which a round chooses
+NETWORKS_LAST = 0.02  # share of the time for networks before each round; what is left after the last is theirs
 SURPRISES = 2.0  # error where it is left out, in those of its family, from which an operation is visited again
 ENOUGH_FOR_A_PRICE = 2  # measurements of a family for each part of its work
 FIT_TO = 600  # operations of a family that the formula's figures are fitted to
@@ -204,7 +210,7 @@ def calibrate_here(
     with closing(here):
         found = calibrate(
             with_starts(here.device), here.measure, seconds, forget=here.forget, drawn=here.drawn(seed),
-            network=here.network, seed=seed, progress=progress,
+            network=here.elsewhere.network if here.elsewhere else None, seed=seed, progress=progress,
         )  # fmt: skip
     # a calibration that goes on where it was stopped holds older measurements too, so it says by when
     source = f"measured here (by {date.today().isoformat()}, {here.described}, {len(found.measurements)} operations)"
@@ -219,7 +225,7 @@ def calibrate(
     *,
     forget: Callable[[OpDesc], None] = lambda op: None,
     drawn: Iterator[OpDesc] | None = None,
-    network: Callable[[fx.GraphModule, int], Cost] | None = None,
+    network: Callable[[Network], Cost] | None = None,
     seed: int = 0,
     progress: Progress = lambda stage, done, total: None,
     clock: Callable[[], float] = time.monotonic,
@@ -229,39 +235,48 @@ def calibrate(
     `measure` takes an operation and the number of the visit: each is measured once, and again with others between
     where it surprises, so that what disturbs the machine for a while does not decide; those that fail are left out.
     They come from `drawn`, the last part of them from where predictions of operations left out are worst. `network`
-    measures whole graphs at a visit. What is remembered costs no time, so that a calibration goes on where it was
-    stopped; what is too noisy is handed to `forget`, so that another calibration measures it again.
+    measures whole networks. What is remembered costs no time, so that a calibration goes on where it was stopped; what
+    is too noisy is handed to `forget`, so that another calibration measures it again.
 
     Raises:
         DeviceError: there was time for too few measurements, too many of them were noisy, or all failed.
     """
     start = clock()
 
-    def measure_and_report(op: OpDesc, visit: int) -> Cost:
+    def report() -> None:
         progress("measure", min(round(clock() - start), round(seconds)), round(seconds))
+
+    def measured(op: OpDesc, visit: int) -> Cost:
+        report()
         return measure(op, visit)
+
+    def whole(one: Network) -> Cost:
+        assert network is not None
+        report()
+        return network(one)
 
     def until(share: float) -> Callable[[], bool]:
         return lambda: clock() - start < seconds * share
 
-    visits = Visits(measure_and_report, forget)
+    visits = Visits(measured, forget)
+    wholes = NetworkVisits(networks(seed) if network else (), whole)
     drawn, exploring, looked = drawn or operations(seed), until(EXPLORED), False
     while exploring() and len(visits.known) < MOST * EXPLORED:
         visits.add(islice(drawn, CHUNK if visits.known else TOLD), exploring)
         if not looked and not until(LOOKED)():
             visits.good()
             looked = True
-    pool = list(islice(drawn, POOL)) if len(visits.known) >= LEAST else []
-    for share in ROUNDS:
-        chosen = _look_again(device, visits, pool, until(share))
-        while until(share)() and len(visits.known) < MOST * share and (ops := list(islice(chosen, CHUNK))):
-            visits.add(ops, until(share))
-        pool = [op for op in pool if op not in visits.known]
-    measured = list[Measured]()
-    if network and visits.known:
-        measured = measured_networks(seed, network, visits.pace, until(1), partial(progress, "networks"))
     if visits.failure and not visits.known:
         raise visits.failure
+    begun = EXPLORED
+    for share in ROUNDS:
+        wholes.again(visits.pace, until(begun + NETWORKS_LAST))
+        chosen = _look_again(device, visits, drawn, until(share))
+        while until(share)() and len(visits.known) < MOST * share and (ops := list(islice(chosen, CHUNK))):
+            visits.add(ops, until(share))
+        begun = share
+    for _ in range(NETWORK_VISITS):
+        wholes.again(visits.pace, until(1))
     good = visits.good()
     if len(good) < LEAST:
         raise DeviceError(
@@ -269,23 +284,24 @@ def calibrate(
         )
     progress("fit", 0, 1)
     found_here = replace(fitted_to(device, good, len(visits.known) - len(good)), pace=visits.pace)
-    if len(measured) < FEWEST_NETWORKS:
+    latencies = wholes.measured(visits.pace)
+    if len(latencies) < FEWEST_NETWORKS:
         return found_here
     fitted_device = replace(found_here.device, residuals=found_here.residuals)
-    return replace(found_here, network=taken_besides(fitted_device, measured), networks=len(measured))
+    return replace(found_here, network=taken_besides(fitted_device, latencies), networks=len(latencies))
 
 
 def _look_again(
-    device: Device, visits: Visits, pool: Sequence[OpDesc], in_time: Callable[[], bool]
+    device: Device, visits: Visits, drawn: Iterator[OpDesc], in_time: Callable[[], bool]
 ) -> Iterator[OpDesc]:
-    """Visits again what surprises, or says too little as it is; the pool in the order of `_by_doubt`."""
+    """Visits again what surprises, or says too little as it is; the next ones drawn, in the order of `_by_doubt`."""
     good = [m for m in visits.measurements() if not m.is_noisy]
-    if len(good) < LEAST:
+    if len(good) < LEAST or not in_time():
         return iter(())
     now = fitted_to(device, good, 0, ROUGHLY)
     counted = {m.op for m in good}
     visits.again([*(op for op in visits.known if op not in counted), *_surprising(now)], in_time)
-    return iter(_by_doubt(now, pool))
+    return iter(_by_doubt(now, list(islice(drawn, POOL))))
 
 
 def _surprising(now: Calibration) -> list[OpDesc]:

@@ -21,6 +21,7 @@ from typing import Any
 
 from lrcompile.devices.cost import Cost
 from lrcompile.devices.measure import LocalCostModel
+from lrcompile.devices.networks import Network
 from lrcompile.errors import DeviceError
 from lrcompile.graph.op import OpDesc
 
@@ -47,11 +48,22 @@ class Elsewhere:
         Raises:
             DeviceError: it cannot be measured, or its process ended meanwhile.
         """
+        return self._asked(op, visit)
+
+    def network(self, network: Network) -> Cost:
+        """The price of a whole network, its start included; it is not remembered.
+
+        Raises:
+            DeviceError: see `cost`.
+        """
+        return self._asked(network, 0)
+
+    def _asked(self, what: OpDesc | Network, visit: int) -> Cost:
         process = self._serving()
         assert process.stdin is not None
         assert process.stdout is not None
         try:
-            pickle.dump((op, visit), process.stdin)
+            pickle.dump((what, visit), process.stdin)
             process.stdin.flush()
             found = pickle.load(process.stdout)
         except (EOFError, BrokenPipeError, pickle.UnpicklingError):
@@ -99,14 +111,17 @@ def serve(folders: Sequence[str]) -> None:
     models = models or [LocalCostModel(cache_dir=None, measures_only=True)]
     while True:
         try:
-            op, visit = pickle.load(requests)
+            what, visit = pickle.load(requests)
         except EOFError:
             return
         answer: Any
         try:
-            if not folders:
-                models[visit].forget(op)
-            answer = models[visit].cost(op)
+            if isinstance(what, Network):
+                answer = models[visit].network(what.graph())
+            else:
+                if not folders:
+                    models[visit].forget(what)
+                answer = models[visit].cost(what)
         except DeviceError as problem:
             answer = str(problem)
         pickle.dump(answer, answers)

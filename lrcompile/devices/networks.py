@@ -6,8 +6,9 @@ again and again. Random networks say how much that is.
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 
 import numpy as np
 from scipy.optimize import least_squares
@@ -17,60 +18,71 @@ from lrcompile.devices.analytic import AnalyticCostModel
 from lrcompile.devices.cost import Cost
 from lrcompile.devices.device import Device, Pace
 from lrcompile.devices.fusion import describe_all
-from lrcompile.devices.pace import at, in_step
 from lrcompile.devices.repeated import encoder, in_a_row
 from lrcompile.devices.sampling import encoders, rows
+from lrcompile.devices.visits import agree, in_step_at, is_noisy, middle
 from lrcompile.errors import DeviceError
+from lrcompile.graph.op import AttentionShape, ConvShape
 
-NETWORKS = 24  # of convolutions, and as many transformers
+NETWORKS = 40  # of convolutions, and as many transformers
 FEWEST_NETWORKS = 5
-NETWORK_VISITS = 2  # of each, with all others between
-_APART = 0.1  # visits that differ by more do not count
+NETWORK_VISITS = 5  # of each at most: two that agree are enough
+Measured = tuple["Network", float]
 _RUN_S = 1e-5  # of about which size that of a run is: for the solver
-Measured = tuple[fx.GraphModule, float]
 
 
-def networks(seed: int) -> Iterator[fx.GraphModule]:
+@dataclass(frozen=True)
+class Network:
+    """Convolutions in a row, or a transformer's encoder: its attention, layers, and whether norms stand first."""
+
+    row: tuple[ConvShape, ...] = ()
+    encoder: tuple[AttentionShape, int, bool] | None = None
+
+    def graph(self) -> fx.GraphModule:
+        """It, on meta tensors."""
+        if self.encoder is None:
+            return in_a_row(self.row)
+        shape, layers, first = self.encoder
+        return encoder(shape, layers, first=first)
+
+
+def networks(seed: int) -> Iterator[Network]:
     """Random networks of convolutions and transformers' encoders, in turn."""
     for i, (shapes, (shape, layers)) in enumerate(zip(rows(seed, NETWORKS), encoders(seed, NETWORKS), strict=True)):
-        yield in_a_row(shapes)
-        yield encoder(shape, layers, first=bool(i % 2))
+        yield Network(row=tuple(shapes))
+        yield Network(encoder=(shape, layers, bool(i % 2)))
 
 
-def measured_networks(
-    seed: int,
-    measure: Callable[[fx.GraphModule, int], Cost],
-    pace: Pace | None,
-    in_time: Callable[[], bool],
-    progress: Callable[[int, int], None],
-) -> list[Measured]:
-    """Random networks and their latencies in s, at one pace: what cannot be measured, or not steadily, is left out.
+class NetworkVisits:
+    """Networks, and what each visit of them gave; where `measure` fails the visit is left out."""
 
-    `measure` takes a network and the number of the visit. Where there is no time for a second one, the first counts.
-    There are none where fewer than half of those that were visited are left: the rest of them was hardly steadier.
-    """
-    graphs = list(networks(seed))
-    visits: list[list[float]] = [[] for _ in graphs]
-    done, total = 0, NETWORK_VISITS * len(graphs)
-    for visit in range(NETWORK_VISITS):
-        for graph, known in zip(graphs, visits, strict=True):
-            if not in_time() and sum(map(bool, visits)) >= FEWEST_NETWORKS:
-                break
-            try:
-                cost = measure(graph, visit)
-                if in_step(pace, cost):
-                    known.append(at(pace, cost).latency_s)
-            except DeviceError:  # such as too little memory for it
-                pass
-            done += 1
-            progress(done, total)
-    times = max(map(len, visits)) if sum(len(known) > 1 for known in visits) >= FEWEST_NETWORKS else 1
-    kept = [
-        (graph, statistics.median(known))
-        for graph, known in zip(graphs, visits, strict=True)
-        if len(known) >= times and max(known) <= (1 + _APART) * min(known)
-    ]
-    return kept if 2 * len(kept) >= min(done, len(graphs)) else []
+    def __init__(self, drawn: Iterable[Network], measure: Callable[[Network], Cost]) -> None:
+        self.measure = measure
+        self.known: dict[Network, list[Cost]] = {network: [] for network in drawn}
+
+    def again(self, pace: Pace | None, in_time: Callable[[], bool]) -> None:
+        """Visits each of which no two visits in step with a pace agree, the least visited first.
+
+        The fewest that are needed are visited once, even where there is no time.
+        """
+        for network, known in sorted(self.known.items(), key=lambda item: len(item[1])):
+            if not in_time() and sum(map(bool, self.known.values())) >= FEWEST_NETWORKS:
+                return
+            if len(known) < NETWORK_VISITS and not agree(known, pace):
+                with suppress(DeviceError):  # such as too little memory for it
+                    known.append(self.measure(network))
+
+    def measured(self, pace: Pace | None) -> list[Measured]:
+        """Networks and their latencies in s, at one pace: what was not measured steadily is left out.
+
+        Where there was no time to visit some a second time, the first visit counts. There are none where fewer than
+        half of those that were visited are left: the rest of them was hardly steadier.
+        """
+        counted = {network: in_step_at(pace, known) for network, known in self.known.items() if known}
+        twice = sum(len(costs) > 1 for costs in counted.values()) >= FEWEST_NETWORKS
+        found = {network: middle(costs) for network, costs in counted.items() if len(costs) > twice}
+        kept = [(network, cost.latency_s) for network, cost in found.items() if not is_noisy(cost)]
+        return kept if 2 * len(kept) >= len(counted) else []
 
 
 def taken_besides(device: Device, measured: Sequence[Measured]) -> dict[str, float]:
@@ -80,8 +92,8 @@ def taken_besides(device: Device, measured: Sequence[Measured]) -> dict[str, flo
     """
     model = AnalyticCostModel(device)
     sums = [
-        sum(model.cost(op).latency_s for op in describe_all(gm, device.fuses, device.lacks).values())
-        for gm, _ in measured
+        sum(model.cost(op).latency_s for op in describe_all(network.graph(), device.fuses, device.lacks).values())
+        for network, _ in measured
     ]
     summed, latencies = np.array(sums), np.array([latency_s for _, latency_s in measured])
     best = least_squares(

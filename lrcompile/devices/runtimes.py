@@ -9,7 +9,6 @@ from typing import Protocol
 
 import onnxruntime as ort
 import torch
-from torch import fx
 
 from lrcompile.devices.cost import Cost
 from lrcompile.devices.device import Device
@@ -45,15 +44,14 @@ class _Measuring(Protocol):
 class Runtime:
     """A runtime: the profile that a fit starts from, and what measures operations at each of `VISITS` visits.
 
-    `drawn` gives operations without end for a seed; `network` measures a whole graph at a visit, where that is done;
-    operations are measured `elsewhere`, where that is another process.
+    `drawn` gives operations without end for a seed; they are measured `elsewhere`, where that is another process: it
+    measures whole networks too.
     """
 
     device: Device
     described: str
     visits: Sequence[_Measuring]
     drawn: Callable[[int], Iterator[OpDesc]] = operations
-    network: Callable[[fx.GraphModule, int], Cost] | None = None
     elsewhere: Elsewhere | None = None
 
     def measure(self, op: OpDesc, visit: int) -> Cost:
@@ -93,10 +91,7 @@ def runtime_here(name: str) -> Runtime:
     if name == "onnxruntime":
         visits = [LocalCostModel(folder, measures_only=True) for folder in folders]
         version = f"ONNX Runtime {ort.__version__}"
-        return Runtime(
-            device, described.format(version), visits, network=lambda gm, i: visits[i].network(gm),
-            elsewhere=Elsewhere(folders),
-        )  # fmt: skip
+        return Runtime(device, described.format(version), visits, elsewhere=Elsewhere(folders))
     compiled = name == "torch-compile"
     calls = [TorchCostModel(folder, compiled) for folder in folders]
     version = f"PyTorch {torch.__version__}, {'compiled' if compiled else 'eager'}"

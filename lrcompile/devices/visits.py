@@ -10,6 +10,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 from lrcompile.devices.cost import Cost
 from lrcompile.devices.device import Pace
@@ -35,21 +36,13 @@ class Measurement:
 
     @classmethod
     def of(cls, op: OpDesc, costs: Sequence[Cost]) -> Measurement:
-        """The median of some visits, and how far they are apart, or their own deviation if that is larger.
-
-        Two of three that agree are believed: the robust deviation counts.
-        """
-        latencies = [cost.latency_s for cost in costs]
-        middle = statistics.median(latencies)
-        spread = statistics.stdev(latencies) if len(costs) == 2 else 0.0
-        if len(costs) > 2:
-            spread = ROBUST * statistics.median(abs(latency_s - middle) for latency_s in latencies)
-        return cls(op, replace(costs[0], latency_s=middle, sigma_s=max(spread, min(cost.sigma_s for cost in costs))))
+        """What some visits of an operation say."""
+        return cls(op, middle(costs))
 
     @property
     def is_noisy(self) -> bool:
         """Whether it says too little to be fitted to."""
-        return self.cost.sigma_s > NOISY * self.cost.latency_s
+        return is_noisy(self.cost)
 
 
 @dataclass
@@ -87,7 +80,7 @@ class Visits:
         for visit in range(1, VISITS):
             for op in ops:
                 known = self.known.get(op, [])
-                if len(known) == visit and in_time() and not (visit > 1 and _agree(known, pace)):
+                if len(known) == visit and in_time() and not (visit > 1 and agree(known, pace)):
                     self._visit(op)
 
     def measurements(self) -> list[Measurement]:
@@ -124,18 +117,36 @@ class Visits:
         self.known.setdefault(op, []).append(cost)
 
 
-def _measurement(op: OpDesc, costs: Sequence[Cost], pace: Pace | None) -> Measurement | None:
-    """What visits say at one pace; nothing where none was in step with it."""
-    counted = _counted(costs, pace)
-    return Measurement.of(op, counted) if counted else None
+def middle(costs: Sequence[Cost]) -> Cost:
+    """The median of some visits, and how far they are apart, or their own deviation if that is larger.
+
+    Two of three that agree are believed: the robust deviation counts.
+    """
+    latencies = [cost.latency_s for cost in costs]
+    median = statistics.median(latencies)
+    spread = statistics.stdev(latencies) if len(costs) == 2 else 0.0
+    if len(costs) > 2:
+        spread = ROBUST * statistics.median(abs(latency_s - median) for latency_s in latencies)
+    return replace(costs[0], latency_s=median, sigma_s=max(spread, min(cost.sigma_s for cost in costs)))
 
 
-def _agree(costs: Sequence[Cost], pace: Pace | None) -> bool:
-    """Whether two visits of an operation make a third one superfluous."""
-    latencies = [cost.latency_s for cost in _counted(costs, pace)]
-    return len(latencies) > 1 and max(latencies) - min(latencies) < AGREE * min(latencies)
+def is_noisy(cost: Cost) -> bool:
+    """Whether a measurement says too little to be fitted to."""
+    return cost.sigma_s > NOISY * cost.latency_s
 
 
-def _counted(costs: Sequence[Cost], pace: Pace | None) -> list[Cost]:
+def agree(costs: Sequence[Cost], pace: Pace | None) -> bool:
+    """Whether two visits make another one superfluous."""
+    latencies = sorted(cost.latency_s for cost in in_step_at(pace, costs))
+    return any(b - a < AGREE * a for a, b in pairwise(latencies))
+
+
+def in_step_at(pace: Pace | None, costs: Sequence[Cost]) -> list[Cost]:
     """The visits in step with a pace, as they are at that."""
     return [at(pace, cost) for cost in costs if in_step(pace, cost)]
+
+
+def _measurement(op: OpDesc, costs: Sequence[Cost], pace: Pace | None) -> Measurement | None:
+    """What visits say at one pace; nothing where none was in step with it."""
+    counted = in_step_at(pace, costs)
+    return Measurement.of(op, counted) if counted else None

@@ -26,8 +26,7 @@ WORDS = {
     "emit": "writing and verifying",
     "bench": "measuring",
     "fit": "fitting the profile",
-    "measure": "measuring operations",
-    "networks": "measuring networks",
+    "measure": "measuring operations and networks",
     "quantize": "quantising layers",
 }
 
