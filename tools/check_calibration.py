@@ -31,8 +31,8 @@ from lrcompile.devices.cost import Cost, total
 from lrcompile.devices.device import Device
 from lrcompile.devices.elsewhere import Elsewhere
 from lrcompile.devices.features import family
-from lrcompile.devices.measure import LocalCostModel, pace_now
-from lrcompile.devices.pace import Paced, at, in_step
+from lrcompile.devices.measure import LocalCostModel, pace_now, paced
+from lrcompile.devices.pace import at, in_step
 from lrcompile.devices.profile import load_device
 from lrcompile.devices.sampling import operations
 from lrcompile.devices.target import Target
@@ -170,26 +170,32 @@ def panel() -> dict[str, Callable[[], tuple[nn.Module, tuple[Any, ...], dict[str
     return {**{name: trained(key) for name, key in TRAINED.items()}, **PANEL}
 
 
+def whole(reference: Reference) -> Cost:
+    """What a model takes here, with what tells the pace."""
+    return paced(lambda: reference.latency().latency_s)
+
+
 def check_models(device: Device) -> Checked:
-    """A run and the sum of the prices of a model's operations, against the model as ONNX Runtime runs it."""
+    """A run and the sum of the prices of a model's operations, against the model as ONNX Runtime runs it.
+
+    Each is measured as often as operations are, with all others between; the median counts.
+    """
     target = Target("calibrated", device, AnalyticCostModel(device))
-    lines = ["| model | measured | predicted | error |", "|---|---|---|---|"]
-    errors = {}
+    predicted, references = dict[str, float](), dict[str, Reference]()
     for name, make in panel().items():
         module, args, kwargs = make()
         traced = trace(module.eval(), args, kwargs)
-        reference = Reference.of(traced)
-
-        def whole(reference: Reference = reference) -> Cost:
-            before, found, after = pace_now(), reference.latency(), pace_now()
-            product_s, handed_s = (before.product_s + after.product_s) / 2, (before.handed_s + after.handed_s) / 2
-            return Paced(found.latency_s, product_s=product_s, handed_s=handed_s)
-
-        truth = steadily(device, whole).latency_s
-        predicted = target.whole(target.costs(traced.graph.gm)).latency_s
-        errors[name] = predicted / truth - 1
-        lines.append(f"| {name} | {truth * 1e3:.3f} ms | {predicted * 1e3:.3f} ms | {errors[name]:+.0%} |")
-        print(lines[-1], flush=True)
+        predicted[name] = target.whole(target.costs(traced.graph.gm)).latency_s
+        references[name] = Reference.of(traced)
+    visits = defaultdict[str, list[float]](list)
+    for _ in range(VISITS):
+        for name, reference in references.items():
+            visits[name].append(steadily(device, partial(whole, reference)).latency_s)
+    truth = {name: statistics.median(known) for name, known in visits.items()}
+    errors = {name: predicted[name] / truth[name] - 1 for name in truth}
+    lines = ["| model | measured | predicted | error |", "|---|---|---|---|"]
+    for name, error in errors.items():
+        lines.append(f"| {name} | {truth[name] * 1e3:.3f} ms | {predicted[name] * 1e3:.3f} ms | {error:+.0%} |")
     middle = statistics.median(map(abs, errors.values()))
     worst = max(errors, key=lambda name: abs(errors[name]))
     line = f"{len(errors)} models: median error {middle:.1%} (asked {LIMITS['models']:.0%}), worst {worst}"

@@ -117,7 +117,7 @@ def serve(folders: Sequence[str]) -> None:
         answer: Any
         try:
             if isinstance(what, Network):
-                answer = models[visit].network(what.graph())
+                answer = what.measured()
             else:
                 if not folders:
                     models[visit].forget(what)

@@ -12,7 +12,7 @@ import pickle
 import platform
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -131,17 +131,6 @@ class LocalCostModel:
                 key, _ = self._identified(regions)
                 self._memory.pop(key, None)
                 forget(self.cache_dir, key)
-
-    def network(self, graph: fx.GraphModule) -> Cost:
-        """The price of a whole graph on meta tensors, its start included.
-
-        Raises:
-            DeviceError: ONNX Runtime cannot run it.
-        """
-        timings = self._timings([lower_region(graph, opset=self.opset), *_telling("fp32", self.opset)[::-1]])
-        if isinstance(timings, str):
-            raise DeviceError(f"a network cannot be measured here: {timings}")
-        return Paced(*timings[0], product_s=timings[1][0], handed_s=timings[2][0])
 
     def compare(self, before: fx.GraphModule, after: fx.GraphModule) -> tuple[Cost, Cost]:
         """Prices of a region before and after a rewrite, measured as a pair, all nodes included.
@@ -276,6 +265,13 @@ def pace_now() -> Paced:
     """What tells the pace of this machine now, of no operation."""
     (handed_s, _), (product_s, _) = measure([open_region(region) for region in _telling("fp32", OPSET)])
     return Paced(product_s=product_s, handed_s=handed_s)
+
+
+def paced(latency_s: Callable[[], float]) -> Paced:
+    """What a measurement of another kind gives, with what tells the pace before and after it."""
+    before, found_s, after = pace_now(), latency_s(), pace_now()
+    product_s, handed_s = (before.product_s + after.product_s) / 2, (before.handed_s + after.handed_s) / 2
+    return Paced(found_s, product_s=product_s, handed_s=handed_s)
 
 
 def measure(runs: Sequence[Run], clock: Clock = time.perf_counter, waited: Clock = waited_s) -> tuple[Timing, ...]:

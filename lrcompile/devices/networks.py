@@ -1,7 +1,8 @@
 """Whole networks, measured: what they take besides the sum of their operations' prices.
 
-A run has to be started, and values and weights are not in the caches as those of one operation are that is measured
-again and again. Random networks say how much that is.
+A run has to be started, values and weights are not in the caches as those of one operation are that is measured again
+and again, and of a model the usual run counts, where of an operation the undisturbed one does. Random networks say how
+much that is.
 """
 
 from __future__ import annotations
@@ -15,19 +16,23 @@ from scipy.optimize import least_squares
 from torch import fx
 
 from lrcompile.devices.analytic import AnalyticCostModel
+from lrcompile.devices.bench import paired
 from lrcompile.devices.cost import Cost
 from lrcompile.devices.device import Device, Pace
 from lrcompile.devices.fusion import describe_all
+from lrcompile.devices.measure import paced
+from lrcompile.devices.onnx_region import UnsupportedRegion, lower_region
 from lrcompile.devices.repeated import encoder, in_a_row
 from lrcompile.devices.sampling import encoders, rows
 from lrcompile.devices.visits import agree, in_step_at, is_noisy, middle
-from lrcompile.errors import DeviceError
+from lrcompile.errors import DeviceError, InputError, first_line
 from lrcompile.graph.op import AttentionShape, ConvShape
 
 NETWORKS = 40  # of convolutions, and as many transformers
 FEWEST_NETWORKS = 5
 NETWORK_VISITS = 5  # of each at most: two that agree are enough
 Measured = tuple["Network", float]
+_SECONDS = 0.1  # for a visit
 _RUN_S = 1e-5  # of about which size that of a run is: for the solver
 
 
@@ -44,6 +49,19 @@ class Network:
             return in_a_row(self.row)
         shape, layers, first = self.encoder
         return encoder(shape, layers, first=first)
+
+    def measured(self) -> Cost:
+        """Its latency in ONNX Runtime on this machine's CPU, as that of a model is measured: the median of its runs.
+
+        Raises:
+            DeviceError: it cannot be measured here.
+        """
+        try:
+            region = lower_region(self.graph())
+            model, batch = region.model().SerializeToString(), region.inputs[0].shape[0]
+            return paced(lambda: paired(model, model, batch=batch, seconds=_SECONDS, openings=1).median_a_s)
+        except (InputError, UnsupportedRegion, MemoryError) as problem:
+            raise DeviceError(f"a network cannot be measured here: {first_line(problem)}") from problem
 
 
 def networks(seed: int) -> Iterator[Network]:
