@@ -25,7 +25,7 @@ from tools.peers.catalogue import PEERS
 from tools.peers.original import NothingToDo, Original
 from tools.peers.process import PeerFailed, PeerProcess
 from tools.peers.search import LEAST, MOST, TOLERANCE, nearest
-from tools.peers.table import INT8, OURS, Row, table, verdict
+from tools.peers.table import INT8, OURS, Row, at_the_speed_of, slower_and_better, table, verdict
 
 # ------------------------------------------------------------------------------------------------------------ search
 
@@ -248,6 +248,24 @@ def test_int8_is_close_and_not_the_same(name: str, written: bytes, tmp_path: Pat
 
 def row(name: str, time: float, before: float, after: float | None = None) -> Row:
     return Row(name, (time, time, time), 0.5, {"accuracy": before}, {} if after is None else {"accuracy": after}, 9)
+
+
+def test_a_peer_in_int8_that_is_slower_and_better_is_compared_at_its_speed() -> None:
+    rows = [row(OURS, 0.6, 95), row("uniform", 0.7, 99), row("ort-static", 0.5, 97), row("ort-dynamic", 1.2, 98)]
+    rows.append(row(INT8, 0.4, 96))
+    assert [slow.name for slow in slower_and_better(rows)] == ["ort-static"]
+    for ours, ahead in ((97.5, False), (96.5, True)):
+        said = "\n".join(verdict([*rows, row(at_the_speed_of("ort-static"), 0.49, ours)]))
+        assert (
+            "**ort-static is ahead of lrcompile, int8 at the speed of ort-static at the same speed**" in said
+        ) is ahead
+        assert "are of a slower model: uniform, ort-dynamic." in said
+    cells = [
+        line.split("|")
+        for line in table({"accuracy": 99.0}, "", [*rows, row(at_the_speed_of("ort-static"), 0.49, 97.5)])
+    ]
+    bold = [line[1].strip() for line in cells if len(line) > 4 and "**" in line[4]]
+    assert bold == ["uniform", "ort-dynamic"]
 
 
 def test_what_is_in_int8_is_compared_with_what_is_in_int8() -> None:

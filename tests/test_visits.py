@@ -60,7 +60,7 @@ def test_a_third_visit_decides_and_there_is_no_fourth() -> None:
     latencies, (op, other) = iter([1.0, 1.0, 1.5, 1.02, 1.02]), islice(operations(0), 2)
     visits = Visits(lambda op, visit: Cost(next(latencies), 0.01), lambda op: None)
     visits.add([op], in_time)
-    visits.known[other] = [Cost(1.0, 0.01)]
+    visits.known[other], visits.turns[other] = [Cost(1.0, 0.01)], [1]
     visits.again([op, other], in_time)
     assert [cost.latency_s for cost in visits.known[other]] == [1.0, 1.5, 1.02]
     visits.again([op, other], in_time)

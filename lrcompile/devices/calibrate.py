@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from datetime import date
@@ -187,6 +188,14 @@ class Calibration:
             found[name] = (latencies, latencies * np.exp(-errors))
         return found
 
+    def expected(self) -> dict[OpDesc, float]:
+        """What operations take in s as all others say."""
+        found: dict[OpDesc, float] = {}
+        for name, errors in self.held_out.items():
+            mine = (m for m in self.measurements if family(m.op) == name)
+            found |= {m.op: m.cost.latency_s * math.exp(-error) for m, error in zip(mine, errors, strict=True)}
+        return found
+
     def sigma(self, name: str) -> float:
         """The raw standard deviation of a family's errors, in a logarithm."""
         return float(np.sqrt(np.mean(self.held_out[name] ** 2)))
@@ -283,6 +292,8 @@ def calibrate(
             f"{len(good)} operations were measured in {seconds:.0f} s, at least {LEAST} are needed: give more time"
         )
     progress("fit", 0, 1)
+    visits.follow(fitted_to(device, good, 0, ROUGHLY).expected())
+    good = visits.good()
     found_here = replace(fitted_to(device, good, len(visits.known) - len(good)), pace=visits.pace)
     latencies = wholes.measured(visits.pace)
     if len(latencies) < FEWEST_NETWORKS:
@@ -299,19 +310,25 @@ def _look_again(
     if len(good) < LEAST or not in_time():
         return iter(())
     now = fitted_to(device, good, 0, ROUGHLY)
-    counted = {m.op for m in good}
-    visits.again([*(op for op in visits.known if op not in counted), *_surprising(now)], in_time)
+    expected, counted = now.expected(), {m.op for m in good}
+    visits.follow(expected)
+    visits.again([*(op for op in visits.known if op not in counted), *_surprising(visits, expected)], in_time)
     return iter(_by_doubt(now, list(islice(drawn, POOL))))
 
 
-def _surprising(now: Calibration) -> list[OpDesc]:
+def _surprising(visits: Visits, expected: Mapping[OpDesc, float]) -> list[OpDesc]:
     """Operations that took another time than all others say, those first that are the furthest from it."""
-    found: list[tuple[float, OpDesc]] = []
-    for name, errors in now.held_out.items():
-        usual = ROBUST * float(np.median(np.abs(errors))) + 1e-12
-        mine = (m.op for m in now.measurements if family(m.op) == name)
-        found += zip(np.abs(errors) / usual, mine, strict=True)
-    return [op for times, op in sorted(found, key=lambda one: -one[0]) if times > SURPRISES]
+    errors = defaultdict[str, dict[OpDesc, float]](dict)
+    for m in visits.measurements():
+        if m.op in expected:
+            errors[family(m.op) or ""][m.op] = math.log(m.cost.latency_s / expected[m.op])
+    found: dict[OpDesc, float] = {}
+    for mine in errors.values():
+        middle = statistics.median(mine.values())
+        off = {op: abs(error - middle) for op, error in mine.items()}
+        usual = ROBUST * statistics.median(off.values()) + 1e-12
+        found |= {op: error / usual for op, error in off.items() if error > SURPRISES * usual}
+    return sorted(found, key=lambda op: -found[op])
 
 
 def calibrated(found: Calibration, name: str, description: str, source: str) -> Device:

@@ -7,13 +7,15 @@ surprise: these tell how far visits differ on this machine.
 
 from __future__ import annotations
 
+import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from itertools import islice, pairwise
 
 from lrcompile.devices.cost import Cost
 from lrcompile.devices.device import Pace
+from lrcompile.devices.drift import Drift, drift_of
 from lrcompile.devices.pace import at, in_step, pace_of
 from lrcompile.errors import DeviceError
 from lrcompile.graph.op import OpDesc
@@ -50,12 +52,16 @@ class Visits:
     """Operations, and what each visit of them gave.
 
     `measure` takes an operation and the number of the visit; where that fails the visit is left out. What is too noisy
-    is handed to `forget`. `told` are the operations that were visited again without being chosen for it.
+    is handed to `forget`. `turns` are those of an operation's visits among all that were `visited`; what they gave is
+    read without the `drift`. `told` are the operations that were visited again without being chosen for it.
     """
 
     measure: Callable[[OpDesc, int], Cost]
     forget: Callable[[OpDesc], None]
     known: dict[OpDesc, list[Cost]] = field(default_factory=dict)
+    turns: dict[OpDesc, list[int]] = field(default_factory=dict)
+    visited: int = 0
+    drift: Drift = field(default_factory=Drift)
     told: set[OpDesc] = field(default_factory=set)
     failure: DeviceError | None = None
 
@@ -86,8 +92,19 @@ class Visits:
     def measurements(self) -> list[Measurement]:
         """Operations with what their visits say, all at one pace of the machine; only visits in step with it count."""
         pace = self.pace
-        found = (_measurement(op, known, pace) for op, known in self.known.items())
+        found = (self._measurement(op, pace) for op in self.known)
         return [m for m in found if m is not None]
+
+    def follow(self, expected: Mapping[OpDesc, float]) -> None:
+        """Learns the drift, from what operations take in s as all others say."""
+        pace = self.pace
+        errors = [
+            (turn, math.log(at(pace, cost).latency_s / expected[op]))
+            for op in self.known.keys() & expected.keys()
+            for turn, cost in zip(self.turns[op], self.known[op], strict=True)
+            if in_step(pace, cost)
+        ]
+        self.drift = drift_of([turn for turn, _ in errors], [error for _, error in errors])
 
     def good(self) -> list[Measurement]:
         """The measurements that count; the other operations are forgotten.
@@ -100,7 +117,7 @@ class Visits:
             if op not in found or found[op].is_noisy:
                 self.forget(op)
         pace = self.pace
-        twice = [m for op in self.told if (m := _measurement(op, self.known.get(op, [])[:2], pace))]
+        twice = [m for op in self.told if (m := self._measurement(op, pace, 2))]
         if (noisy := sum(m.is_noisy for m in twice)) > MOST_NOISY * len(twice):
             raise DeviceError(
                 f"{noisy} of {len(twice)} measurements have an error above {NOISY:.0%}: the machine is too busy to "
@@ -115,6 +132,16 @@ class Visits:
             self.failure = problem
             return
         self.known.setdefault(op, []).append(cost)
+        self.turns.setdefault(op, []).append(self.visited)
+        self.visited += 1
+
+    def _measurement(self, op: OpDesc, pace: Pace | None, visits: int = VISITS) -> Measurement | None:
+        """What an operation's first visits say at one pace; nothing where none was in step with it."""
+        known = zip(self.turns.get(op, []), self.known.get(op, []), strict=True)
+        counted = [
+            self.drift.undone(turn, at(pace, cost)) for turn, cost in islice(known, visits) if in_step(pace, cost)
+        ]
+        return Measurement.of(op, counted) if counted else None
 
 
 def middle(costs: Sequence[Cost]) -> Cost:
@@ -144,9 +171,3 @@ def agree(costs: Sequence[Cost], pace: Pace | None) -> bool:
 def in_step_at(pace: Pace | None, costs: Sequence[Cost]) -> list[Cost]:
     """The visits in step with a pace, as they are at that."""
     return [at(pace, cost) for cost in costs if in_step(pace, cost)]
-
-
-def _measurement(op: OpDesc, costs: Sequence[Cost], pace: Pace | None) -> Measurement | None:
-    """What visits say at one pace; nothing where none was in step with it."""
-    counted = in_step_at(pace, costs)
-    return Measurement.of(op, counted) if counted else None
