@@ -39,7 +39,7 @@ from tools.peers.catalogue import PEERS
 from tools.peers.original import NothingToDo, Original
 from tools.peers.process import PeerFailed, PeerProcess
 from tools.peers.search import TOLERANCE, nearest
-from tools.peers.table import INT8, OURS, OWN, Row, table
+from tools.peers.table import INT8, OURS, OWN, Row, at_the_speed_of, is_integers, slower_and_better, table
 from tools.validate_profiles import check_marks, put
 
 TRY_S, TRY_OPENINGS = 1.5, 2
@@ -99,6 +99,8 @@ class Bench:
 def rows(bench: Bench, speedup: float, peers: Sequence[str], python: Path | None) -> Iterator[Row]:
     """That of lrcompile, one of each peer, and that of lrcompile in int8 at the speed of the fastest int8 peer.
 
+    Where another int8 peer is slower than that and better, one more of lrcompile at its speed.
+
     Raises:
         BudgetError: lrcompile does not get that fast.
     """
@@ -107,16 +109,25 @@ def rows(bench: Bench, speedup: float, peers: Sequence[str], python: Path | None
     ours.save(path)
     first = bench.row(OURS, ours, path)
     assert first.ratio is not None
+    found = [first]
     yield first
     if bench.minutes:
         own = bench.recovered(ours, outputs_alone=False)
         yield replace(first, name=OWN, after=bench.task.judge(own.model), steps=steps_of(own))
     for name in peers:
-        row = of_peer(bench, name, first.ratio[0], python)
-        yield row
-        if not PEERS[name].searched and row.ratio is not None:
-            speedup = max(speedup, 1 / (row.ratio[0] * (1 + TOLERANCE)))  # as near as peers have to be
-    yield in_int8(bench, speedup)
+        found.append(of_peer(bench, name, first.ratio[0], python))
+        yield found[-1]
+    speeds = {row.name: speed_of(row) for row in found if is_integers(row.name) and row.ratio}
+    found.append(in_int8(bench, max([speedup, *speeds.values()])))
+    yield found[-1]
+    for row in slower_and_better(found):
+        yield replace(in_int8(bench, speeds[row.name]), name=at_the_speed_of(row.name))
+
+
+def speed_of(row: Row) -> float:
+    """The speed-up that is asked for to be as fast as a row: as near as peers have to be."""
+    assert row.ratio is not None
+    return 1 / (row.ratio[0] * (1 + TOLERANCE))
 
 
 def of_peer(bench: Bench, name: str, wanted: float, python: Path | None) -> Row:

@@ -15,6 +15,16 @@ LOWER_IS_BETTER = ("perplexity",)
 WHENS = ("rewritten", "recovered")
 
 
+def at_the_speed_of(name: str) -> str:
+    """What the row of lrcompile in int8 is called that is asked for the speed of a peer alone."""
+    return f"{INT8} at the speed of {name}"
+
+
+def is_integers(name: str) -> bool:
+    """Whether the row of that name is of a model in int8."""
+    return name.startswith(INT8) or (name in PEERS and not PEERS[name].searched)
+
+
 @dataclass(frozen=True)
 class Row:
     """A model: `ratio` is its time over the original's with an interval of 95 %, None where there is no model.
@@ -75,9 +85,25 @@ def is_better(name: str, got: Mapping[str, float], other: Mapping[str, float]) -
 
 
 def counterpart(row: Row, rows: Sequence[Row]) -> Row:
-    """What of lrcompile a row is compared with: what is in int8 with that in int8, if there is one."""
-    in_int8 = row.name == INT8 or (row.name in PEERS and not PEERS[row.name].searched)
-    return next((other for other in rows if in_int8 and other.name == INT8 and other.ratio), rows[0])
+    """What of lrcompile a row is compared with: what is in int8 with that in int8, if there is one, of its speed."""
+    if row.name.startswith(INT8):
+        return row
+    names = (at_the_speed_of(row.name), INT8) if is_integers(row.name) else ()
+    measured = {other.name: other for other in rows if other.ratio}
+    return next((measured[name] for name in names if name in measured), rows[0])
+
+
+def slower_and_better(rows: Sequence[Row]) -> list[Row]:
+    """Peers in int8 that are better at something than their counterpart, and slower, but faster than the original."""
+    found = []
+    for row in rows:
+        ours = counterpart(row, rows)
+        if not is_integers(row.name) or row is ours or row.ratio is None or ours.ratio is None:
+            continue
+        slower = ours.ratio[0] * (1 + TOLERANCE) < row.ratio[0] < 1
+        if slower and any(is_better(name, row.before, ours.before) for name in row.before):
+            found.append(row)
+    return found
 
 
 def verdict(rows: Sequence[Row]) -> Iterator[str]:
