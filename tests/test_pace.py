@@ -81,10 +81,12 @@ def test_visits_do_not_count_while_threads_hand_over_work_slowly() -> None:
     assert pace.follows == pytest.approx(0.5, abs=0.02)
     assert [[not in_step(pace, cost) for cost in known] for known in disturbed] == slowly
     ops = list(islice(operations(0), len(found)))
-    kept = Visits(lambda op, visit: Cost(), lambda op: None, dict(zip(ops, disturbed, strict=True))).measurements()
+    known = dict(zip(ops, disturbed, strict=True))
+    turns = {op: list(range(len(costs))) for op, costs in known.items()}
+    kept = Visits(lambda op, visit: Cost(), lambda op: None, known, turns).measurements()
     assert [m.op for m in kept] == [op for op, lates in zip(ops, slowly, strict=True) if not all(lates)]
     of = {m.op: m.cost.latency_s for m in kept}
-    once = [(op, known[1]) for op, known, lates in zip(ops, disturbed, slowly, strict=True) if lates == [True, False]]
+    once = [(op, costs[1]) for op, costs, lates in zip(ops, disturbed, slowly, strict=True) if lates == [True, False]]
     assert all(of[op] == at(pace, cost).latency_s for op, cost in once)
 
 
