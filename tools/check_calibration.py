@@ -1,7 +1,7 @@
 """How good a profile of this machine is: `python tools/check_calibration.py mine.toml --out docs/calibration.md`.
 
 Operations that were not calibrated on, whole models, rank steps, and rewrites that the profile is sure of, each against
-measurements with ONNX Runtime. Nothing else should run meanwhile; it takes some 10 minutes. Missed limits make the
+measurements with ONNX Runtime. Nothing else should run meanwhile; it takes some 12 minutes. Missed limits make the
 command fail.
 """
 

@@ -149,9 +149,9 @@ class Calibration:
 
         Deviations are those of the errors' logarithms: the raw one, and a robust one that does not mind a few outliers.
         """
-        rows = []
+        rows, mine = [], _by_family(self.measurements)
         for name, errors in self.held_out.items():
-            formula = _log_errors(self.device, [m for m in self.measurements if family(m.op) == name])
+            formula = _log_errors(self.device, mine[name])
             rows.append(
                 {
                     "family": name,
@@ -183,18 +183,19 @@ class Calibration:
     def predicted_without(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """By family: latencies measured, and predicted from all other operations, in s."""
         found = {}
-        for name, errors in self.held_out.items():
-            latencies = np.array([m.cost.latency_s for m in self.measurements if family(m.op) == name])
-            found[name] = (latencies, latencies * np.exp(-errors))
+        for name, mine in _by_family(self.measurements).items():
+            latencies = np.array([m.cost.latency_s for m in mine])
+            found[name] = (latencies, latencies * np.exp(-self.held_out[name]))
         return found
 
     def expected(self) -> dict[OpDesc, float]:
-        """What operations take in s as all others say."""
-        found: dict[OpDesc, float] = {}
-        for name, errors in self.held_out.items():
-            mine = (m for m in self.measurements if family(m.op) == name)
-            found |= {m.op: m.cost.latency_s * math.exp(-error) for m, error in zip(mine, errors, strict=True)}
-        return found
+        """What each operation takes in s as predicted from all others."""
+        predicted, mine = self.predicted_without(), _by_family(self.measurements)
+        return {
+            m.op: float(latency_s)
+            for name, (_, latencies) in predicted.items()
+            for m, latency_s in zip(mine[name], latencies, strict=True)
+        }
 
     def sigma(self, name: str) -> float:
         """The raw standard deviation of a family's errors, in a logarithm."""
@@ -284,8 +285,9 @@ def calibrate(
         while until(share)() and len(visits.known) < MOST * share and (ops := list(islice(chosen, CHUNK))):
             visits.add(ops, until(share))
         begun = share
+    pace = visits.pace
     for _ in range(NETWORK_VISITS):
-        wholes.again(visits.pace, until(1))
+        wholes.again(pace, until(1))
     good = visits.good()
     if len(good) < LEAST:
         raise DeviceError(
@@ -294,8 +296,8 @@ def calibrate(
     progress("fit", 0, 1)
     visits.follow(fitted_to(device, good, 0, ROUGHLY).expected())
     good = visits.good()
-    found_here = replace(fitted_to(device, good, len(visits.known) - len(good)), pace=visits.pace)
-    latencies = wholes.measured(visits.pace)
+    found_here = replace(fitted_to(device, good, len(visits.known) - len(good)), pace=pace)
+    latencies = wholes.measured(pace)
     if len(latencies) < FEWEST_NETWORKS:
         return found_here
     fitted_device = replace(found_here.device, residuals=found_here.residuals)
@@ -318,14 +320,11 @@ def _look_again(
 
 def _surprising(visits: Visits, expected: Mapping[OpDesc, float]) -> list[OpDesc]:
     """Operations that took another time than all others say, those first that are the furthest from it."""
-    errors = defaultdict[str, dict[OpDesc, float]](dict)
-    for m in visits.measurements():
-        if m.op in expected:
-            errors[family(m.op) or ""][m.op] = math.log(m.cost.latency_s / expected[m.op])
     found: dict[OpDesc, float] = {}
-    for mine in errors.values():
-        middle = statistics.median(mine.values())
-        off = {op: abs(error - middle) for op, error in mine.items()}
+    for mine in _by_family([m for m in visits.measurements() if m.op in expected]).values():
+        errors = {m.op: math.log(m.cost.latency_s / expected[m.op]) for m in mine}
+        middle = statistics.median(errors.values())
+        off = {op: abs(error - middle) for op, error in errors.items()}
         usual = ROBUST * statistics.median(off.values()) + 1e-12
         found |= {op: error / usual for op, error in off.items() if error > SURPRISES * usual}
     return sorted(found, key=lambda op: -found[op])
@@ -433,13 +432,18 @@ def _log_errors(device: Device, measurements: Sequence[Measurement]) -> np.ndarr
     return np.array([math.log(m.cost.latency_s / model.cost(m.op).latency_s) for m in measurements])
 
 
-def _residuals(device: Device, good: Sequence[Measurement], enough: int) -> dict[str, Residuals]:
+def _by_family(measurements: Sequence[Measurement]) -> dict[str, list[Measurement]]:
+    """The measurements of each family, in their order."""
     found: dict[str, list[Measurement]] = defaultdict(list)
-    for m in good:
+    for m in measurements:
         name = family(m.op)
         if name is not None:
             found[name].append(m)
-    return {name: _residuals_of(device, mine, enough) for name, mine in found.items()}
+    return found
+
+
+def _residuals(device: Device, good: Sequence[Measurement], enough: int) -> dict[str, Residuals]:
+    return {name: _residuals_of(device, mine, enough) for name, mine in _by_family(good).items()}
 
 
 def _residuals_of(device: Device, mine: Sequence[Measurement], enough: int) -> Residuals:

@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from lrcompile.devices.cost import Cost
+from lrcompile.devices.pace import UNDISTURBED
 
 WINDOW = 200  # visits in a row: a median of so many is known to half a percent
 FEWEST = 50  # of a window, without which it says nothing
-UNDISTURBED = 0.25  # quantile of the windows that latencies are given for
 
 
 @dataclass(frozen=True)

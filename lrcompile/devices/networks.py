@@ -22,9 +22,10 @@ from lrcompile.devices.device import Device, Pace
 from lrcompile.devices.fusion import describe_all
 from lrcompile.devices.measure import paced
 from lrcompile.devices.onnx_region import UnsupportedRegion, lower_region
+from lrcompile.devices.pace import in_step_at
 from lrcompile.devices.repeated import encoder, in_a_row
 from lrcompile.devices.sampling import encoders, rows
-from lrcompile.devices.visits import agree, in_step_at, is_noisy, middle
+from lrcompile.devices.visits import agree, is_noisy, middle
 from lrcompile.errors import DeviceError, InputError, first_line
 from lrcompile.graph.op import AttentionShape, ConvShape
 

@@ -21,7 +21,7 @@ import numpy as np
 from lrcompile.devices.cost import Cost
 from lrcompile.devices.device import Pace
 
-UNDISTURBED = 0.25  # quantile of the product's latencies that latencies are given for
+UNDISTURBED = 0.25  # quantile of what the product takes, or of the drift, that latencies are given for
 FEWEST = 20  # operations measured twice without which nothing is said
 WIDEST = 1.5  # logarithm of a ratio from which two visits say nothing
 USUAL = 0.4  # quantile of what handing over takes, against the product: it is late for less than half of the time
@@ -49,6 +49,11 @@ def at(pace: Pace | None, cost: Cost) -> Cost:
         return cost
     times = (pace.product_s / cost.product_s) ** pace.follows
     return replace(cost, latency_s=cost.latency_s * times, sigma_s=cost.sigma_s * times, product_s=pace.product_s)
+
+
+def in_step_at(pace: Pace | None, costs: Sequence[Cost]) -> list[Cost]:
+    """The costs in step with a pace, as they are at that."""
+    return [at(pace, cost) for cost in costs if in_step(pace, cost)]
 
 
 def pace_of(visits: Iterable[Sequence[Cost]]) -> Pace | None:

@@ -16,7 +16,7 @@ from itertools import islice, pairwise
 from lrcompile.devices.cost import Cost
 from lrcompile.devices.device import Pace
 from lrcompile.devices.drift import Drift, drift_of
-from lrcompile.devices.pace import at, in_step, pace_of
+from lrcompile.devices.pace import at, in_step, in_step_at, pace_of
 from lrcompile.errors import DeviceError
 from lrcompile.graph.op import OpDesc
 
@@ -166,8 +166,3 @@ def agree(costs: Sequence[Cost], pace: Pace | None) -> bool:
     """Whether two visits make another one superfluous."""
     latencies = sorted(cost.latency_s for cost in in_step_at(pace, costs))
     return any(b - a < AGREE * a for a, b in pairwise(latencies))
-
-
-def in_step_at(pace: Pace | None, costs: Sequence[Cost]) -> list[Cost]:
-    """The visits in step with a pace, as they are at that."""
-    return [at(pace, cost) for cost in costs if in_step(pace, cost)]

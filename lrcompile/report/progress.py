@@ -26,7 +26,7 @@ WORDS = {
     "emit": "writing and verifying",
     "bench": "measuring",
     "fit": "fitting the profile",
-    "measure": "measuring operations and networks",
+    "measure": "measuring",
     "quantize": "quantising layers",
 }
 
