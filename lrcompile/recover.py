@@ -206,10 +206,10 @@ def _held_to_metric(before: Result, after: Result) -> Result:
     known = dict(before.report.metric)
     value = before.metric.value(("recovered", fingerprint(after.model)), lambda: graph)
     allowed = before.metric.least(before.plan.budget.max_drop or 0.0)
-    if value < max(known["after"] - known["noise"], allowed):
-        return _as_it_was(before, f"recovery let the metric fall from {known['after']:.6g} to {value:.6g}")
+    if value.number < known["after"] - known["noise"] or value.sure < allowed:
+        return _as_it_was(before, f"recovery let the metric fall from {known['after']:.6g} to {value.number:.6g}")
     counts = {name: known[name] + 1 for name in ("evaluations", "most_evaluations")}  # this one is not the search's
-    metric = known | counts | {"after": value}
+    metric = known | counts | {"after": value.number, "standard_error": value.error}
     return replace(after, report=replace(after.report, metric=metric), plan=replace(after.plan, metric=metric))
 
 

@@ -27,7 +27,7 @@ def remarks(p: Prepared, budget: Budget, choice: Choice, measured: Measured | No
         found.append("the size asked for needed rewrites that do not make the target faster; see the table")
     if p.metric and p.metric.noise:
         found.append(f"two evaluations of the original differ by {p.metric.noise:.2g}, and so much more may be lost")
-    if p.metric and (worst := list(p.metric.known.values()).count(-math.inf)):
+    if p.metric and (worst := sum(value.number == -math.inf for value in p.metric.known.values())):
         found.append(f"the metric of {worst} rewritten models was not finite, which counts as the worst there is")
     if choice.untouched:
         found.append(f"{choice.untouched}: the model is as it was")

@@ -409,7 +409,9 @@ BAD: list[tuple[Any, str]] = [
     (lambda model: model.generate(X), "raised AttributeError: .*none of its other methods"),
     (lambda model: float("nan"), "returned nan; expected a finite number"),
     (lambda model: float("inf"), "returned inf; expected a finite number"),
-    (lambda model: torch.ones(3), r"returned a tensor of shape \[3\]; expected one number"),
+    (lambda model: torch.ones(3), r"returned a tensor of shape \[3\]; .*one number for each sample, at least 8"),
+    (lambda model: [], "returned a list of 0; expected one number"),
+    (lambda model: (0.9, 0.1), "returned a tuple; expected one number"),
     (lambda model: np.ones((2, 2)), r"returned an array of shape \[2, 2\]"),
     (lambda model: {"accuracy": 0.9}, "returned a dict; expected one number"),
     (lambda model: "0.9", "returned a str"),
@@ -446,7 +448,7 @@ def test_a_rewritten_model_without_a_finite_metric_does_not_hold(net: nn.Module,
 def test_whatever_is_one_number_is_a_value(net: nn.Module, value: Any) -> None:
     prepared = lrcompile.prepare_model(net, (X[:8],), metric=lambda model: value)
     assert prepared.metric is not None
-    assert prepared.metric.before == (1.0, 1.0)
+    assert (prepared.metric.base, prepared.metric.noise, prepared.metric.samples) == (1.0, 0.0, 1)
 
 
 def test_a_metric_and_its_limit_belong_together(net: nn.Module, prepared: lrcompile.Prepared) -> None:

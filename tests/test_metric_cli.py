@@ -88,7 +88,7 @@ def test_by_site(cwd: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ("words", "expected", "says"),
     [
         (("--eval", "user_metric:broken", "--max-drop", "0.1"), 2, "raised RuntimeError: the data are gone"),
-        (("--eval", "user_metric:names", "--max-drop", "0.1"), 2, "returned a list; expected one number"),
+        (("--eval", "user_metric:names", "--max-drop", "0.1"), 2, "returned a list of 2; expected one number"),
         (("--eval-by-site",), 2, "evaluates a metric for each rewrite, and there is none"),
         (("--eval", "user_metric:MODULE", "--max-drop", "0.1"), 2, "no attribute 'MODULE'"),
         (("--eval", "user_metric:torch", "--max-drop", "0.1"), 2, "is a module; expected a function"),

@@ -3,7 +3,6 @@
 python -m tools.bench_planner speed       CPU time of each stage, and of a second budget
 python -m tools.bench_planner strategies  every strategy at the same predicted latencies, judged on data not seen
 python -m tools.bench_planner unseen      measured errors against errors on unseen data, with and without held-out data
-python -m tools.bench_planner pairs       thirty pairs of a model and a budget: does it hold on unseen data
 python -m tools.bench_planner felt        splits that count by what the output feels, against those that do not
 python -m tools.bench_planner windows     splits of convolutions fitted to patches, against those fitted to channels
 python -m tools.bench_planner defaults    what a compile without options gains on trained models
@@ -16,7 +15,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -42,10 +41,8 @@ from lrcompile.planning.search import Problem
 from lrcompile.planning.sensitivity import Evaluator, rewritten
 from lrcompile.planning.strategies import search
 from lrcompile.plugins import discover
-from tools import models, novels
+from tools import models
 from tools.bench_accuracy import SENTENCE
-from tools.bench_recovery import learned, perceptron
-from tools.recipes import fashion, trained_on_fashion
 
 Example = tuple[nn.Module, tuple[Tensor, ...]]
 
@@ -244,54 +241,6 @@ def unseen(budgets: Sequence[float], device: str) -> Iterator[str]:
             yield f"{fitted:8}{judged:8}{budget:8}{choice.error:10.4f}{error:8.4f}{ratio:7.2f}{gained:10.3f}"
 
 
-# ------------------------------------------------------------------------------------------------------------- pairs
-
-
-Batches = Sequence[tuple[Tensor, ...]]
-
-
-def trained_examples() -> Iterator[tuple[str, nn.Module, Batches, Batches]]:
-    """(name, trained model, batches to calibrate with, batches that are not seen).
-
-    The images to calibrate with are none that the vision transformer was trained on: of those it is surer.
-    """
-    (trained_on, seen), (_, unseen) = fashion(held_out=True), fashion()
-
-    def batches(data: Tensor) -> Batches:
-        return [(part,) for part in data.split(8)]
-
-    yield "MiniLM-L6", models.minilm()[0], sentences(0, 64), sentences(5000, 128)
-    images = batches(seen[0][:512]), batches(unseen[0][:1024])
-    torch.manual_seed(0)
-    yield "perceptron, Fashion-MNIST", learned(perceptron(784, 10, 256, 3), trained_on, 2), *images
-    yield "small CNN, Fashion-MNIST", small_cnn(), *images
-    yield "ViT, Fashion-MNIST", trained_on_fashion("vit"), *images
-    train, test = (tokens[:, :-1] for tokens in novels.windows())
-    yield "GPT, novels", novels.trained_on_novels(), batches(train[::39]), batches(test[::10])
-
-
-def pairs(budgets: Sequence[float]) -> Iterator[str]:
-    """Every trained model at budgets on its error and on what its outputs choose, measured and on unseen data."""
-    yield "| model | measure | budget | measured | unseen | over | speed-up |"
-    yield "|---|---|---|---|---|---|---|"
-    over = count = 0
-    classes = [("top1", 0.02), ("top1", 0.05), ("kl", 0.01)]
-    for name, model, calibration, unseen_batches in trained_examples():
-        traced, problem = prepared((model, calibration[0]), macs_target(), calibration)
-        judge = Evaluator(traced.graph, unseen_batches)
-        for measure, budget in [("error", budget) for budget in budgets] + classes * (name != "MiniLM-L6"):
-            wanted = Budget(max_error=budget, measure=measure)
-            of = judge.measured_in(wanted.measure_in_use)
-            choice = search(replace(problem, evaluator=problem.evaluator.measured_in(of.measure)), wanted)
-            error, measured = (of.measure.value(root) for root in (of.error(choice.graph), choice.error))
-            gained = problem.original_s / (problem.base.latency_s - choice.gain_s)
-            excess = max(0.0, error / budget - 1)
-            over, count = over + (excess > 0.1), count + 1
-            yield f"| {name} | {measure} | {budget} | {measured:.4f} | {error:.4f} | {excess:.0%} | {gained:.3f}× |"
-    yield ""
-    yield f"{over} of {count} are over their budget by more than 10 % of it."
-
-
 # -------------------------------------------------------------------------------------------------------------- felt
 
 
@@ -414,12 +363,10 @@ def lapack() -> Iterator[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "table", choices=("speed", "strategies", "unseen", "pairs", "felt", "windows", "defaults", "lapack")
-    )
+    parser.add_argument("table", choices=("speed", "strategies", "unseen", "felt", "windows", "defaults", "lapack"))
     parser.add_argument("--device", default="v100", help="for strategies, unseen (default: %(default)s)")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.95, 0.9, 0.8, 0.7], help="for strategies")
-    parser.add_argument("--budgets", type=float, nargs="+", default=[0.05, 0.1, 0.2, 0.3], help="for unseen, pairs")
+    parser.add_argument("--budgets", type=float, nargs="+", default=[0.05, 0.1, 0.2, 0.3], help="for unseen")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)  # threads that wait for each other would count as CPU time
     tables = {
@@ -430,7 +377,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "lapack": lapack,
         "strategies": lambda: strategies(options.shares, options.device),
         "unseen": lambda: unseen(options.budgets, options.device),
-        "pairs": lambda: pairs(options.budgets),
     }
     try:
         for line in tables[options.table]():

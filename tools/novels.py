@@ -134,13 +134,18 @@ def fit(model: nn.Module, data: Tensor, seed: int, say: Callable[[str], None]) -
 
 
 @torch.no_grad()
-def perplexity(model: Callable[[Tensor], Tensor], data: Tensor) -> float:
-    """Of the windows' last 128 tokens, each given those before it in its window."""
-    losses = [
-        nn.functional.cross_entropy(model(part[:, :-1]).float().flatten(0, 1), part[:, 1:].flatten(), reduction="sum")
+def losses(model: Callable[[Tensor], Tensor], data: Tensor) -> Tensor:
+    """The mean cross-entropy of each window's last 128 tokens [windows], each given those before it, in nats."""
+    parts = [
+        nn.functional.cross_entropy(model(part[:, :-1]).float().transpose(1, 2), part[:, 1:], reduction="none").mean(1)
         for part in data.split(BATCH)
     ]
-    return float((torch.stack(losses).sum() / (len(data) * CONTEXT)).exp())
+    return torch.cat(parts)
+
+
+def perplexity(model: Callable[[Tensor], Tensor], data: Tensor) -> float:
+    """Of the windows' last 128 tokens, each given those before it in its window."""
+    return float(losses(model, data).mean().exp())
 
 
 def trained_on_novels(seed: int = 0, say: Callable[[str], None] = lambda line: None) -> nn.Module:

@@ -166,10 +166,15 @@ def fit(
 
 
 @torch.no_grad()
+def correct(model: Callable[[Tensor], Tensor], data: tuple[Tensor, Tensor]) -> Tensor:
+    """Whether the class of each image is right [images]."""
+    parts = zip(*(tensor.split(500) for tensor in data), strict=True)
+    return torch.cat([model(images).argmax(1) == classes for images, classes in parts])
+
+
 def accuracy(model: Callable[[Tensor], Tensor], data: tuple[Tensor, Tensor]) -> float:
     """In percent."""
-    parts = zip(*(tensor.split(500) for tensor in data), strict=True)
-    return 100 * sum(int((model(images).argmax(1) == classes).sum()) for images, classes in parts) / len(data[1])
+    return 100 * int(correct(model, data).sum()) / len(data[1])
 
 
 def kept(name: str, facts: Sequence[object], model: nn.Module, fit: Callable[[], object]) -> nn.Module:

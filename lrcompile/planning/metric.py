@@ -33,6 +33,7 @@ ON_ORIGINAL = 2
 KEPT_BACK = 8  # evaluations for what measurements of the whole model leave of a choice
 AFTERWARDS = 5  # evaluations for what comes after the rewrites, where they leave it something of the budget
 CHECK = 1  # the turn of the evaluation that what is emitted has to pass besides the one it was chosen by
+FEWEST_SAMPLES = 8  # that a metric may tell of one by one: fewer numbers are more likely several metrics
 RESOLUTION = 2.0**-22  # relative: metrics come in single precision, where a drop of exactly the limit may be a bit more
 
 Progress = Callable[[str, int, int], None]
@@ -42,7 +43,8 @@ Progress = Callable[[str, int, int], None]
 class Evaluation:
     """A function that gives the value of a model, higher is better, and its name as the user knows it.
 
-    With `by_site` it is also evaluated with each rewrite alone, for the report.
+    It gives one number, or one for each sample, of which the mean is the value. With `by_site` it is also evaluated
+    with each rewrite alone, for the report.
     """
 
     function: Callable[[nn.Module], Any]
@@ -77,11 +79,11 @@ class Evaluation:
             raise InputError(f"--eval {text} is a {type(function).__name__}; expected a function of the model")
         return cls(function, text, by_name=True)
 
-    def __call__(self, model: nn.Module) -> float:
-        """The value of a model, which need not be finite.
+    def __call__(self, model: nn.Module) -> np.ndarray:
+        """What a model is worth, which need not be finite: one number, or one for each sample.
 
         Raises:
-            InputError: the function raised, or gave something else than one number.
+            InputError: the function raised, or gave something else than numbers.
         """
         try:
             with torch.no_grad(), working_directory_importable() if self.by_name else nullcontext():
@@ -90,28 +92,30 @@ class Evaluation:
             first = (str(error).strip().splitlines() or [""])[0]
             raise InputError(
                 f"the metric {self.name} raised {type(error).__name__}: {first[:300]}; it is called with the model, "
-                "which takes what the original takes but has none of its other methods, and must return a number"
+                "which takes what the original takes but has none of its other methods, and must return a number, or "
+                "one for each sample"
             ) from error
-        number = _number(value)
-        if number is None:
+        numbers = _numbers(value)
+        if numbers is None:
             raise InputError(
                 f"the metric {self.name} returned {_described(value)}; expected one number, higher is better, such as "
-                "the accuracy as a float"
+                f"the accuracy as a float, or a list of one number for each sample, at least {FEWEST_SAMPLES}"
             )
-        return number
+        return numbers
 
-    def of_original(self, model: nn.Module) -> float:
-        """The value of the model as given.
+    def of_original(self, model: nn.Module) -> np.ndarray:
+        """What the model as given is worth.
 
         Raises:
             InputError: as for a call, or it is not finite.
         """
-        number = self(model)
-        if not math.isfinite(number):
+        numbers = self(model)
+        if not np.isfinite(numbers).all():
+            first = numbers[~np.isfinite(numbers)][0]
             raise InputError(
-                f"the metric {self.name} returned {number}; expected a finite number: check the data it is computed on"
+                f"the metric {self.name} returned {first}; expected a finite number: check the data it is computed on"
             )
-        return number
+        return numbers
 
 
 def check_metric(
@@ -147,18 +151,26 @@ def check_metric(
     return evaluation
 
 
-def _number(value: Any) -> float | None:
-    """One real number, or None."""
-    if isinstance(value, torch.Tensor | np.ndarray) and math.prod(value.shape) == 1:
-        value = value.item()
+def _numbers(value: Any) -> np.ndarray | None:
+    """One real number, or a row of them, one for each sample; None if it is neither."""
+    if isinstance(value, torch.Tensor):
+        value = value.detach().cpu().double().numpy() if not value.is_complex() else None
+    if isinstance(value, list):
+        singles = [one for one in map(_numbers, value) if one is not None and one.size == 1]
+        value = np.concatenate(singles) if singles and len(singles) == len(value) else None
+    if isinstance(value, np.ndarray):
+        is_row = value.size == 1 or (value.ndim == 1 and value.size >= FEWEST_SAMPLES)
+        return value.reshape(-1).astype(float) if is_row and value.dtype.kind in "biuf" else None
     if isinstance(value, np.generic):
         value = value.item()
-    return float(value) if isinstance(value, Real) else None
+    return np.array([float(value)]) if isinstance(value, Real) else None
 
 
 def _described(value: Any) -> str:
     if isinstance(value, torch.Tensor | np.ndarray):
         return f"{'a tensor' if isinstance(value, torch.Tensor) else 'an array'} of shape {list(value.shape)}"
+    if isinstance(value, list):
+        return f"a list of {len(value)}"
     return "None" if value is None else f"a {type(value).__name__}"
 
 
@@ -177,9 +189,25 @@ def _seeded(seed: int) -> Iterator[None]:
             np.random.set_state(states[1])
 
 
+@dataclass(frozen=True)
+class Value:
+    """What a metric gives for a model, and the standard error of its fall, where it tells of single samples.
+
+    On samples that were not seen it falls further than here in one of six cases, were it not chosen for falling little.
+    """
+
+    number: float
+    error: float = 0.0
+
+    @property
+    def sure(self) -> float:
+        """What is held to a limit: one standard error less."""
+        return self.number - self.error
+
+
 @dataclass(frozen=True, eq=False)
 class Metric:
-    """An evaluation on one traced model; `before` are its two values on the model as given.
+    """An evaluation on one traced model; `before` is what it gave twice for the model as given.
 
     A value is computed once for each set of rewrites and `turn`, each with random numbers of its own. One that is not
     finite, as of a perplexity that overflows or of a correlation between constants, is the worst there is, -inf.
@@ -190,9 +218,9 @@ class Metric:
     traced: Traced
     seed: int
     progress: Progress
-    before: tuple[float, float]
+    before: tuple[np.ndarray, np.ndarray]
     evaluation_s: float
-    known: dict[tuple[str, ...], float] = field(default_factory=dict)
+    known: dict[tuple[str, ...], Value] = field(default_factory=dict)
 
     @classmethod
     def on(cls, traced: Traced, evaluation: Evaluation, seed: int, progress: Progress) -> Metric:
@@ -203,30 +231,36 @@ class Metric:
         """
         progress("evaluate", 0, MOST_EVALUATIONS)
         start = time.perf_counter()
-        first = _value(evaluation.of_original, traced.graph.gm, traced, seed, ("original", "0"))
+        first = _evaluated(evaluation.of_original, traced.graph.gm, traced, seed, ("original", "0"))
         taken_s = time.perf_counter() - start
         progress(f"one evaluation of {evaluation.name} takes {taken_s:.2g} s; at most {MOST_EVALUATIONS} of them", 0, 0)
-        again = _value(evaluation.of_original, traced.graph.gm, traced, seed, ("original", "1"))
+        again = _evaluated(evaluation.of_original, traced.graph.gm, traced, seed, ("original", "1"))
+        _check_count(evaluation, first, again)
         return cls(evaluation, traced, seed, progress, (first, again), taken_s)
+
+    @property
+    def samples(self) -> int:
+        """How many samples it tells of; 1 where it gives one number for all."""
+        return len(self.before[0])
 
     @property
     def base(self) -> float:
         """The value of the model as given: the mean of two evaluations."""
-        return sum(self.before) / 2
+        return sum(float(numbers.mean()) for numbers in self.before) / 2
 
     @property
     def noise(self) -> float:
         """How far apart two evaluations of the same model are."""
-        return abs(self.before[0] - self.before[1])
+        return abs(float(self.before[0].mean()) - float(self.before[1].mean()))
 
     def least(self, max_drop: float) -> float:
         """The least value that has not fallen further than this, by more than noise."""
         return self.base - max_drop - self.noise - RESOLUTION * abs(self.base)
 
-    def value(self, key: tuple[str, ...], graph: Callable[[], Graph]) -> float:
+    def value(self, key: tuple[str, ...], graph: Callable[[], Graph]) -> Value:
         """The value of a rewritten graph that the key stands for."""
         if key not in self.known:
-            self.known[key] = _or_worst(_value(self.evaluation, graph().gm, self.traced, self.seed, key))
+            self.known[key] = self._value(graph().gm, key)
         return self.known[key]
 
     def drops(self, alone: Mapping[str, Candidate], made: Callable[[Candidate], Graph]) -> dict[str, float]:
@@ -242,20 +276,34 @@ class Metric:
         for done, (key, candidate) in enumerate(new.items()):
             self.progress("evaluate by site", done, len(new))
             self.value(key, partial(made, candidate))
-        return {site: self.base - self.known[key] for site, key in keys.items()}
+        return {site: self.base - self.known[key].number for site, key in keys.items()}
 
-    def value_of(self, key: tuple[str, ...], run: Callable[[Sequence[Any]], Sequence[Any]]) -> float:
+    def value_of(self, key: tuple[str, ...], run: Callable[[Sequence[Any]], Sequence[Any]]) -> Value:
         """The value of what takes the flat inputs of the graph and gives its outputs."""
-        return _or_worst(_value(self.evaluation, in_place_of(self.traced.graph.gm, run), self.traced, self.seed, key))
+        return self._value(in_place_of(self.traced.graph.gm, run), key)
+
+    def _value(self, gm: fx.GraphModule, key: tuple[str, ...]) -> Value:
+        numbers = _evaluated(self.evaluation, gm, self.traced, self.seed, key)
+        _check_count(self.evaluation, self.before[0], numbers)
+        if not np.isfinite(numbers).all():
+            return Value(-math.inf)
+        if self.samples == 1:
+            return Value(float(numbers[0]))
+        fall = (self.before[0] + self.before[1]) / 2 - numbers
+        return Value(float(numbers.mean()), float(fall.std(ddof=1)) / math.sqrt(self.samples))
 
 
-def _or_worst(value: float) -> float:
-    return value if math.isfinite(value) else -math.inf
+def _check_count(evaluation: Evaluation, before: np.ndarray, after: np.ndarray) -> None:
+    if len(before) != len(after):
+        raise InputError(
+            f"the metric {evaluation.name} returned {len(before)} numbers for the original and {len(after)} later; "
+            "expected one number for each sample, of the same samples in every call, or one number for all"
+        )
 
 
-def _value(
-    evaluation: Callable[[nn.Module], float], gm: fx.GraphModule, traced: Traced, seed: int, key: Sequence[str]
-) -> float:
+def _evaluated(
+    evaluation: Callable[[nn.Module], np.ndarray], gm: fx.GraphModule, traced: Traced, seed: int, key: Sequence[str]
+) -> np.ndarray:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # about torch's own deprecated ways
         own = copy.deepcopy(gm)  # graphs share modules, which a metric may cast or move
@@ -268,7 +316,8 @@ def _value(
 class MetricResult:
     """The metric before and after a compile; `evaluations` were needed of at most `most_evaluations`.
 
-    The drop allowed is `max_drop` and, on top of it, the `noise` between two evaluations of the original.
+    The drop allowed is `max_drop` and, on top of it, the `noise` between two evaluations of the original. Where the
+    metric tells of single `samples`, the drop and its `standard_error` are together within that.
     """
 
     name: str
@@ -276,6 +325,8 @@ class MetricResult:
     after: float
     max_drop: float
     noise: float
+    standard_error: float
+    samples: int
     evaluations: int
     most_evaluations: int = MOST_EVALUATIONS
 
@@ -297,7 +348,7 @@ class DropLimit:
     max_drop: float
     most: int = MOST_EVALUATIONS
     reserve: float = 0.0
-    asked: dict[tuple[str, ...], float] = field(default_factory=dict)
+    asked: dict[tuple[str, ...], Value] = field(default_factory=dict)
 
     @classmethod
     def of(cls, metric: Metric | None, budget: Budget) -> DropLimit | None:
@@ -330,7 +381,7 @@ class DropLimit:
         """The least value that holds."""
         return self.metric.least(self.max_drop * (1 - self.reserve))
 
-    def value(self, rewrites: Sequence[object], graph: Callable[[], Graph], turn: int = 0) -> float | None:
+    def value(self, rewrites: Sequence[object], graph: Callable[[], Graph], turn: int = 0) -> Value | None:
         """The metric with rewrites made; None where no evaluation is left to tell."""
         key = (str(turn), *map(str, rewrites))
         if key not in self.asked:
@@ -340,13 +391,15 @@ class DropLimit:
             self.asked[key] = self.metric.value(key, graph)
         return self.asked[key]
 
-    def values_of(self, rewrites: Sequence[object]) -> list[float]:
+    def values_of(self, rewrites: Sequence[object]) -> list[Value]:
         """What was evaluated with these rewrites made."""
         return [value for (_, *made), value in self.asked.items() if made == list(map(str, rewrites))]
 
     def result(self, rewrites: Sequence[object] | None) -> MetricResult:
         """The figures for rewrites that were checked; None stands for the model as given."""
         metric = self.metric
-        after = metric.base if rewrites is None else self.asked[(str(CHECK), *map(str, rewrites))]
-        count = ON_ORIGINAL + len(self.asked)
-        return MetricResult(metric.evaluation.name, metric.base, after, self.max_drop, metric.noise, count)
+        after = Value(metric.base) if rewrites is None else self.asked[(str(CHECK), *map(str, rewrites))]
+        return MetricResult(
+            metric.evaluation.name, metric.base, after.number, self.max_drop, metric.noise, after.error, metric.samples,
+            ON_ORIGINAL + len(self.asked),
+        )  # fmt: skip

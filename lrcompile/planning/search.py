@@ -13,7 +13,7 @@ from lrcompile.graph.rewrite import Rewrite
 from lrcompile.passes import Context, Pass
 from lrcompile.planning.budget import DEFAULT_MAX_ERROR, EXACT_ERROR, Budget
 from lrcompile.planning.choose import Limits, Objective, choose, thin
-from lrcompile.planning.metric import CHECK, DropLimit
+from lrcompile.planning.metric import CHECK, DropLimit, Value
 from lrcompile.planning.price import Candidate
 from lrcompile.planning.sensitivity import MISJUDGED, Evaluator, Sensitivities, rewritten
 
@@ -334,10 +334,10 @@ def metric_holds(problem: Problem, candidates: Sequence[Candidate], turn: int = 
     if problem.drop is None:
         return True
     value = _metric(problem, candidates, turn)
-    return value is not None and value >= problem.drop.least
+    return value is not None and value.sure >= problem.drop.least
 
 
-def _metric(problem: Problem, candidates: Sequence[Candidate], turn: int) -> float | None:
+def _metric(problem: Problem, candidates: Sequence[Candidate], turn: int) -> Value | None:
     """The user's metric with candidates applied; None where there is none, or no evaluation of it is left."""
     rewrites = [rewrite for candidate in candidates for rewrite in candidate.rewrites]
     if problem.drop is None:
@@ -371,7 +371,7 @@ def _untouched(problem: Problem, pools: Sequence[_Pool], drop: DropLimit, budget
         if not _within_error(problem, pool, picked, budget.error_limit):
             raise BudgetError(_unreachable_together(problem, pool, budget.error_limit or 0.0))
         value = _metric(problem, [pool.candidates[i] for i in picked], 0)
-        falls = falls if value is None else f"falls from {base:.4g} to {value:.4g} with the most accurate choice"
+        falls = falls if value is None else f"falls from {base:.4g} to {value.number:.4g} with the most accurate choice"
     free = _fastest_that_holds(problem, replace(pools[0], limits=Limits()), drop, budget.error_limit)
     if free is None:
         within = "nothing but the model as it is was found within them"
@@ -392,7 +392,7 @@ def _why_not_exact(problem: Problem, pool: _Pool, drop: DropLimit, error_limit: 
     if not picks:
         return OVER_THE_ERROR
     made = ([rewrite for i in picked for rewrite in pool.candidates[i].rewrites] for picked in picks)
-    seen = [value for rewrites in made for value in drop.values_of(rewrites)]
+    seen = [value.number for rewrites in made for value in drop.values_of(rewrites)]
     if not seen:
         return "nothing held the metric twice, and no evaluation was left for exact rewrites alone"
     fell = f"fall from {drop.metric.base:.6g} to {min(seen):.6g}"

@@ -19,6 +19,7 @@ from lrcompile.frontend.trace import Traced, run
 from lrcompile.planning.budget import DEFAULT_MAX_ERROR, Budget
 from lrcompile.planning.calibration import Split
 from lrcompile.planning.measures import OF_FLOATS, Measure
+from lrcompile.planning.metric import Value
 from lrcompile.report.clock import Progress
 
 PROBES = 16  # groups of layers that are quantised alone, to find out which of them cost most
@@ -41,7 +42,7 @@ class Choice:
     error: float | None = None
     whole: float | None = None
     root: float = math.inf
-    metric: float | None = None
+    metric: Value | None = None
     evaluations: int = 0
     reason: str | None = None
 

@@ -139,10 +139,10 @@ def _held_to_metric(search: LayerSearch, metric: Metric, max_drop: float) -> tup
         if choice.model is None:
             return replace(choice, evaluations=evaluations, reason=seen or choice.reason), times
         value = metric.value_of(("int8", str(evaluations)), runner(open_onnx(choice.model), judge.names))
-        if value >= least:
+        if value.sure >= least:
             return replace(choice, metric=value, evaluations=evaluations + 1), times
         counts = f"{len(choice.nodes)} of {len(search.int8.nodes)} layers in int8"
-        seen = f"{metric.evaluation.name} fell to {value:.6g} with {counts}, below {least:.6g}"
+        seen = f"{metric.evaluation.name} fell to {value.sure:.6g} with {counts}, below {least:.6g}"
         times /= 2
         while 0 < choice.root <= judge.limit * times < math.inf:  # within that the same layers would be chosen again
             times /= 2
@@ -270,7 +270,7 @@ def metric_after(metric: Mapping[str, Any] | None, figures: Mapping[str, Any] | 
     if metric is None or figures is None:
         return metric
     value = figures["metric_value"] if figures["written"] == "int8" else None
-    more = {} if value is None else {"after": value}
+    more = {} if value is None else {"after": value, "standard_error": figures["metric_standard_error"]}
     count = metric["evaluations"] + figures["metric_evaluations"]
     most = max(metric["most_evaluations"], count)  # a budget without a reserve has kept none back
     return {**metric, "evaluations": count, "most_evaluations": most, **more}
@@ -291,7 +291,8 @@ def _figures(choice: Choice, int8: Quantizer, judge: Judge, split: Split, times:
         "layers": len(int8.nodes),
         "left_float": [node.layer for node in int8.nodes if node not in chosen],
         "weight_bits": {kind: 7 if kind in choice.narrow else 8 for kind in KINDS if kind in {n.kind for n in chosen}},
-        "metric_value": choice.metric,
+        "metric_value": choice.metric.number if choice.metric else None,
+        "metric_standard_error": choice.metric.error if choice.metric else None,
         "metric_evaluations": choice.evaluations,
         "bytes": None,
         "latency_ms": None,

@@ -54,11 +54,13 @@ def kind_of(latency: Mapping[str, Any]) -> str:
 
 def _metric(metric: Mapping[str, Any]) -> Line:
     """The user's metric before and after, and how far it was allowed to fall."""
+    samples = metric.get("samples", 1)  # plans of earlier versions do not say
+    error = f" ± {metric['standard_error']:.2g} of {samples} samples" if samples > 1 else ""
     noise = f" + {metric['noise']:.2g} noise" if metric["noise"] else ""
     return (
         "metric",
         f"{metric['before']:.6g} → {metric['after']:.6g} of {metric['name']} (drop "
-        f"{metric['before'] - metric['after']:.3g}, allowed {metric['max_drop']:g}{noise}; "
+        f"{metric['before'] - metric['after']:.3g}{error}, allowed {metric['max_drop']:g}{noise}; "
         f"{metric['evaluations']} evaluations of at most {metric['most_evaluations']})",
     )
 
