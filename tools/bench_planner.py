@@ -24,7 +24,6 @@ import torch
 from torch import Tensor, fx, nn
 
 from lrcompile.devices.cost import Cost, total
-from lrcompile.devices.fusion import describe_all
 from lrcompile.devices.target import Target, resolve_target
 from lrcompile.errors import BudgetError
 from lrcompile.frontend.trace import Traced, trace
@@ -121,9 +120,7 @@ def prepared(
 
 def latency(graph: Graph, target: Target) -> Cost:
     """The predicted cost of a whole graph."""
-    return total(
-        [target.model.cost(op) for op in describe_all(graph.gm, target.device.fuses, target.device.lacks).values()]
-    )
+    return total(list(target.costs(graph.gm).values()))
 
 
 # ------------------------------------------------------------------------------------------------------------- speed

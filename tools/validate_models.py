@@ -25,6 +25,7 @@ from lrcompile.devices.analytic import AnalyticCostModel, eager_latency_s
 from lrcompile.devices.cost import total
 from lrcompile.devices.device import Device
 from lrcompile.devices.fusion import describe_all
+from lrcompile.devices.layouts import operations_on
 from lrcompile.devices.profile import load_device
 from lrcompile.frontend.trace import trace
 from lrcompile.graph.graph import Graph, propagate
@@ -165,7 +166,7 @@ def at_batch(
         graphs[name] = prepared(name)
     graph, example = graphs[name]
     gm = propagate(graph.copy().gm, (example.new_empty(batch, *example.shape[1:]),)).gm
-    return list((describe_all(gm, device.fuses, device.lacks) if device else describe_all(gm)).values())
+    return list((operations_on(device, gm) if device else describe_all(gm)).values())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

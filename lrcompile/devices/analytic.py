@@ -23,7 +23,7 @@ from lrcompile.devices.correlation import difference_sigma_s
 from lrcompile.devices.cost import Cost, total
 from lrcompile.devices.device import Device, Engine, Kernels, Winograd
 from lrcompile.devices.features import family, located, work_s
-from lrcompile.devices.fusion import describe_all
+from lrcompile.devices.layouts import operations_on
 from lrcompile.devices.mlas import is_product, is_whole, product_of, runs_unfolded
 from lrcompile.devices.residual import Residuals
 from lrcompile.graph.op import DTYPE_BYTES, AttentionShape, ConvShape, GemmShape, OpDesc, RecurrentShape
@@ -61,8 +61,7 @@ class AnalyticCostModel:
         are those of the difference, shared between the sides: errors of similar operations are alike, and cancel
         between them (`correlation.py`).
         """
-        fuses = frozenset() if self.training else self.device.fuses
-        ops_before, ops_after = (describe_all(gm, fuses, self.device.lacks) for gm in (before, after))
+        ops_before, ops_after = (operations_on(self.device, gm, training=self.training) for gm in (before, after))
         same = {name for name, op in ops_before.items() if ops_after.get(name) == op}
         old, new = (
             [(op, self.cost(op)) for name, op in ops.items() if name not in same and op.kind != "view"]

@@ -19,7 +19,7 @@ from lrcompile.devices.analytic import AnalyticCostModel
 from lrcompile.devices.bench import paired
 from lrcompile.devices.cost import Cost
 from lrcompile.devices.device import Device, Pace
-from lrcompile.devices.fusion import describe_all
+from lrcompile.devices.layouts import operations_on
 from lrcompile.devices.measure import paced
 from lrcompile.devices.onnx_region import UnsupportedRegion, lower_region
 from lrcompile.devices.pace import in_step_at
@@ -111,7 +111,7 @@ def taken_besides(device: Device, measured: Sequence[Measured]) -> dict[str, flo
     """
     model = AnalyticCostModel(device)
     sums = [
-        sum(model.cost(op).latency_s for op in describe_all(network.graph(), device.fuses, device.lacks).values())
+        sum(model.cost(op).latency_s for op in operations_on(device, network.graph()).values())
         for network, _ in measured
     ]
     summed, latencies = np.array(sums), np.array([latency_s for _, latency_s in measured])

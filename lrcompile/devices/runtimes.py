@@ -139,7 +139,7 @@ def _check_cuda(runtime: str) -> None:
 
 def _eager(device: Device) -> Device:
     """The device with PyTorch, where kernels are those of single operators, which add biases and take any strides."""
-    return replace(device, fuses=frozenset(), lacks=device.lacks - {"product_bias", "strided_views"})
+    return replace(device, fuses=frozenset(), lacks=device.lacks - {"product_bias", "strided_views", "plain_images"})
 
 
 def cuda_device() -> Device:

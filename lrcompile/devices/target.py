@@ -11,7 +11,7 @@ from torch import fx
 from lrcompile.devices.analytic import AnalyticCostModel
 from lrcompile.devices.cost import Cost, CostModel, total
 from lrcompile.devices.device import Device
-from lrcompile.devices.fusion import describe_all
+from lrcompile.devices.layouts import operations_on
 from lrcompile.devices.measure import LocalCostModel, local_device
 from lrcompile.devices.onnx_graph import OPSET
 from lrcompile.devices.profile import load_device
@@ -41,8 +41,7 @@ class Target:
 
     def costs(self, gm: fx.GraphModule) -> dict[str, Cost]:
         """What each operation of a graph takes, by the names of nodes."""
-        ops = describe_all(gm, self.device.fuses, self.device.lacks)
-        return {name: self.model.cost(op) for name, op in ops.items()}
+        return {name: self.model.cost(op) for name, op in operations_on(self.device, gm).items()}
 
     def whole(self, costs: Mapping[str, Cost]) -> Cost:
         """What a model takes: its operations, and the start of a run where that was measured."""
