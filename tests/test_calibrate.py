@@ -518,7 +518,7 @@ def test_a_profile_of_pytorch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, r
 def test_pytorch_fuses_nothing_and_takes_any_strides() -> None:
     device = runtime_here("torch").device
     assert not device.fuses
-    assert device.lacks == local_device().lacks - {"product_bias", "strided_views", "plain_images"}
+    assert device.lacks == local_device().lacks - {"product_bias", "strided_views", "plain_images", "free_views"}
 
 
 def test_what_fails_is_left_out_of_a_calibration() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import onnx
@@ -12,7 +13,7 @@ import pytest
 import torch
 from onnx import parser
 from onnx_ir.passes.common import RemoveUnusedNodesPass
-from torch import nn
+from torch import Tensor, nn
 from torch.export import Dim
 
 from lrcompile.emit.onnx import to_onnx
@@ -165,3 +166,56 @@ def test_attention_with_an_open_batch_has_no_shape_arithmetic(heads: int) -> Non
             expected = layer(sample)
         got = session.run(None, {traced.input_names[0]: sample.numpy()})[0]
         np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+
+
+class Recurrent(nn.Module):
+    """A recurrent layer between an embedding and a head, from zeros or a state that it is given or keeps."""
+
+    def __init__(self, kind: type[nn.RNNBase], state: str = "none", **options: Any) -> None:
+        super().__init__()
+        self.embedding, self.state = nn.Embedding(11, 8), state
+        self.layers = kind(8, 6, **options)
+        self.head = nn.Linear(6 * (1 + self.layers.bidirectional), 3)
+        self.register_buffer("kept", torch.zeros(1, 1, 6))
+
+    def forward(self, x: Tensor, first: Tensor | None = None) -> Tensor:
+        given = {"none": None, "given": first, "zeros": self.kept.expand(1, x.shape[0], 6)}[self.state]
+        y, _ = self.layers(self.embedding(x), given)
+        return self.head(y)
+
+
+def recurrent(model: nn.Module, *args: Tensor) -> onnx.ModelProto:
+    """As ONNX with an open batch, which gives what the model does, also for another batch."""
+    model.eval()
+    traced = trace(model, args)
+    proto = to_onnx(
+        traced.graph.gm, traced.args, traced.kwargs, input_names=traced.input_names, output_names=traced.output_names,
+        open_axes=tuple((1,) if arg.dim() == 3 else (0,) for arg in args),
+    )  # fmt: skip
+    session = onnxruntime.InferenceSession(proto.SerializeToString())
+    names = [port.name for port in session.get_inputs()]
+    for batch in (1, 2, 3):
+        some = [arg[:, :1].repeat(1, batch, 1) if arg.dim() == 3 else arg[:1].repeat(batch, 1) for arg in args]
+        (given,) = session.run(None, {name: value.numpy() for name, value in zip(names, some, strict=True)})
+        with torch.no_grad():
+            np.testing.assert_allclose(given, model(*some).numpy(), atol=1e-6)
+    return proto
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+@pytest.mark.parametrize("options", [{}, {"bidirectional": True}, {"num_layers": 2, "batch_first": True}])
+def test_recurrent_layers_with_an_open_batch_have_no_shape_arithmetic(
+    kind: type[nn.RNNBase], options: dict[str, Any]
+) -> None:
+    model = Recurrent(kind, **{"batch_first": True, **options})
+    found = kinds(recurrent(model, torch.randint(0, 11, (2, 5))))
+    assert not found.keys() & {"Shape", "Slice", "Concat", "Expand", "Mul", "ConstantOfShape"}, found
+    assert found[kind.__name__] == options.get("num_layers", 1)
+
+
+def test_a_first_state_of_zeros_is_left_out_and_another_is_not() -> None:
+    for state, extra, count in (("zeros", (), 4), ("given", (torch.randn(1, 2, 6),), 6)):
+        model = Recurrent(nn.GRU, state, batch_first=True)
+        (node,) = (n for n in recurrent(model, torch.randint(0, 11, (2, 5)), *extra).graph.node if n.op_type == "GRU")
+        assert len(node.input) == count or not any(node.input[count:])
+        assert (len(node.input) > 5 and bool(node.input[5])) == (state == "given")

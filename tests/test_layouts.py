@@ -121,3 +121,31 @@ def test_other_runtimes_have_one_layout(target: str) -> None:
     gm = trace(net, (IMAGE,)).graph.gm
     for ops in (operations_on(device, gm), operations_on(HERE, gm, training=True)):
         assert not any(op.label == "reorder" for op in ops.values())
+
+
+class Heads(nn.Module):
+    """Attention, and views of which some are nodes of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.all, self.out = nn.Linear(16, 48), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, tokens, _ = x.shape
+        parts = self.all(x).split(16, -1)
+        q, k, v = (part.view(batch, tokens, 2, 8).transpose(1, 2) for part in parts)
+        y = functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, tokens, 16)
+        y = self.out(y).view(batch, tokens, 4, 4).view(batch, -1, 4)  # of two in a row the last
+        return y.sin().reshape(batch, -1).exp().view(batch, -1)  # the last is none
+
+
+def test_views_are_operations_but_for_those_around_attention() -> None:
+    traced = trace(Heads().eval(), (torch.randn(2, 6, 16),))
+    ops = operations_on(HERE, traced.graph.gm)
+    views = [op for op in ops.values() if op.kind == "movement" and op.activation_bytes == 0]
+    assert len(views) == 2
+    assert AnalyticCostModel(HERE).cost(views[0]).latency_s == HERE.launch_s["other"]
+    plain = replace(HERE, lacks=HERE.lacks - {"free_views"})
+    assert not any(
+        op.kind == "movement" and not op.activation_bytes for op in operations_on(plain, traced.graph.gm).values()
+    )

@@ -17,7 +17,7 @@ FUSIONS = (
     "conv_normalization", "conv_activation", "conv_addition", "image_addition", "gemm_activation", "gemm_addition",
     "conv_padding", "skip_layer_norm", "bias_gelu",
 )  # fmt: skip
-FEATURES = ("flash_attention", "grouped_conv", "rank5", "strided_views", "product_bias", "plain_images")
+FEATURES = ("flash_attention", "grouped_conv", "rank5", "strided_views", "product_bias", "plain_images", "free_views")
 PROVENANCE = ("datasheet", "published measurement", "fitted", "assumed", "measured here")
 
 # Types that no profile lists: their arithmetic runs on the units of another type.

@@ -67,7 +67,7 @@ def describe_all(gm: fx.GraphModule, fuses: Set[str] = frozenset(), lacks: Set[s
         found |= {f"{node.name}.bias": _bias(node) for node in gm.graph.nodes if _adds_bias_apart(gm, node)}
     if not fuses:
         return found
-    for node in _constants(gm):
+    for node in constants(gm):
         found[node.name] = replace(found[node.name], kind="view")
     for node in gm.graph.nodes if "skip_layer_norm" in fuses else ():
         if (norm := _norm_of_sum(gm, node)) is not None:
@@ -193,7 +193,7 @@ def _bias(node: fx.Node) -> OpDesc:
     )  # fmt: skip
 
 
-def _constants(gm: fx.GraphModule) -> Iterator[fx.Node]:
+def constants(gm: fx.GraphModule) -> Iterator[fx.Node]:
     """The nodes that depend on no input."""
     depend = set[fx.Node]()
     for node in gm.graph.nodes:

@@ -8,18 +8,22 @@ Runtime 1.32 optimises. What enters or leaves a graph is not counted: a part of 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from lrcompile.devices import mlas
 from lrcompile.devices.device import Device
-from lrcompile.devices.fusion import describe_all
+from lrcompile.devices.fusion import constants, describe_all
 from lrcompile.graph.graph import submodule
 from lrcompile.graph.op import OpDesc
 
 aten = torch.ops.aten
+_SHAPES = (aten.view, aten.reshape, aten._unsafe_view, aten.flatten, aten.unflatten, aten.squeeze, aten.unsqueeze)
+_TRANSPOSES = (aten.transpose, aten.permute)
 _ONE_BY_ONE = {  # over values, so that they may lie in blocks
     getattr(aten, name)
     for name in ("relu", "relu6", "hardtanh", "clamp", "clamp_min", "leaky_relu", "sigmoid", "tanh", "hardsigmoid",
@@ -36,7 +40,52 @@ def operations_on(device: Device, gm: fx.GraphModule, *, training: bool = False)
     found = describe_all(gm, frozenset() if training else device.fuses, device.lacks)
     if "plain_images" in device.lacks and not training:
         found |= laid_out_anew(gm, found, device.alignment_conv["fp32"])
+    if "free_views" in device.lacks and not training:
+        found |= {node.name: replace(found[node.name], kind="movement") for node in _shaped_anew(gm, found)}
     return found
+
+
+def _shaped_anew(gm: fx.GraphModule, ops: Mapping[str, OpDesc]) -> Iterator[fx.Node]:
+    """Views that are operations of their own, though they move nothing: of several in a row the last.
+
+    Those around attention are in its price.
+    """
+    fixed = set(constants(gm))
+    for node in gm.graph.nodes:
+        if not _is_view(node) or node in fixed or ops[node.name].kind != "view" or any(map(_is_view, node.users)):
+            continue
+        source = node.all_input_nodes[0]
+        if not _is_attention(_before_views(source)) and not all(map(_is_attention, _after_transposes(node))):
+            yield node
+
+
+def _is_view(node: fx.Node) -> bool:
+    """Whether a node gives a value another shape."""
+    if _packet(node) not in _SHAPES:
+        return False
+    return node.meta["val"].shape != node.all_input_nodes[0].meta["val"].shape
+
+
+def _before_views(node: fx.Node) -> fx.Node:
+    while _packet(node) in (*_SHAPES, *_TRANSPOSES):
+        node = node.all_input_nodes[0]
+    return node
+
+
+def _after_transposes(node: fx.Node) -> Iterator[fx.Node]:
+    for user in node.users:
+        if _packet(user) in _TRANSPOSES:
+            yield from _after_transposes(user)
+        else:
+            yield user
+
+
+def _is_attention(node: fx.Node) -> bool:
+    return _packet(node) is aten.scaled_dot_product_attention
+
+
+def _packet(node: fx.Node) -> Any:
+    return getattr(node.target, "overloadpacket", None)
 
 
 def laid_out_anew(gm: fx.GraphModule, ops: Mapping[str, OpDesc], block: int) -> dict[str, OpDesc]:
@@ -77,7 +126,7 @@ def _goes_one_by_one(gm: fx.GraphModule, node: fx.Node, block: int) -> bool:
     """Whether a node takes values in blocks as well."""
     if node.op == "call_module":
         return isinstance(submodule(gm, node.target), nn.BatchNorm2d)
-    packet = getattr(node.target, "overloadpacket", None)
+    packet = _packet(node)
     if packet is aten.cat:
         axis = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
         return axis in (1, -3) and all(source.meta["val"].shape[1] % block == 0 for source in node.all_input_nodes)
@@ -93,4 +142,4 @@ def _copy(node: fx.Node, block: int) -> OpDesc:
     channels = value.shape[1]
     elements = value.numel() + value.numel() // max(1, channels) * mlas.padded(channels, block)
     moved = value.element_size() * elements
-    return OpDesc("movement", "fp32", 0.0, 0.0, moved, function="transpose", row=1, label="reorder")
+    return OpDesc("movement", "fp32", 0.0, 0.0, moved, label="reorder")

@@ -28,6 +28,7 @@ RUNTIMES = ("onnxruntime", "torch", "torch-compile", "torch-cuda", "onnxruntime-
 # What ONNX Runtime makes of any graph before its CUDA provider runs it (our reading).
 _CUDA_FUSES = frozenset({"conv_normalization", "conv_padding", "skip_layer_norm", "bias_gelu"})
 _FUSED_ALONE = ("skip_layer_norm", "bias_gelu")  # that are one kernel there
+_ONNX_RUNTIME_LACKS = {"strided_views", "product_bias", "plain_images", "free_views"}  # on a CPU
 _CUDA_LACKS = frozenset({"flash_attention", "strided_views", "product_bias"})
 _PROFILES = ("h200", "h100", "a100", "v100", "t4")
 _TWICE_FP32 = ((8, 6), (8, 7), (8, 9))  # units with 128 lanes for fp32, where an A100's have 64
@@ -139,7 +140,7 @@ def _check_cuda(runtime: str) -> None:
 
 def _eager(device: Device) -> Device:
     """The device with PyTorch, where kernels are those of single operators, which add biases and take any strides."""
-    return replace(device, fuses=frozenset(), lacks=device.lacks - {"product_bias", "strided_views", "plain_images"})
+    return replace(device, fuses=frozenset(), lacks=device.lacks - _ONNX_RUNTIME_LACKS)
 
 
 def cuda_device() -> Device:

@@ -1,11 +1,13 @@
 """Shape arithmetic that is known before the model runs: made constant, so that the runtime computes and blocks nothing.
 
 torch.onnx writes the shape of a tensor with an open batch as a chain of Shape, Slice and Concat nodes, though all but
-the batch is known; a Reshape needs no more than -1 in its place, an Expand no more than 1.
+the batch is known; a Reshape needs no more than -1 in its place, an Expand no more than 1, and a recurrent layer no
+first state where that is zero.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TypeAlias
 
@@ -15,11 +17,14 @@ import onnx_ir as ir
 Size: TypeAlias = "int | str | None"
 """A length that is a number, an expression in symbols, or not known."""
 
+_RECURRENT = {"LSTM": (5, 6), "GRU": (5,), "RNN": (5,)}  # and which inputs are the first states: zero without them
 _MOST = 16  # entries of a shape; longer tensors of integers are data
 
 
 def fold_shapes(graph: ir.Graph) -> None:
-    """Makes constant what is known of the shapes that Reshape and Expand take, and removes an Expand that does nothing.
+    """Makes constant what is known of the shapes that Reshape and Expand take, and removes what does nothing.
+
+    That is an Expand to the same shape, and a first state of zeros.
 
     Nodes that this leaves without a user stay; drop them afterwards.
     """
@@ -27,7 +32,13 @@ def fold_shapes(graph: ir.Graph) -> None:
     for node in list(graph):
         if node.domain not in ("", "ai.onnx"):
             continue
-        if node.op_type == "Reshape" and len(node.inputs) == 2:
+        if node.op_type in _RECURRENT:
+            _leave_out_zeros(node)
+            _learn(node.outputs[0], _of_recurrent(node))
+        elif node.op_type == "Transpose":
+            sizes, order = _dims(node.inputs[0]), node.attributes.get("perm")
+            _learn(node.outputs[0], _picked(sizes, order.as_ints()) if sizes and order else None)
+        elif node.op_type == "Reshape" and len(node.inputs) == 2 and node.inputs[0] not in known:
             _fold_reshape(graph, node, known)
         elif node.op_type == "Expand":
             _fold_expand(graph, node, known)
@@ -35,6 +46,24 @@ def fold_shapes(graph: ir.Graph) -> None:
             sizes = _evaluated(node, known)
             if sizes is not None:
                 known[node.outputs[0]] = sizes
+
+
+def _leave_out_zeros(node: ir.Node) -> None:
+    for i in _RECURRENT[node.op_type]:
+        if i < len(node.inputs) and _is_zero(node.inputs[i]):
+            node.replace_input_with(i, None)
+
+
+def _is_zero(value: ir.Value | None) -> bool:
+    """Whether a value is made of a constant zero alone."""
+    if value is None or value.is_graph_input():
+        return False
+    if value.const_value is not None:
+        return not value.const_value.numpy().any()
+    node = value.producer()
+    if node is None or node.op_type not in ("Expand", "Slice", "Identity", "Reshape", "Unsqueeze", "Squeeze"):
+        return False
+    return _is_zero(node.inputs[0])
 
 
 def _fold_reshape(graph: ir.Graph, node: ir.Node, known: dict[ir.Value, list[Size]]) -> None:
@@ -49,6 +78,20 @@ def _fold_reshape(graph: ir.Graph, node: ir.Node, known: dict[ir.Value, list[Siz
     if open_axes and -1 in sizes:
         return
     node.replace_input_with(1, _constant(graph, [size if isinstance(size, int) else -1 for size in sizes]))
+    if -1 not in sizes:
+        _learn(node.outputs[0], sizes)
+
+
+def _learn(value: ir.Value, sizes: Sequence[Size] | None) -> None:
+    """Notes sizes of a value that the exporter does not know: those of layers that it takes apart itself."""
+    if sizes and None in (_dims(value) or [None]):
+        value.shape = ir.Shape(sizes)
+
+
+def _of_recurrent(node: ir.Node) -> list[Size] | None:
+    """The sizes of all outputs of a recurrent layer [steps × directions × batch × hidden]."""
+    into, recurrence = _dims(node.inputs[0]), _dims(node.inputs[2])
+    return [into[0], recurrence[0], into[1], recurrence[2]] if into and recurrence else None
 
 
 def _fold_expand(graph: ir.Graph, node: ir.Node, known: dict[ir.Value, list[Size]]) -> None:
@@ -81,6 +124,10 @@ def _evaluated(node: ir.Node, known: dict[ir.Value, list[Size]]) -> list[Size] |
     sizes = known.get(first) if first is not None else None
     if sizes is None:
         return None
+    if node.op_type == "Mul":
+        return _product(sizes, _content(node.inputs[1], known))
+    if node.op_type == "Reshape":
+        return sizes if len(sizes) == 1 and _numbers(node.inputs[1]) in ([1], [-1]) else None
     if node.op_type in ("Identity", "Squeeze", "Unsqueeze"):
         return sizes if len(sizes) == 1 or node.op_type == "Identity" else None
     if node.op_type == "Cast":
@@ -92,6 +139,12 @@ def _evaluated(node: ir.Node, known: dict[ir.Value, list[Size]]) -> list[Size] |
         if starts and ends and len(starts) == len(ends) == 1:
             return sizes[starts[0] : ends[0]]
     return None
+
+
+def _product(sizes: Sequence[Size], others: Sequence[Size] | None) -> list[Size] | None:
+    """Of two sizes that are numbers."""
+    numbers = [size for size in (*sizes, *(others or ())) if isinstance(size, int)]
+    return [math.prod(numbers)] if len(sizes) == len(others or ()) == 1 and len(numbers) == 2 else None
 
 
 def _picked(sizes: Sequence[Size], where: Sequence[int] | None) -> list[Size] | None:
