@@ -74,6 +74,7 @@ FUNCTIONS: dict[str, tuple[Function, int]] = {  # and how many copies there are
     "joined": (lambda net, x: net.joined(torch.cat([x, net.aside(x)], 1)), 0),
     "a piece": (lambda net, x: x[:, :, 1:], 2),
     "padding": (lambda net, x: functional.pad(x, (1, 1, 1, 1)), 0),
+    "padding with ones": (lambda net, x: functional.pad(x, (1, 1, 1, 1), value=1.0), 2),
     "wider": (lambda net, x: functional.interpolate(x, scale_factor=2.0, mode="nearest"), 0),
 }
 

@@ -1,9 +1,10 @@
-"""Where a runtime lays values out anew, as ONNX Runtime does on x86: convolutions of images have channels in blocks.
+"""What a device runs for a graph, with what its runtime adds where values are laid out anew or given another shape.
 
-They hand blocks to each other, through whatever goes over values one by one. All else reads and writes values as they
-are: between the two they are copied (ReorderInput and ReorderOutput). So a split to a rank below a block costs one more
-copy, and so does one to a rank that does not come in fours. Which operations do without was read off graphs that ONNX
-Runtime 1.32 optimises. What enters or leaves a graph is not counted: a part of a model does not say how it comes.
+ONNX Runtime on x86 computes convolutions of images in blocks of channels. They hand blocks to each other, through
+whatever goes over values one by one. All else reads and writes values as they are: between the two they are
+copied (ReorderInput and ReorderOutput). So a split to a rank below a block costs one more copy, and so does one to a
+rank that does not come in fours. Which operations do without was read off graphs that ONNX Runtime 1.32 optimises. What
+enters or leaves a graph is not counted: a part of a model does not say how it comes.
 """
 
 from __future__ import annotations
@@ -24,11 +25,12 @@ from lrcompile.graph.op import OpDesc
 aten = torch.ops.aten
 _SHAPES = (aten.view, aten.reshape, aten._unsafe_view, aten.flatten, aten.unflatten, aten.squeeze, aten.unsqueeze)
 _TRANSPOSES = (aten.transpose, aten.permute)
+_PADDING = (aten.pad, aten.constant_pad_nd)
 _ONE_BY_ONE = {  # over values, so that they may lie in blocks
     getattr(aten, name)
     for name in ("relu", "relu6", "hardtanh", "clamp", "clamp_min", "leaky_relu", "sigmoid", "tanh", "hardsigmoid",
                  "hardswish", "silu", "gelu", "add", "mul", "max_pool2d", "avg_pool2d", "upsample_nearest2d",
-                 "upsample_bilinear2d", "dropout", "pad", "constant_pad_nd")
+                 "upsample_bilinear2d", "dropout")
 }  # fmt: skip
 
 
@@ -45,49 +47,6 @@ def operations_on(device: Device, gm: fx.GraphModule, *, training: bool = False)
     return found
 
 
-def _shaped_anew(gm: fx.GraphModule, ops: Mapping[str, OpDesc]) -> Iterator[fx.Node]:
-    """Views that are operations of their own, though they move nothing: of several in a row the last.
-
-    Those around attention are in its price.
-    """
-    fixed = set(constants(gm))
-    for node in gm.graph.nodes:
-        if not _is_view(node) or node in fixed or ops[node.name].kind != "view" or any(map(_is_view, node.users)):
-            continue
-        source = node.all_input_nodes[0]
-        if not _is_attention(_before_views(source)) and not all(map(_is_attention, _after_transposes(node))):
-            yield node
-
-
-def _is_view(node: fx.Node) -> bool:
-    """Whether a node gives a value another shape."""
-    if _packet(node) not in _SHAPES:
-        return False
-    return node.meta["val"].shape != node.all_input_nodes[0].meta["val"].shape
-
-
-def _before_views(node: fx.Node) -> fx.Node:
-    while _packet(node) in (*_SHAPES, *_TRANSPOSES):
-        node = node.all_input_nodes[0]
-    return node
-
-
-def _after_transposes(node: fx.Node) -> Iterator[fx.Node]:
-    for user in node.users:
-        if _packet(user) in _TRANSPOSES:
-            yield from _after_transposes(user)
-        else:
-            yield user
-
-
-def _is_attention(node: fx.Node) -> bool:
-    return _packet(node) is aten.scaled_dot_product_attention
-
-
-def _packet(node: fx.Node) -> Any:
-    return getattr(node.target, "overloadpacket", None)
-
-
 def laid_out_anew(gm: fx.GraphModule, ops: Mapping[str, OpDesc], block: int) -> dict[str, OpDesc]:
     """The copies between values as they are and in blocks of so many channels: one for all that read a value so."""
     in_blocks: dict[fx.Node, bool] = {}  # of values that are known to lie so or not
@@ -99,7 +58,8 @@ def laid_out_anew(gm: fx.GraphModule, ops: Mapping[str, OpDesc], block: int) -> 
         shape = ops[node.name].conv
         blocks = shape is not None and ops[node.name].dtype == "fp32" and not mlas.runs_unfolded(shape, block)
         reads_blocks = blocks and not _reads_few(ops[node.name], block)
-        if shape is None and _goes_one_by_one(gm, node, block):
+        is_padding = _packet(node) in _PADDING and ops[node.name].kind == "view"  # which a convolution takes in
+        if shape is None and (is_padding or _goes_one_by_one(gm, node, block)):
             known = [in_blocks[source] for source in maps if source in in_blocks]
             blocks = reads_blocks = bool(known) and all(known)
             if not known:
@@ -143,3 +103,46 @@ def _copy(node: fx.Node, block: int) -> OpDesc:
     elements = value.numel() + value.numel() // max(1, channels) * mlas.padded(channels, block)
     moved = value.element_size() * elements
     return OpDesc("movement", "fp32", 0.0, 0.0, moved, label="reorder")
+
+
+def _shaped_anew(gm: fx.GraphModule, ops: Mapping[str, OpDesc]) -> Iterator[fx.Node]:
+    """Views that are operations of their own, though they move nothing: of several in a row the last.
+
+    Those around attention are in its price.
+    """
+    fixed = set(constants(gm))
+    for node in gm.graph.nodes:
+        if not _is_view(node) or node in fixed or ops[node.name].kind != "view" or any(map(_is_view, node.users)):
+            continue
+        source = node.all_input_nodes[0]
+        if not _is_attention(_before_views(source)) and not all(map(_is_attention, _after_transposes(node))):
+            yield node
+
+
+def _is_view(node: fx.Node) -> bool:
+    """Whether a node gives a value another shape."""
+    if _packet(node) not in _SHAPES:
+        return False
+    return node.meta["val"].shape != node.all_input_nodes[0].meta["val"].shape
+
+
+def _before_views(node: fx.Node) -> fx.Node:
+    while _packet(node) in (*_SHAPES, *_TRANSPOSES):
+        node = node.all_input_nodes[0]
+    return node
+
+
+def _after_transposes(node: fx.Node) -> Iterator[fx.Node]:
+    for user in node.users:
+        if _packet(user) in _TRANSPOSES:
+            yield from _after_transposes(user)
+        else:
+            yield user
+
+
+def _is_attention(node: fx.Node) -> bool:
+    return _packet(node) is aten.scaled_dot_product_attention
+
+
+def _packet(node: fx.Node) -> Any:
+    return getattr(node.target, "overloadpacket", None)
