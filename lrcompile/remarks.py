@@ -52,6 +52,7 @@ def remarks(p: Prepared, budget: Budget, choice: Choice, measured: Measured | No
         )
     found += [*p.target.remarks(), *_of_the_host(p, choice)]
     found += _of_whole_numbers(p, budget, choice)
+    found += _of_few_positions(p, budget)
     if not p.calibration:
         found.append("no calibration data: decompositions see the weights only, errors are on the example inputs")
     elif not p.held_out:
@@ -97,6 +98,17 @@ def _of_few_rows(p: Prepared) -> list[str]:
         f"{len(short)} of the {len(lossy)} layers that splits were considered for read fewer rows of calibration data "
         f"than they have features ({worst}: {rows} rows, {features} features): their own errors in the table, taken on "
         f"those rows, read too small; the model's error is measured. Give more data"
+    ]
+
+
+def _of_few_positions(p: Prepared, budget: Budget) -> list[str]:
+    """That too few outputs are counted for the share that was asked for: only exact rewrites are sure of it."""
+    least = p.evaluator.measured_in(budget.measure_in_use).margin(0.0)
+    if not least or budget.max_error is None or budget.max_error == 0 or least <= budget.max_error:
+        return []
+    return [
+        f"of as few outputs as were counted, a share of {budget.max_error:g} cannot be told from {least:.2g}, so that "
+        "no rewrite but exact ones was made: give more calibration data, or allow more"
     ]
 
 

@@ -152,10 +152,10 @@ def test_a_share_that_no_batch_alone_can_tell_is_found() -> None:
     model = nn.Sequential(decaying(768, 768, 1.5), nn.ReLU(), nn.Linear(768, 10)).eval()
     x = torch.randn(512, 768)
     data = lrcompile.calibration_from({"input": x}, ["input"], 8, max_batches=None)
-    budget = lrcompile.Budget(max_error=0.03, measure="top1")
+    budget = lrcompile.Budget(max_error=0.06, measure="top1")
     result = lrcompile.compile(model, (x[:8],), target=TARGET, calibration=data, budget=budget)
     assert any(not rewrite.exact for rewrite in result.plan.rewrites)
-    assert 0 < result.report.error["measured"] <= 0.03
+    assert 0 < result.report.error["measured"] <= 0.06
 
 
 @pytest.mark.parametrize("measure", ["kl", "top1"])
@@ -237,3 +237,47 @@ def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     )
     assert run([*words, "--measure", "cosine", "--max-error", "0.1"]) == 2
     assert "there is no measure 'cosine'" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------ few positions
+
+
+@pytest.mark.parametrize(("share", "most"), [(0.0, 1 / 257), (0.25, 0.25 + 0.0281), (1.0, 1.0)])
+def test_a_share_may_be_larger_by_one_standard_error(prepared: lrcompile.Prepared, share: float, most: float) -> None:
+    """Of 64 × 4 positions: also where none was seen to differ, and never beyond all."""
+    evaluator = prepared.evaluator.measured_in(TOP1)
+    assert share + evaluator.margin(share) == pytest.approx(most, abs=1e-3 if share == 0.25 else 1e-12)
+    assert evaluator.margin(share, exact=True) == 0
+    assert prepared.evaluator.margin(share) == 0  # of what is measured
+
+
+class Folded(Classifier):
+    """With a batch norm, which is folded exactly."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return super().forward(self.norm(x))
+
+
+def test_few_positions_are_sure_of_exact_rewrites_alone() -> None:
+    """None of 8 × 4 positions may seem to differ, and still one in a hundred may."""
+    limit = lrcompile.Budget(max_error=0.01, measure="top1")
+    results = [lrcompile.compile(Folded().eval(), (X[:count],), target=TARGET, budget=limit) for count in (8, 64)]
+    few, many = results
+    assert all(rewrite.exact for rewrite in few.plan.rewrites)
+    assert any("cannot be told from 0.03" in note for note in few.report.notes)
+    assert not any("cannot be told" in note for note in many.report.notes)
+    assert few.report.error["measured"] == 0
+
+
+def test_exact_rewrites_hold_a_share_together_with_a_metric() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 16, 1)).eval()
+    x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(3))
+    budget = lrcompile.Budget(max_error=0.001, max_drop=0.0, measure="top1")
+    result = lrcompile.compile(model, (x,), target=TARGET, metric=lambda m: 1.0, budget=budget)
+    assert result.plan.rewrites
+    assert all(rewrite.exact for rewrite in result.plan.rewrites)
+    assert not any("exact rewrites alone let" in note for note in result.report.notes)

@@ -182,8 +182,7 @@ def _best(problem: Problem, pool: _Pool, error_limit: float | None) -> Choice | 
         if picked is None or tuple(picked) in tried:
             break
         tried.add(tuple(picked))
-        error = _measured(problem, pool, picked)
-        error += problem.evaluator.margin(error)
+        error = _at_most(problem, pool, picked)
         if error <= error_limit and (best is None or _gain_s(pool, picked) > _gain_s(pool, best)):
             best = tuple(picked)
         if WELL_SPENT * error_limit <= error <= error_limit:
@@ -320,9 +319,14 @@ def _worth_s(problem: Problem) -> float:
 
 
 def _within_error(problem: Problem, pool: _Pool, picked: Sequence[int], error_limit: float | None) -> bool:
-    error = _measured(problem, pool, picked)
-    error += problem.evaluator.margin(error)
+    error = _at_most(problem, pool, picked)
     return math.isfinite(error) and (error_limit is None or error <= max(error_limit, EXACT_ERROR))
+
+
+def _at_most(problem: Problem, pool: _Pool, picked: Sequence[int]) -> float:
+    """The measured error, and how much larger a share that was counted may be."""
+    error = _measured(problem, pool, picked)
+    return error + problem.evaluator.margin(error, exact=all(pool.candidates[i].exact for i in picked))
 
 
 def _metric_holds(problem: Problem, pool: _Pool, picked: Sequence[int], turn: int = 0) -> bool:

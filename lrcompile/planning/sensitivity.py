@@ -83,10 +83,16 @@ class Evaluator:
         positions = self.measure.positions(self.reference[0])
         return LEAST_ERROR if positions is None else 0.5 / max(1, positions * self.quick_batches)
 
-    def margin(self, root: float) -> float:
-        """The standard error of a share that is counted on all batches; 0 of what is measured."""
+    def margin(self, root: float, *, exact: bool = False) -> float:
+        """By how much a share counted on all batches may be larger; 0 of what is measured, and of exact rewrites.
+
+        Wilson's interval (1927) of one standard error, which does not call a share certain of which nothing was seen.
+        """
         positions = sum(self.measure.positions(expected) or 0 for expected in self.reference)
-        return math.sqrt(root * (1 - root) / positions) if positions and 0 < root < 1 else 0.0
+        if not positions or exact or not math.isfinite(root):
+            return 0.0
+        spread = math.sqrt(root * (1 - root) / positions + 1 / (2 * positions) ** 2)
+        return max(0.0, (root + 1 / (2 * positions) + spread) / (1 + 1 / positions) - root)
 
     def error(self, graph: Graph, first: int | None = None) -> float:
         """The error of a graph on all batches, or on the first few."""
