@@ -114,7 +114,10 @@ def compile_command(
     speedup: Annotated[float | None, typer.Option(help="Least speed-up, such as 1.5.")] = None,
     max_latency: Annotated[str | None, typer.Option(help="Largest latency, such as 12ms.")] = None,
     evaluation: Annotated[
-        str | None, typer.Option("--eval", help="pkg.mod:fn, from the model to a number, higher is better.")
+        str | None,
+        typer.Option(
+            "--eval", help="pkg.mod:fn, from the model to a number, higher is better, or one for each sample."
+        ),
     ] = None,
     max_drop: Annotated[float | None, typer.Option(help="How far that number may fall.")] = None,
     eval_by_site: Annotated[

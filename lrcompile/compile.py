@@ -177,8 +177,8 @@ def compile(  # the name that users look for
     [B, C·T, H, W]. `opset` is the version of ONNX operators, 18 to 23. With `plan`, its rewrites are applied and
     nothing is searched. Without `calibration`, decompositions see the weights alone and the output error is measured
     on the example inputs. `metric` takes a model, called as the one given is, and returns a number, higher is better,
-    which may fall by `budget.max_drop`; it is evaluated at most 25 times, and with `metric_by_site` once more for each
-    rewrite alone, for the report.
+    or one for each sample; it, or their mean, may fall by `budget.max_drop`. It is evaluated at most 25 times, and with
+    `metric_by_site` once more for each rewrite alone, for the report.
 
     Raises:
         InputError: the model, inputs, metric or options cannot be used.
