@@ -150,12 +150,12 @@ def test_a_share_that_no_batch_alone_can_tell_is_found() -> None:
     """One of eight is 12.5 %, so that a look at one batch would let nothing through."""
     torch.manual_seed(0)
     model = nn.Sequential(decaying(768, 768, 1.5), nn.ReLU(), nn.Linear(768, 10)).eval()
-    x = torch.randn(512, 768)
+    x = torch.randn(2048, 768)
     data = lrcompile.calibration_from({"input": x}, ["input"], 8, max_batches=None)
-    budget = lrcompile.Budget(max_error=0.06, measure="top1")
+    budget = lrcompile.Budget(max_error=0.03, measure="top1")
     result = lrcompile.compile(model, (x[:8],), target=TARGET, calibration=data, budget=budget)
     assert any(not rewrite.exact for rewrite in result.plan.rewrites)
-    assert 0 < result.report.error["measured"] <= 0.06
+    assert 0 < result.report.error["measured"] <= 0.03
 
 
 @pytest.mark.parametrize("measure", ["kl", "top1"])
