@@ -47,6 +47,10 @@ class BudgetError(LrcompileError):
     exit_code = 1
 
 
+class LatencyError(BudgetError):
+    """No choice of rewrites comes to the latency asked for, at any error."""
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error of Python or torch says that memory ran out."""
     words = ("out of memory", "allocate memory", "not enough memory")

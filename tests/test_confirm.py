@@ -13,7 +13,7 @@ from torch import nn
 import lrcompile
 from lrcompile.confirm import SECONDS, TRIALS, Measured, confirm, worthwhile
 from lrcompile.devices.cost import Cost
-from lrcompile.errors import BudgetError
+from lrcompile.errors import BudgetError, LatencyError
 from lrcompile.graph.graph import Graph
 from lrcompile.planning.search import Choice, Problem, search
 
@@ -232,6 +232,9 @@ class Cleaned:
     asked: int = 0
     share: float = 1.0
 
+    def latency(self) -> Cost:
+        return Cost(1.0)
+
     def measure(self, graph: Graph, seconds: float = 0.0) -> Measured:
         self.asked += 1
         return Measured(Cost(1.0), Cost(0.9))
@@ -251,7 +254,27 @@ def test_what_clean_up_gains_counts_towards_a_latency() -> None:
     with pytest.raises(BudgetError, match="reachable range"):
         lrcompile.solve(here, lrcompile.Budget(max_error=0.0, speedup=1.2))
     lrcompile.solve(here, lrcompile.Budget(max_error=0.0))
-    assert machine.asked == 4  # without a limit on latency the clean-up is not measured alone
+    assert machine.asked == 5  # once more with the original measured anew; without a limit it is not measured alone
+
+
+@pytest.mark.parametrize("still_slow", [False, True])
+def test_a_latency_out_of_reach_is_asked_for_of_the_original_measured_anew(
+    prepared: lrcompile.Prepared, still_slow: bool
+) -> None:
+    known, slow = prepared.base, replace(prepared.base, latency_s=3 * prepared.base.latency_s)
+
+    class Fast(Machine):
+        def latency(self) -> Cost:
+            return slow if still_slow else known
+
+    machine = Fast(prepared, lambda split: 1 - 0.2 * len(split), known.latency_s)
+    here = replace(prepared, base=slow, original=slow, reference=machine)  # type: ignore[arg-type]
+    if still_slow:
+        with pytest.raises(LatencyError, match="reachable range"):
+            lrcompile.solve(here, lrcompile.Budget(speedup=1.5))
+    else:
+        assert lrcompile.solve(here, lrcompile.Budget(speedup=1.5)).report.latency_ms["speedup"] > 1.5
+    assert here.base is slow  # what was prepared is not changed
 
 
 def test_a_latency_that_is_not_reached_as_measured_is_an_error(prepared: lrcompile.Prepared) -> None:

@@ -396,7 +396,8 @@ def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("device", ["cpu", "cuda"][: 1 + torch.cuda.is_available()])
+def test_two_processes_train_as_one(device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("accelerate")
     monkeypatch.chdir(tmp_path)
     torch.export.save(
@@ -405,7 +406,7 @@ def test_two_processes_train_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     np.savez("calib.npz", x=torch.cat([batch["x"] for batch in data().batches]).numpy())
     assert run(["net.pt2", "--size", "0.6", "--calib", "calib.npz", "--plan-out", "plan.json", "--target", "rpi5"]) == 0
     words = ["-m", "lrcompile", "net.pt2", "--plan", "plan.json", "--calib", "calib.npz", "--recover", "60"]
-    words += ["--option", "recover.rate=0.001", "--option", "recover.precision=fp32"]
+    words += [f"--option=recover.{option}" for option in ("rate=0.001", "precision=fp32", f"device={device}")]
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     for name, command in (("one", [sys.executable]), ("two", launch)):
@@ -415,6 +416,7 @@ def test_two_processes_train_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert done.stdout.count("recovery  error") == 1
     one, two = (json.loads(Path(f"{name}.json").read_text())["recovery"] for name in ("one", "two"))
     assert [figures["processes"] for figures in (one, two)] == [1, 2]
+    assert {figures["device"] for figures in (one, two)} == {device}
     assert one["steps"] == two["steps"] == 60
     assert two["error"][1] < two["error"][0]
     assert two["error"][1] == pytest.approx(one["error"][1], rel=0.01)

@@ -366,6 +366,16 @@ def test_all_processes_begin_with_the_weights_of_the_first(monkeypatch: pytest.M
     assert all(map(torch.equal, mine, first))
 
 
+@pytest.mark.parametrize(("gpus", "expected"), [(1, [0, 0, 0, 0]), (2, [0, 1, 0, 1]), (4, [0, 1, 2, 3])])
+def test_each_process_has_a_gpu_of_its_machine(gpus: int, expected: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    several = [Processes(8, 4 + local, local) for local in range(4)]  # of the second of two machines
+    assert [one.device(cuda).index for one in several] == expected
+    assert {one.device(cpu) for one in several} == {cpu}
+    assert Processes().device(cuda) == cuda
+
+
 def test_what_a_recovery_says_of_minutes_that_were_over(compiled: Result) -> None:
     trained = Trained(0, 1.0, 1e-3, 1.0, 1.0, 0, 0, 0, "cpu")
     short = Recovery(minutes=0.01)

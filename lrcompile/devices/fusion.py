@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from lrcompile.graph.describe import describe, dtype_name
-from lrcompile.graph.graph import submodule
+from lrcompile.graph.graph import packet_of, submodule
 from lrcompile.graph.nested import nested
 from lrcompile.graph.op import OpDesc
 
@@ -119,7 +119,7 @@ def _moved(node: fx.Node, op: OpDesc) -> OpDesc:
 
     What was written out is not copied again.
     """
-    packet = getattr(node.target, "overloadpacket", None)
+    packet = packet_of(node)
     if packet in _COPIES:
         return replace(op, kind="view", activation_bytes=0.0)
     if packet in _PARTS:
@@ -129,10 +129,10 @@ def _moved(node: fx.Node, op: OpDesc) -> OpDesc:
     if op.kind != "view" or op.function != "transpose" or not op.activation_bytes:
         return op
     source: Any = node.args[0]
-    readers = {getattr(user.target, "overloadpacket", None) for user in _behind_views(node)}
+    readers = {packet_of(user) for user in _behind_views(node)}
     if readers and readers <= {aten.scaled_dot_product_attention}:
         return op
-    if getattr(source.target, "overloadpacket", None) is aten.scaled_dot_product_attention:
+    if packet_of(source) is aten.scaled_dot_product_attention:
         return op
     if op.row == 1 and readers <= {aten.matmul, aten.bmm, aten.mm}:
         return op
@@ -142,7 +142,7 @@ def _moved(node: fx.Node, op: OpDesc) -> OpDesc:
 def _behind_views(node: fx.Node) -> Iterator[fx.Node]:
     """What reads a value, or a piece of it."""
     for user in node.users:
-        if user.target is operator.getitem or getattr(user.target, "overloadpacket", None) in _PIECES:
+        if user.target is operator.getitem or packet_of(user) in _PIECES:
             yield from _behind_views(user)
         else:
             yield user
@@ -171,12 +171,12 @@ def _is_biased_on_axes(gm: fx.GraphModule, node: fx.Node) -> bool:
 
 
 def _is_gelu(node: fx.Node) -> bool:
-    return getattr(node.target, "overloadpacket", None) is aten.gelu
+    return packet_of(node) is aten.gelu
 
 
 def _norm_of_sum(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
     """The layer norm that alone reads a sum of two values of the same shape, on three axes."""
-    if getattr(node.target, "overloadpacket", None) is not aten.add or len(node.users) != 1:
+    if packet_of(node) is not aten.add or len(node.users) != 1:
         return None
     sizes = [tuple(operand.meta["val"].shape) for operand in _operands(node)]
     (user,) = node.users
@@ -205,7 +205,7 @@ def constants(gm: fx.GraphModule) -> Iterator[fx.Node]:
 
 def _is_padding_of_convolutions(gm: fx.GraphModule, node: fx.Node) -> bool:
     """Zeros around a value that only convolutions read, which can add them themselves."""
-    if getattr(node.target, "overloadpacket", None) not in (aten.pad, aten.constant_pad_nd):
+    if packet_of(node) not in (aten.pad, aten.constant_pad_nd):
         return False
     rest = [*node.args[2:], *node.kwargs.values()]
     return all(value in ("constant", None, 0, 0.0) for value in rest) and all(
@@ -217,7 +217,7 @@ def _step(gm: fx.GraphModule, node: fx.Node, host: str) -> str | None:
     """Which last step of a kernel a node could be."""
     if node.op == "call_module":
         return "normalization" if isinstance(submodule(gm, node.target), _NORMS) else None
-    packet = getattr(node.target, "overloadpacket", None)
+    packet = packet_of(node)
     if packet in _ACTIVATIONS[host]:
         return "activation"
     sizes = [tuple(operand.meta["val"].shape) for operand in _operands(node)]

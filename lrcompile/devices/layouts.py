@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -19,7 +18,7 @@ from torch import Tensor, fx, nn
 from lrcompile.devices import mlas
 from lrcompile.devices.device import Device
 from lrcompile.devices.fusion import constants, describe_all
-from lrcompile.graph.graph import submodule
+from lrcompile.graph.graph import packet_of, submodule
 from lrcompile.graph.op import OpDesc
 
 aten = torch.ops.aten
@@ -58,7 +57,7 @@ def laid_out_anew(gm: fx.GraphModule, ops: Mapping[str, OpDesc], block: int) -> 
         shape = ops[node.name].conv
         blocks = shape is not None and ops[node.name].dtype == "fp32" and not mlas.runs_unfolded(shape, block)
         reads_blocks = blocks and not _reads_few(ops[node.name], block)
-        is_padding = _packet(node) in _PADDING and ops[node.name].kind == "view"  # which a convolution takes in
+        is_padding = packet_of(node) in _PADDING and ops[node.name].kind == "view"  # which a convolution takes in
         if shape is None and (is_padding or _goes_one_by_one(gm, node, block)):
             known = [in_blocks[source] for source in maps if source in in_blocks]
             blocks = reads_blocks = bool(known) and all(known)
@@ -86,7 +85,7 @@ def _goes_one_by_one(gm: fx.GraphModule, node: fx.Node, block: int) -> bool:
     """Whether a node takes values in blocks as well."""
     if node.op == "call_module":
         return isinstance(submodule(gm, node.target), nn.BatchNorm2d)
-    packet = _packet(node)
+    packet = packet_of(node)
     if packet is aten.cat:
         axis = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
         return axis in (1, -3) and all(source.meta["val"].shape[1] % block == 0 for source in node.all_input_nodes)
@@ -121,28 +120,24 @@ def _shaped_anew(gm: fx.GraphModule, ops: Mapping[str, OpDesc]) -> Iterator[fx.N
 
 def _is_view(node: fx.Node) -> bool:
     """Whether a node gives a value another shape."""
-    if _packet(node) not in _SHAPES:
+    if packet_of(node) not in _SHAPES:
         return False
     return node.meta["val"].shape != node.all_input_nodes[0].meta["val"].shape
 
 
 def _before_views(node: fx.Node) -> fx.Node:
-    while _packet(node) in (*_SHAPES, *_TRANSPOSES):
+    while packet_of(node) in (*_SHAPES, *_TRANSPOSES):
         node = node.all_input_nodes[0]
     return node
 
 
 def _after_transposes(node: fx.Node) -> Iterator[fx.Node]:
     for user in node.users:
-        if _packet(user) in _TRANSPOSES:
+        if packet_of(user) in _TRANSPOSES:
             yield from _after_transposes(user)
         else:
             yield user
 
 
 def _is_attention(node: fx.Node) -> bool:
-    return _packet(node) is aten.scaled_dot_product_attention
-
-
-def _packet(node: fx.Node) -> Any:
-    return getattr(node.target, "overloadpacket", None)
+    return packet_of(node) is aten.scaled_dot_product_attention

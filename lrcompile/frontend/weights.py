@@ -9,7 +9,7 @@ import torch
 from torch import fx, nn
 
 from lrcompile.frontend.lift import LAYERS, calling_module
-from lrcompile.graph.graph import attribute, has_attribute, set_tensor
+from lrcompile.graph.graph import attribute, has_attribute, packet_of, set_tensor
 
 
 def compute_weights(gm: fx.GraphModule) -> None:
@@ -60,7 +60,7 @@ def _computed(gm: fx.GraphModule) -> dict[fx.Node, str]:
             reads[node.target].append(node)
         if node.op == "get_attr" or (_is_repeatable(node) and set(node.all_input_nodes) <= constant):
             constant.add(node)
-        elif getattr(node.target, "overloadpacket", None) in LAYERS:
+        elif packet_of(node) in LAYERS:
             names = [argument.name for argument in node.target._schema.arguments]
             for name, value in [*zip(names, node.args, strict=False), *node.kwargs.items()]:
                 if isinstance(value, fx.Node) and value in constant and value.op != "get_attr":

@@ -212,6 +212,11 @@ def dtype(node: fx.Node) -> torch.dtype | None:
     return value.dtype if isinstance(value, torch.Tensor) else None
 
 
+def packet_of(node: fx.Node) -> Any:
+    """The ATen operator that a node calls, whatever its overload, or None."""
+    return getattr(node.target, "overloadpacket", None)
+
+
 def owners(graph: Graph) -> Mapping[int, frozenset[str]]:
     """For each tensor storage that a node uses: the module paths and `get_attr` targets that use it.
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from lrcompile.devices.cost import Cost
-from lrcompile.errors import BudgetError
+from lrcompile.errors import BudgetError, LatencyError
 from lrcompile.graph.graph import Graph, weight_bytes
 from lrcompile.graph.rewrite import Rewrite
 from lrcompile.passes import Context, Pass
@@ -129,7 +129,7 @@ def _pools(problem: Problem, budget: Budget) -> list[_Pool]:
     reach = _reach(faster)
     if limits.gain_s > reach.gain_s:
         least_s = base_s - reach.gain_s
-        raise BudgetError(
+        raise LatencyError(
             f"latency of {limit_s * 1e3:.4g} ms (speed-up {_ratio(original_s, limit_s)}) cannot be reached: "
             f"the reachable range is {least_s * 1e3:.4g}–{original_s * 1e3:.4g} ms "
             f"(speed-up 1–{_ratio(original_s, least_s)}) "

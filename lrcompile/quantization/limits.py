@@ -47,7 +47,7 @@ def search_for_int8(
     except BudgetError as error:
         if asked == budget and budget.size is None:
             raise
-        raise BudgetError(
+        raise type(error)(
             f"{error} (limits of the float model, so that its int8 file is what was asked for)"
         ) from error
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from lrcompile.graph.graph import Graph
+from lrcompile.graph.graph import Graph, packet_of
 
 CALL = torch.ops.aten.scaled_dot_product_attention
 Call = tuple[fx.Node, fx.Node]  # of the original and of the rewritten model
@@ -59,7 +59,7 @@ def divergence(expected: Tensor, got: Tensor, samples: int) -> Tensor:
 
 
 def _is_attention(node: fx.Node) -> bool:
-    return getattr(node.target, "overloadpacket", None) is CALL
+    return packet_of(node) is CALL
 
 
 def _arguments(call: fx.Node) -> dict[str, Any]:

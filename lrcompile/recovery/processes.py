@@ -18,10 +18,11 @@ from lrcompile.errors import InputError
 
 @dataclass(frozen=True)
 class Processes:
-    """How many there are, and which this one is; the first is the one that writes."""
+    """How many there are, which this one is, and which of those on its machine; the first is the one that writes."""
 
     count: int = 1
     index: int = 0
+    local: int = 0
 
     @classmethod
     def here(cls) -> Processes:
@@ -39,12 +40,18 @@ class Processes:
                 "several processes were launched, and training on them needs Accelerate: pip install 'lrcompile[many]'"
             ) from None
         state = PartialState(cpu=True)
-        return cls(state.num_processes, state.process_index)
+        return cls(state.num_processes, state.process_index, state.local_process_index)
 
     @property
     def first(self) -> bool:
         """Whether this is the one that writes."""
         return self.index == 0
+
+    def device(self, wanted: torch.device) -> torch.device:
+        """What this one trains on: with several on one machine each takes one of its GPUs, in turn."""
+        if self.count == 1 or wanted.type != "cuda":
+            return wanted
+        return torch.device("cuda", self.local % torch.cuda.device_count())
 
     def share(self, numbers: Tensor) -> tuple[Tensor, float]:
         """(this process's part of the numbers of a step's samples, how much of the mean over processes its mean is).
@@ -68,7 +75,7 @@ class Processes:
 
         with torch.no_grad():
             for tensor in tensors:
-                tensor.copy_(broadcast(tensor.detach().clone()))
+                tensor.copy_(broadcast(tensor.detach().to("cpu", copy=True)))
 
     def average_gradients(self, parameters: Iterable[nn.Parameter], weight: float) -> None:
         """Puts the mean over the processes, each weighted, in the place of this one's gradients."""
@@ -77,11 +84,12 @@ class Processes:
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         if not gradients:
             return
-        flat = self._reduced(torch.cat([gradient.float().flatten() for gradient in gradients]) * weight)
+        flat = self._reduced((torch.cat([gradient.float().flatten() for gradient in gradients]) * weight).cpu())
         for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(part.view_as(gradient))
 
     def _reduced(self, tensor: Tensor) -> Tensor:
+        """The mean over the processes, which speak to each other from the CPU's memory, whatever they train on."""
         from accelerate.utils import reduce
 
         result: Tensor = reduce(tensor, "mean")

@@ -38,9 +38,9 @@ class Recovery:
     "sequential" inner and outer factors in turn, an epoch each (arXiv 2309.03824). `sam` is the radius of
     sharpness-aware minimisation, `centralize` takes the mean out of gradients of matrices, `ema` is the decay of a
     running mean of the weights, 0 each for none. `subset` is the share of samples that is trained on, those of
-    highest loss (SwiftLearn). `device` is what trains: "cuda" is the first GPU. `precision` is that of products while
-    training: "auto" is bfloat16 where the device has units for it (most GPUs, and processors with AMX, on which it is
-    three to four times faster); weights stay as they are. `seed` orders the samples.
+    highest loss (SwiftLearn). `device` is what trains: "cuda" is the first GPU, or one for each process. `precision` is
+    that of products while training: "auto" is bfloat16 where the device has units for it (most GPUs, and processors
+    with AMX, on which it is three to four times faster); weights stay as they are. `seed` orders the samples.
     """
 
     steps: int | None = None

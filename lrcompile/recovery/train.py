@@ -104,13 +104,12 @@ def train(
 
     `processes` train together, each with a pair of its own. The training ends early where `enough` says so of weights
     that are the best so far; they are in place, on the CPU, when it is asked. `own` is the user's loss of labels.
-    Several processes train on CPUs.
 
     Raises:
         InputError: labels are out of range, the loss is not finite to begin with, or memory runs out on one sample.
     """
     processes = processes or Processes()
-    with pair.on(recovery.where if processes.count == 1 else torch.device("cpu")) as there:
+    with pair.on(processes.device(recovery.where)) as there:
         return _Training(there, samples, recovery, checkpoint, progress, processes, enough, own).run()
 
 

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx, nn
 
-from lrcompile.graph.graph import Graph, Site, aten, shape
+from lrcompile.graph.graph import Graph, Site, aten, packet_of, shape
 from lrcompile_passes.positions import (
     NotUnderstoodError,
     followed,
@@ -26,7 +26,6 @@ from lrcompile_passes.positions import (
     is_scale,
     moves_to,
     name_of,
-    packet_of,
     shape_with,
     sizes_of,
     symbols_of,

@@ -25,7 +25,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
 from lrcompile.errors import InputError
-from lrcompile.graph.graph import Graph, aten, owners, shape
+from lrcompile.graph.graph import Graph, aten, owners, packet_of, shape
 from lrcompile.graph.rewrite import Refusal, Rewrite, Rewriter
 from lrcompile.passes import Context, Pass, Stage
 from lrcompile_passes.attention import (
@@ -41,7 +41,6 @@ from lrcompile_passes.attention import (
 )
 from lrcompile_passes.head_groups import INITS, Grouping, error, groupings, shared, similar_order, unusual
 from lrcompile_passes.layers import cannot_decompose, cannot_rebuild, linear, with_weight
-from lrcompile_passes.positions import packet_of
 
 SAME = 1e-4  # relative error up to which heads that share count as alike
 

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, fx
 
-from lrcompile.graph.graph import aten, shape
+from lrcompile.graph.graph import aten, packet_of, shape
 
 T = TypeVar("T")
 
@@ -67,11 +67,6 @@ def is_scale(node: fx.Node) -> bool:
     """Whether a node multiplies by a number, or divides by one."""
     scales = packet_of(node) in (aten.mul, aten.div) and len(node.args) == 2 and not node.kwargs
     return scales and isinstance(node.args[0], fx.Node) and isinstance(node.args[1], int | float)
-
-
-def packet_of(node: fx.Node) -> Any:
-    """The ATen operator that a node calls, whatever its overload, or None."""
-    return getattr(node.target, "overloadpacket", None)
 
 
 def followed(source: fx.Node, moves: Sequence[fx.Node], symbols: Mapping[str, int]) -> Tensor:
