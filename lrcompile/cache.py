@@ -25,7 +25,7 @@ def put_whole(path: Path) -> Iterator[Path]:
         OSError: the disk is full or cannot be written; what was there stays.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(suffix=".tmp", dir=path.parent)
+    descriptor, name = tempfile.mkstemp(prefix=f"{path.name}.", suffix=".tmp", dir=path.parent)
     os.close(descriptor)
     try:
         yield Path(name)

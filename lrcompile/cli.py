@@ -9,7 +9,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout, suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -167,7 +167,7 @@ def compile_command(
     from lrcompile.report.progress import ProgressDisplay
     from lrcompile.report.terminal import print_family, print_report
 
-    with ProgressDisplay(_screen(stderr=True)) as display:
+    with ProgressDisplay(_screen(stderr=True)) as display, _prints_aside(as_json):
         family = family_files(request, display) if progressive is not None else None
         done = compile_files(request, display) if family is None else None
     if family is not None:
@@ -226,7 +226,7 @@ def tradeoff_command(
     from lrcompile.session import FrontFiles, Request, tradeoff_files
 
     lists = {name: tuple(asked.pop(name) or ()) for name in ("inputs", "options", "skip")}
-    with ProgressDisplay(_screen(stderr=True)) as progress:
+    with ProgressDisplay(_screen(stderr=True)) as progress, _prints_aside(as_json):
         figures = tradeoff_files(Request.of(**asked, **lists), points, FrontFiles(out, plot, plans), progress)
     if as_json:
         _print_json(figures)
@@ -420,6 +420,11 @@ def _console() -> Screen:
 def _screen(**options: Any) -> Screen:
     """Where text goes as it is: names of users have brackets and colons, which Rich takes for styles and pictures."""
     return Screen(highlight=False, markup=False, emoji=False, **options)
+
+
+def _prints_aside(as_json: bool) -> AbstractContextManager[Any]:
+    """Where what the user's own code prints goes: not between the lines of JSON."""
+    return redirect_stdout(sys.stderr) if as_json else nullcontext()
 
 
 def _print_json(data: Any) -> None:

@@ -289,7 +289,8 @@ def _pruned(
         if known[picked] > least * WORTH and not set(picked) <= set(exact):
             continue  # an error for nothing
         better = applied(problem, choice.candidates, picked)
-        within = budget.error_limit is None or better.error <= max(budget.error_limit, choice.error)
+        margin = problem.evaluator.margin(better.error, exact=set(picked) <= set(exact))
+        within = budget.error_limit is None or better.error + margin <= max(budget.error_limit, choice.error)
         if within and metric_holds(problem, better.candidates):
             return better, reference.measure(better.graph)
     return applied(problem, choice.candidates, ()), reference.measure(problem.graph)

@@ -50,6 +50,8 @@ def tradeoff(
     """
     if isinstance(points, bool) or not isinstance(points, int) or not 2 <= points <= MOST_POINTS:
         raise InputError(f"--points {points} makes no front; expected 2 to {MOST_POINTS}, such as 8")
+    if options.get("metric") is not None or options.get("metric_by_site"):
+        raise InputError("a front is of latency and output error, and limits no metric; leave the metric out")
     widest = Budget(max_error=max_error, confidence=confidence, strategy=strategy)
     if isinstance(model, Prepared):
         if args or kwargs or options:

@@ -16,7 +16,6 @@ from lrcompile.compile import Result
 from lrcompile.errors import BudgetError, InputError, is_out_of_memory
 from lrcompile.frontend.calibration_data import CalibrationData
 from lrcompile.graph.graph import Graph, attribute, fingerprint
-from lrcompile.graph.verify import is_float
 from lrcompile.lower.batches import model_batches
 from lrcompile.planning.budget import Budget
 from lrcompile.planning.distribution import entering, unlike_calibration, unlike_training
@@ -35,6 +34,7 @@ from lrcompile.report.clock import silent
 
 REFIT_SAMPLES = 1024
 APART = "attention was not compared: the model was not rewritten from its original directly"
+NO_CALLS = "attention was not compared: the models have no call of scaled_dot_product_attention in common"
 
 
 def recover(
@@ -83,9 +83,18 @@ def recover(
         raise InputError(f"{only} its batch cannot be set")
     if size is None and recovery.subset < 1:
         raise InputError(f"{only} no subset of samples can be chosen")
-    if not any(is_float(node.meta.get("val")) for node in teacher.gm.graph.output_node().all_input_nodes):
-        raise InputError("recovery: the outputs are whole numbers alone, which tell of no direction to train in")
+    values = (node.meta.get("val") for node in teacher.gm.graph.output_node().all_input_nodes)
+    shapes = [tuple(y.shape) for y in values if isinstance(y, Tensor) and y.is_floating_point()]
+    if not shapes:
+        raise InputError("recovery: no output is of real numbers, so that none tells of a direction to train in")
+    if recovery.outputs == "kl" and all(shape[-1:] in ((), (1,)) for shape in shapes):
+        raise InputError('recovery: outputs="kl" compares classes on the last axis, and there is one; use "mse"')
     labels = None if labels is None else data.in_batches(torch.as_tensor(labels))
+    if own is None and labels is not None and (labels.is_floating_point() or labels.is_complex()):
+        raise InputError(
+            f"recovery: labels are {str(labels.dtype).removeprefix('torch.')}; expected whole numbers, one class for "
+            "each position: give a loss of your own with labels of another kind"
+        )
     unlike = _unlike(result, data, batches)
     samples = samples_of(batches, labels, size)
     unlike += [] if own else few_classes(samples)
@@ -106,6 +115,7 @@ def recover(
     attention = lineage.direct and recovery.attention > 0
     apart = [APART] if recovery.attention > 0 and not attention else []
     couple = pair(teacher, fitted, batches[0], lineage.substitutes(student), attention=attention)
+    apart += [NO_CALLS] if attention and not couple.attends else []
     facts = [
         data.digest, _digest(labels), recovery.to_json(), own and own.name,
         measure.name if recovery.until is not None else None,
@@ -116,15 +126,16 @@ def recover(
         finished.append(checkpoint)
     processes = Processes.here()
     until = None if recovery.until is None else measure.root(recovery.until)
+    known = lambda error: error + evaluator.margin(error)  # noqa: E731  # as far as the samples tell
     trained = train(
         couple, samples, recovery, checkpoint, progress or silent, processes,
-        lambda: until is not None and evaluator.error(couple.trained) <= until, own,
+        lambda: until is not None and known(evaluator.error(couple.trained)) <= until, own,
     )  # fmt: skip
     for parameter in couple.trained.gm.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
         parameter.grad = None
     after = evaluator.error(couple.trained)
-    if _breaks(result.plan.budget, before, after, until if result.replayed else None):
+    if _breaks(result.plan.budget, known(before), known(after), until if result.replayed else None):
         return _as_it_was(result, _rise(measure, before, after))
     figures = {
         "processes": processes.count, "device": trained.device, "seconds": trained.seconds,
@@ -135,6 +146,7 @@ def recover(
         "scored": trained.scored,
         "values_inside": len(couple.inside), "refitted": list(refitted), "settings": recovery.to_json(),
         "loss": [trained.loss_before, trained.loss_after], "error": [measure.value(before), measure.value(after)],
+        "margin": measure.value(evaluator.margin(after)),
     }  # fmt: skip
     basis = f"{figures['judged_by']} samples kept out of the recovery"
     relative = after if measure is RELATIVE else evaluator.measured_in(RELATIVE).error(couple.trained)
@@ -177,7 +189,7 @@ def reached(result: Result, budget: Budget, recovery: Recovery | None, *, replay
     until = _to_reach(budget, recovery, replayed)
     if until is None:
         return result
-    error = result.report.error["measured"]
+    error = result.report.error["measured"] + (result.report.recovery or {}).get("margin", 0.0)
     if error <= until:
         figures = {**result.report.error, "budget": budget.max_error}
         return replace(result, report=replace(result.report, error=figures))

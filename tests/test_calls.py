@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import lrcompile
 from lrcompile.emit.folder import load_folder
 from lrcompile.emit.write import emit
 from lrcompile.errors import InputError
-from lrcompile.frontend.calls import CalledAsGiven
+from lrcompile.frontend.calls import CalledAsGiven, in_place_of
 from lrcompile.frontend.prepare import prepare
 from lrcompile.frontend.trace import Traced, trace
 from lrcompile.graph.graph import Graph
@@ -225,6 +225,26 @@ def test_folded_axes_are_as_the_model_has_them() -> None:
     model = CalledAsGiven(traced.graph.gm, traced)
     for batch in (x, torch.randn(5, 2, 3, 8, 8)):
         same(model(batch), net(batch))
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # copy, torch's own
+def test_whole_numbers_of_another_width_are_as_the_example() -> None:
+    """What runs in the place of the graph may not take others: ONNX Runtime does not."""
+    kinds = []
+
+    def elsewhere(flat: Sequence[Any]) -> Sequence[Any]:
+        kinds.append(flat[0].dtype)
+        return [torch.zeros(2, 3, 4)]
+
+    ids = torch.arange(6).reshape(2, 3)
+    traced = trace(nn.Embedding(8, 4).eval(), (ids,))
+    model = CalledAsGiven(copy.deepcopy(in_place_of(traced.graph.gm, elsewhere)), traced)
+    for given in (ids, ids.int(), ids.to(torch.uint8)):
+        assert model(given).shape == (2, 3, 4)
+    assert kinds == [torch.int64] * 3
+    (weight,) = model.parameters()  # of a type and on a device, as those of the model
+    assert weight.dtype == torch.float32
+    assert weight is not next(traced.graph.gm.parameters())
 
 
 @pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # copy and pickle, torch's own

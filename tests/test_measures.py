@@ -117,6 +117,30 @@ def test_whole_numbers_do_not_count_where_the_error_has_no_limit(prepared: lrcom
     assert limited.report.error["measured"] < result.report.error["measured"]
 
 
+class Steep(nn.Module):
+    """Scores and classes of layers that lose next to nothing at low ranks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.head = decaying(256, 256, 2.0), decaying(256, 256, 2.0), nn.Linear(256, 10)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        scores = self.head(self.second(self.first(x).relu()).relu())
+        return scores, scores.argmax(-1)
+
+
+@pytest.mark.parametrize("limits", [{}, {"size": 0.5}])
+def test_smaller_splits_are_tried_where_larger_ones_turn_whole_numbers(limits: dict[str, float]) -> None:
+    """A family whose probe changes a class is not given up: of its other ranks some change none."""
+    net, x = Steep().eval(), torch.randn(64, 256, generator=torch.Generator().manual_seed(1))
+    prepared = lrcompile.prepare_model(net, (x,), target=TARGET)
+    result = lrcompile.solve(prepared, lrcompile.Budget(max_error=0.1, **limits))
+    assert {rewrite.site for rewrite in result.plan.rewrites} == {("first",), ("second",)}
+    assert 0 < result.report.error["measured"] < 0.1
+    assert torch.equal(result.model(x)[1], net(x)[1])
+
+
 def test_the_error_of_whole_numbers_alone_is_the_share_that_differs() -> None:
     class Labels(Classifier):
         def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]

@@ -72,6 +72,14 @@ def test_command_line(cwd: Path, capsys: pytest.CaptureFixture[str], net: nn.Mod
     assert Path("again/weights.safetensors").read_bytes() == Path("out/weights.safetensors").read_bytes()
 
 
+def test_what_a_metric_prints_is_not_between_the_json(cwd: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (cwd / "user_metric.py").write_text(MODULE + "\ndef loud(model):\n    print('evaluated')\n    return 1.0\n")
+    assert run([*WORDS, "--eval", "user_metric:loud", "--max-drop", "0.02", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["metric"]["before"] == 1.0
+    assert "evaluated" in err
+
+
 def test_by_site(cwd: Path, capsys: pytest.CaptureFixture[str]) -> None:
     limits = ("--eval", "user_metric:accuracy", "--max-drop", "0.02")
     assert run([*WORDS, *limits, "--eval-by-site", "--plan-out", "plan.json", "--report-json", "report.json"]) == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import random
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,9 +23,10 @@ from lrcompile import Budget, Quantization, calibration_from
 from lrcompile.cli import run
 from lrcompile.emit.int8 import STATIC, Quantizable, Quantizer, quantizable
 from lrcompile.errors import BudgetError, InputError, VerificationError
+from lrcompile.planning.calibration import Split
 from lrcompile.planning.measures import MEASURES, OF_FLOATS
 from lrcompile.quantization import quantize as decisions
-from lrcompile.quantization.layers import LayerSearch
+from lrcompile.quantization.layers import Judge, LayerSearch
 from tests.quantized import (
     LAYERS,
     ConvNet,
@@ -169,6 +171,33 @@ def test_all_layers_have_the_bits_that_cost_least_together(counts: bool) -> None
     choice = LayerSearch(int8, judge, lambda stage, done, total: None).choose()  # type: ignore[arg-type]
     assert choice.nodes == nodes
     assert choice.narrow == {STATIC}
+
+
+def test_all_layers_are_within_the_error_of_all_layers() -> None:
+    """Whatever the rounding of their error over the limit, times the limit."""
+    nodes = (Quantizable("n", STATIC, "l"),)
+    int8 = SimpleNamespace(nodes=nodes, quantized=lambda part, kinds: b"8")
+    generator = random.Random(0)
+    for error in (0.45582367896839215, *(generator.random() for _ in range(200))):
+        judge = SimpleNamespace(
+            limit=0.05, room=0.05, whole=False, measure=MEASURES["error"], check=lambda model, error=error: (error,) * 3
+        )
+        search = LayerSearch(int8, judge, lambda stage, done, total: None)  # type: ignore[arg-type]
+        assert search.choose(search.everything.root / judge.limit).nodes == nodes
+
+
+@pytest.mark.parametrize(("measure", "margin"), [("error", 0.0), ("top1", 1 / 17)])
+def test_a_share_that_was_counted_has_a_margin(tmp_path: Path, measure: str, margin: float) -> None:
+    """Of 16 inputs none may change its class, and still one of 17 may."""
+    result, given = compiled(Mlp, 0.2)
+    x = torch.cat([batch["x"] for batch in given.batches])[:16]
+    result.save(tmp_path / "float.onnx")
+    split = Split.of([(x,)], 0)
+    judge = Judge.of(
+        tmp_path / "float.onnx", result.traced, result.model, Budget(max_error=0.5, measure=measure), None, split
+    )
+    _, root, total = judge.check((tmp_path / "float.onnx").read_bytes())
+    assert root == pytest.approx(total + margin, abs=1e-6)
 
 
 def test_the_whole_error_counts_and_the_rewrites_leave_room(tmp_path: Path) -> None:

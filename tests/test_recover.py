@@ -8,6 +8,7 @@ import math
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 import lrcompile
 from lrcompile import Budget, Recovery, Result
+from lrcompile.cache import put_whole
 from lrcompile.cli import run
 from lrcompile.errors import InputError
 from lrcompile.recovery import train as training
@@ -129,12 +131,20 @@ def test_a_cache_that_cannot_be_used_costs_nothing_else(tmp_path: Path, monkeypa
 
 
 def test_what_a_killed_write_left_is_removed_in_time(tmp_path: Path) -> None:
-    old, new = tmp_path / "old.tmp", tmp_path / "new.tmp"
-    for path in (old, new):
+    one = Checkpoint.of("one", folder=tmp_path)
+    with suppress(KeyboardInterrupt), put_whole(one.path) as path:
+        (written,) = (found.name for found in tmp_path.iterdir())
+        assert path.name == written
+        raise KeyboardInterrupt
+    left = [tmp_path / name for name in (written, Checkpoint.of("two").path.name)]
+    others = [tmp_path / name for name in ("model.pt", "old.tmp", f"{one.path.name}.md")]  # the user's own
+    for path in (*left, *others):
         path.write_text("")
-    os.utime(old, (0, 0))
-    Checkpoint(tmp_path / "a.pt").save({"step": 1})
-    assert {path.name for path in tmp_path.iterdir()} == {"a.pt", "new.tmp"}
+        os.utime(path, (0, 0))
+    new = tmp_path / f"{left[1].name}.new.tmp"
+    new.write_text("")
+    one.save({"step": 1})
+    assert set(tmp_path.iterdir()) == {one.path, new, *others}
 
 
 # --------------------------------------------------------------------------------------------- what is compared

@@ -15,6 +15,7 @@ import lrcompile
 from lrcompile import Result
 from lrcompile.cli import run
 from lrcompile.errors import InputError
+from lrcompile.recovery.checkpoint import Checkpoint
 from tests.recovered import data, labels, same, split_net, weights, written
 
 
@@ -50,6 +51,7 @@ def below_nothing(given: Tensor) -> Tensor:
         (below_nothing, "label -1 is out of range"),
         (lambda given: given[:50], "there are 50 labels for 960 samples"),
         (lambda given: given.unsqueeze(1).expand(-1, 3), "expected one label for each of its positions"),
+        (lambda given: given / 5, "labels are float32; expected whole numbers"),
     ],
 )
 def test_bad_labels(compiled: Result, tmp_path: Path, change: Callable[[Tensor], Tensor], says: str) -> None:
@@ -127,6 +129,7 @@ def test_values_are_learned_by_the_users_loss(compiled: Result, tmp_path: Path) 
         (lambda y, given: 1 / 0, {}, "raised ZeroDivisionError: division by zero"),
         (lambda y, given: 0.5, {}, "returned 'float'; expected a tensor of numbers"),
         (lambda y, given: y.argmax(-1), {}, "returned a tensor of int64"),
+        (lambda y, given: (y.argmax(-1) != given).float(), {"teacher": 0.0}, "returned a tensor that has no gradient"),
         (lambda y, given: y[:3].square(), {}, r"of shape \[3, 5\] for 32 samples; expected one number for each"),
         (lambda y, given: y.square().mean(), {"subset": 0.5}, "a subset of the samples is chosen by it"),
         (0.5, {}, "the loss is a float; expected a function"),
@@ -145,6 +148,46 @@ def test_bad_losses(compiled: Result, tmp_path: Path, loss: Any, settings: dict[
             checkpoints=tmp_path,
             **settings,
         )
+
+
+def test_a_loss_that_changed_begins_anew(compiled: Result, tmp_path: Path) -> None:
+    """Under the same name: a training that has ended, or was stopped, is of the loss that it began with."""
+    times, steps = [1.0], [0]
+
+    def far(y: Tensor, given: Tensor) -> Tensor:
+        steps[0] += torch.is_grad_enabled()
+        return times[0] * (y - given).square()
+
+    goal, finished = torch.zeros(960, 5), list[Checkpoint]()
+    how: dict[str, Any] = {"labels": goal, "loss": far, "rate": 1e-3, "teacher": 0.0, "checkpoints": tmp_path}
+    first = lrcompile.recover(compiled, data(), steps=20, finished=finished, **how)
+    (held,) = finished
+    assert held.path.exists()
+    assert steps == [20]
+    same_again = lrcompile.recover(compiled, data(), steps=20, finished=finished, **how)
+    assert steps == [20]
+    assert same(weights(first), weights(same_again))
+    times[0] = -1.0
+    other = lrcompile.recover(compiled, data(), steps=20, finished=finished, **how)
+    assert steps == [40]
+    assert {checkpoint.path for checkpoint in finished} == {held.path}
+    assert not same(weights(first), weights(other))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_users_loss_is_in_single_precision(compiled: Result, tmp_path: Path, precision: str) -> None:
+    kinds = set()
+
+    def far(y: Tensor, given: Tensor) -> Tensor:
+        kinds.add((y.dtype, (y[:1] @ y[:1].T).dtype))
+        return (y - given).square()
+
+    goal = torch.zeros(960, 5)
+    lrcompile.recover(
+        compiled, data(), labels=goal, loss=far, steps=3, rate=1e-3, precision=precision, refit=False,
+        checkpoints=tmp_path,
+    )  # fmt: skip
+    assert kinds == {(torch.float32, torch.float32)}
 
 
 def test_a_loss_needs_labels(compiled: Result, tmp_path: Path) -> None:

@@ -189,7 +189,7 @@ class Classes(nn.Module):
 
 def test_whole_numbers_alone_cannot_be_trained() -> None:
     result = lrcompile.compile(Classes(False).eval(), (torch.randn(8, WIDTH),), target="rpi5", budget=Budget(size=0.6))
-    with pytest.raises(InputError, match="whole numbers alone"):
+    with pytest.raises(InputError, match="no output is of real numbers"):
         lrcompile.recover(result, data(), steps=4)
 
 
@@ -199,6 +199,58 @@ def test_a_size_among_the_outputs(tmp_path: Path) -> None:
     found = lrcompile.recover(result, data(), steps=20, rate=1e-3, checkpoints=tmp_path)
     assert found.report.recovery is not None
     assert found.report.recovery["error"][1] < found.report.recovery["error"][0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"attention": 1.0}, "attention was not compared: the models have no call of scaled_dot_product_attention"),
+        ({"freeze": "sequential"}, None),
+    ],
+)
+def test_what_cannot_be_compared_or_frozen_is_said(
+    compiled: Result, tmp_path: Path, settings: dict[str, Any], says: str | None
+) -> None:
+    after = lrcompile.recover(
+        compiled, data(), steps=2, rate=1e-3, refit=False, checkpoints=tmp_path, **settings
+    )  # fmt: skip
+    assert any(str(says) in note for note in after.report.notes) == bool(says)
+
+
+def test_freezing_where_there_are_no_factors_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lrcompile.recovery.train.factors_of", lambda *given: (frozenset(), frozenset()))
+    after = lrcompile.recover(
+        split_net(), data(), steps=2, rate=1e-3, refit=False, freeze="regular", checkpoints=tmp_path
+    )  # fmt: skip
+    assert any("freeze was of no use" in note for note in after.report.notes)
+
+
+def test_one_class_has_no_divergence(tmp_path: Path) -> None:
+    one = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, 1)).eval()
+    compiled = lrcompile.compile(one, (torch.randn(8, WIDTH),), target="rpi5", budget=Budget(size=0.6))
+    given = calibration_from({"input": torch.randn(32, WIDTH)}, ["input"], 8)
+    with pytest.raises(InputError, match='outputs="kl" compares classes on the last axis, and there is one'):
+        lrcompile.recover(compiled, given, steps=2, outputs="kl", checkpoints=tmp_path)
+
+
+def test_samples_of_which_the_original_makes_no_numbers_are_named(tmp_path: Path) -> None:
+    """Among those that are trained on: those that judge are looked at before."""
+
+    class Logarithm(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.first(x).relu()) + x[:, :1].sqrt()
+
+    torch.manual_seed(0)
+    x = torch.rand(320, WIDTH)
+    compiled = lrcompile.compile(Logarithm().eval(), (x[:8],), target="rpi5", budget=Budget(size=0.6))
+    x[40, 0] = -1.0
+    given = calibration_from({"x": x}, ["x"], 8)
+    with pytest.raises(InputError, match="an output of the original is NaN on some of the samples"):
+        lrcompile.recover(compiled, given, steps=400, rate=1e-3, refit=False, checkpoints=tmp_path)
 
 
 def test_labels_that_say_nothing_are_left_out() -> None:

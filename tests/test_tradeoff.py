@@ -88,18 +88,28 @@ def test_an_error_of_zero_is_one_point(prepared: lrcompile.Prepared) -> None:
     assert only.report.error["measured"] <= EXACT_ERROR
 
 
+class Twice(nn.Module):
+    """Two layers that merge exactly, up to rounding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.one, self.two = nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.two(self.one(x))
+
+
+@pytest.mark.parametrize("max_error", [1e-6, 1e-5, 2e-5])
+def test_a_limit_below_the_rounding_of_half_precision_holds(max_error: float) -> None:
+    budget = lrcompile.Budget(max_error=max_error)
+    result = lrcompile.compile(Twice().eval(), (X[:64, :64],), target="v100", dtype="fp16", budget=budget)
+    assert not result.plan.rewrites
+    assert result.report.error["measured"] == 0
+    assert any("exact rewrites alone round" in note for note in result.report.notes)
+
+
 def test_rounding_of_half_precision_is_no_error() -> None:
-    class Twice(nn.Module):
-        """Two layers that merge exactly, up to rounding."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            torch.manual_seed(0)
-            self.one, self.two = nn.Linear(64, 64), nn.Linear(64, 64)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.two(self.one(x))
-
     (only,) = lrcompile.tradeoff(Twice().eval(), (X[:64, :64],), target="v100", dtype="fp16", max_error=0.0)
     assert only.plan.rewrites
     assert only.report.error["measured"] > EXACT_ERROR
@@ -144,6 +154,12 @@ def test_points_that_make_no_front(prepared: lrcompile.Prepared, points: int) ->
 def test_a_prepared_model_takes_no_options(prepared: lrcompile.Prepared) -> None:
     with pytest.raises(InputError, match="prepared already; give its inputs and options to prepare_model"):
         lrcompile.tradeoff(prepared, target="rpi5")
+
+
+def test_a_front_limits_no_metric() -> None:
+    for options in ({"metric": lambda model: 1.0}, {"metric_by_site": True}):
+        with pytest.raises(InputError, match="limits no metric; leave the metric out"):
+            lrcompile.tradeoff(stack(256, 2), (X[:, :256],), target="rpi5", **options)
 
 
 def test_files_and_replay(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

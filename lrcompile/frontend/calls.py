@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import copy
 import inspect
 import operator
 from collections.abc import Callable, Mapping, Sequence
@@ -215,17 +216,21 @@ class CalledAsGiven(nn.Module):
 
 
 class _Elsewhere(nn.Module):
-    """What a graph computes, computed by something else; copies run the same."""
+    """What a graph computes, computed by something else; copies run the same.
 
-    def __init__(self, run: Callable[[Sequence[Any]], Sequence[Any]]) -> None:
+    It has the graph's weights, by which users find out about its type and device; they are not used.
+    """
+
+    def __init__(self, run: Callable[[Sequence[Any]], Sequence[Any]], graph: nn.Module) -> None:
         super().__init__()
         self.run = run
+        self.graph = graph
 
     def forward(self, *flat: Any) -> Sequence[Any]:
         return self.run(flat)
 
-    def __deepcopy__(self, memo: object) -> _Elsewhere:
-        return _Elsewhere(self.run)
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Elsewhere:
+        return _Elsewhere(self.run, copy.deepcopy(self.graph, memo))
 
 
 def in_place_of(gm: fx.GraphModule, run: Callable[[Sequence[Any]], Sequence[Any]]) -> fx.GraphModule:
@@ -242,17 +247,23 @@ def in_place_of(gm: fx.GraphModule, run: Callable[[Sequence[Any]], Sequence[Any]
         ]
     )
     graph.set_codegen(gm.graph._codegen)
-    return fx.GraphModule({"elsewhere": _Elsewhere(run)}, graph)
+    return fx.GraphModule({"elsewhere": _Elsewhere(run, gm)}, graph)
 
 
 def _fitted(value: Any, example: Any, fold: bool) -> Any:
     """An input in the precision that the graph takes, with `fold` also with the number of axes that it takes."""
     if not isinstance(example, Tensor):
         return value
-    if value.is_floating_point() and example.is_floating_point():
+    if _kind(value) == _kind(example):
         value = value.to(example.dtype)
     extra = value.dim() - example.dim()
     return value.flatten(1, 1 + extra) if fold and extra > 0 else value
+
+
+def _kind(value: Tensor) -> str:
+    if value.is_floating_point():
+        return "real"
+    return "complex" if value.is_complex() else "truth" if value.dtype == torch.bool else "whole"
 
 
 def _unfolded(value: Any, shape: Sequence[int] | None) -> Any:

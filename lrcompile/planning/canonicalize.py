@@ -15,7 +15,7 @@ from lrcompile.graph.describe import DTYPE_NAMES
 from lrcompile.graph.graph import Graph, prune
 from lrcompile.graph.rewrite import Refusal, Rewrite
 from lrcompile.passes import Context, Pass, Stage, apply, proposals
-from lrcompile.planning.budget import Budget
+from lrcompile.planning.budget import EXACT_ERROR, Budget
 from lrcompile.planning.search import OVER_THE_ERROR, Choice
 from lrcompile.planning.sensitivity import Evaluator, rewritten
 
@@ -145,8 +145,10 @@ def or_as_it_was(choice: Choice, original: Graph, budget: Budget, dtype: str) ->
     """
     limit, lossy = budget.error_limit, not all(rewrite.exact for rewrite in choice.rewrites)
     turned = not math.isfinite(choice.error)  # whole numbers of an output
-    if limit is None or (budget.exact_only and not turned) or lossy or choice.untouched or choice.error <= limit:
+    if limit is None or lossy or choice.untouched or choice.error <= max(limit, EXACT_ERROR):
         return choice
+    if limit == 0 and not turned:
+        return choice  # exact rewrites alone, whatever they round to
     if any((budget.size, budget.speedup, budget.max_latency_s)):
         if turned:
             raise BudgetError(

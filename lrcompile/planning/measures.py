@@ -43,6 +43,17 @@ class Measure:
         """How many positions of one batch are counted; None where differences are not counted but measured."""
         return _logits(expected)[..., 0].numel() if self.counts else None
 
+    def margin(self, root: float, batches: Iterable[Sequence[Any]]) -> float:
+        """By how much a share counted on batches of expected outputs may be larger; 0 of what is measured.
+
+        Wilson's interval (1927) of one standard error, which does not call a share certain of which nothing was seen.
+        """
+        positions = sum(self.positions(expected) or 0 for expected in batches)
+        if not positions or not math.isfinite(root):
+            return 0.0
+        spread = math.sqrt(root * (1 - root) / positions + 1 / (2 * positions) ** 2)
+        return max(0.0, (root + 1 / (2 * positions) + spread) / (1 + 1 / positions) - root)
+
     def check(self, expected: Sequence[Any]) -> None:
         """Refuses outputs that the measure cannot be taken of.
 

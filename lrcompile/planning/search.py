@@ -189,6 +189,7 @@ def _best(problem: Problem, pool: _Pool, error_limit: float | None) -> Choice | 
             break
         least = problem.evaluator.resolution
         before, bias = bias, max(error, least) / max(_measured(problem, pool, picked, quick=True), least)
+        bias = min(bias, STEP * before)  # it is infinite where a whole number of an output turned in a later batch
         if bias == before:
             break
     return _exact(problem, pool) if best is None else applied(problem, pool.candidates, best)
@@ -375,7 +376,11 @@ def _untouched(problem: Problem, pools: Sequence[_Pool], drop: DropLimit, budget
         if not _within_error(problem, pool, picked, budget.error_limit):
             raise BudgetError(_unreachable_together(problem, pool, budget.error_limit or 0.0))
         value = _metric(problem, [pool.candidates[i] for i in picked], 0)
-        falls = falls if value is None else f"falls from {base:.4g} to {value.number:.4g} with the most accurate choice"
+        falls = (
+            "could not be evaluated again, as all evaluations are used: it may fall"
+            if value is None
+            else f"falls from {base:.4g} to {value.number:.4g} with the most accurate choice"
+        )
     free = _fastest_that_holds(problem, replace(pools[0], limits=Limits()), drop, budget.error_limit)
     if free is None:
         within = "nothing but the model as it is was found within them"

@@ -24,6 +24,7 @@ from lrcompile.planning.measures import RELATIVE, Measure
 from lrcompile.planning.price import Candidate, Family
 
 PROBE_ERROR = 0.1  # relative output error of a layer, well above rounding and well below losing the layer
+FURTHER = 4.0  # times smaller is the error of a layer that is looked at after one that turned whole numbers
 ENOUGH_POSITIONS = 512  # to count differences of a few in a thousand
 LEAST_ERROR = 1e-12
 MISJUDGED = 1.5  # times the error predicted, from which candidates are looked at alone
@@ -84,15 +85,8 @@ class Evaluator:
         return LEAST_ERROR if positions is None else 0.5 / max(1, positions * self.quick_batches)
 
     def margin(self, root: float, *, exact: bool = False) -> float:
-        """By how much a share counted on all batches may be larger; 0 of what is measured, and of exact rewrites.
-
-        Wilson's interval (1927) of one standard error, which does not call a share certain of which nothing was seen.
-        """
-        positions = sum(self.measure.positions(expected) or 0 for expected in self.reference)
-        if not positions or exact or not math.isfinite(root):
-            return 0.0
-        spread = math.sqrt(root * (1 - root) / positions + 1 / (2 * positions) ** 2)
-        return max(0.0, (root + 1 / (2 * positions) + spread) / (1 + 1 / positions) - root)
+        """By how much a share counted on all batches may be larger; 0 of what is measured, and of exact rewrites."""
+        return 0.0 if exact else self.measure.margin(root, self.reference)
 
     def error(self, graph: Graph, first: int | None = None) -> float:
         """The error of a graph on all batches, or on the first few."""
@@ -239,19 +233,29 @@ class Sensitivities:
         self.candidates, self.evaluator = candidates, evaluator
         self._measured = lambda chosen: evaluator.error_after(graph, chosen, passes, context, quick=True)
         wanted = dict.fromkeys(c.family for c in candidates if c.error > 0)  # a set in order
-        probes: dict[Family, Candidate] = {}
+        members: dict[Family, list[Candidate]] = {family: [] for family in wanted}
         for rival in rivals:
-            if rival.family not in wanted or not rival.error > 0:
-                continue
-            known = probes.get(rival.family)
-            if known is None or _remoteness(rival) < _remoteness(known):
-                probes[rival.family] = rival
+            if rival.family in members and rival.error > 0:
+                members[rival.family].append(rival)
         self._known: dict[Family, dict[float, float]] = {}  # a layer's own error: that of the model
         for done, family in enumerate(wanted):
             progress("sensitivity", done, len(wanted))
-            self._known[family] = {probes[family].error: self._measured([probes[family]])}
+            self._known[family] = self._probed(members[family])
         progress("sensitivity", len(wanted), len(wanted))
         self.errors = self._errors()
+
+    def _probed(self, members: Sequence[Candidate]) -> dict[float, float]:
+        """Of a family the error of the member nearest to `PROBE_ERROR`; where that is infinite, of smaller ones too.
+
+        It is where a whole number of an output turned, which need not be so where less is changed.
+        """
+        known: dict[float, float] = {}
+        left = list(members)
+        while left and not any(map(math.isfinite, known.values())):
+            probe = max(left, key=lambda one: one.error) if known else min(left, key=_remoteness)
+            known[probe.error] = self._measured([probe])
+            left = [one for one in members if one.error < probe.error / FURTHER]
+        return known
 
     def predicted(self, picked: Iterable[int]) -> float:
         """The error of the model with some candidates, in quadrature."""

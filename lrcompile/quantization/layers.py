@@ -25,6 +25,7 @@ from lrcompile.report.clock import Progress
 PROBES = 16  # groups of layers that are quantised alone, to find out which of them cost most
 CHECKS = 6  # choices of layers that are held against the limit
 SAFETY = 0.95
+ROUNDING = 1e-9
 VOTES = 4  # parts of the layers that say how many bits the weights should have
 
 
@@ -101,6 +102,8 @@ class Judge:
     def check(self, model: bytes) -> tuple[float, float, float]:
         """(relative error against the compiled graph, root of the measure that is limited, that against the original).
 
+        The second has a margin for chance where positions are counted.
+
         Raises:
             VerificationError: an output is not finite where that of the compiled graph is.
         """
@@ -112,7 +115,8 @@ class Judge:
             for reference in (self.compiled, self.original)
         )
         relative = OF_FLOATS.total(zip(self.compiled, outputs, strict=True))
-        return relative, total if self.whole else own, total
+        limited = total if self.whole else own
+        return relative, limited + self.measure.margin(limited, self.compiled), total
 
 
 def check_finite(expected: Sequence[Any], got: Sequence[Any]) -> None:
@@ -146,7 +150,8 @@ class LayerSearch:
         nodes = self.int8.nodes
         if not nodes:
             return Choice()
-        limit, room = self.judge.limit * times, self.judge.room * times
+        limit = self.judge.limit * times * (1 + ROUNDING)  # `times` may be the error of all layers over the limit
+        room = self.judge.room * times
         choice = self.everything
         if choice.root <= limit:
             return choice
@@ -162,7 +167,7 @@ class LayerSearch:
             own = math.sqrt(max(0.0, choice.root**2 - limit**2 + room**2))
             target = SAFETY * predicted * min(1.0, room / own)
         against = "the original" if self.judge.whole else "the float model"
-        got, most = self.judge.measure.value(choice.root), self.judge.measure.value(limit)
+        got, most = self.judge.measure.value(choice.root), self.judge.measure.value(self.judge.limit * times)
         reason = (
             f"{self.judge.measure.label} against {against} {got:.3g} with {len(choice.nodes)} of {len(nodes)} layers "
             f"in int8, over {most:g} (see --max-error)"

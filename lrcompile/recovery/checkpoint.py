@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -16,6 +17,7 @@ import torch
 from lrcompile.cache import cache_folder, put_whole
 
 LEFT_S = 30 * 24 * 3600.0  # after which a training that was stopped is given up
+OWN = re.compile(r"[0-9a-f]{64}\.pt(\.\w+\.tmp)?")  # what is written here; a folder may have other files in it
 SCHEMA = 2  # raise it when the same settings train otherwise
 
 
@@ -54,8 +56,8 @@ class Checkpoint:
         with suppress(OSError, RuntimeError):
             with put_whole(self.path) as path, path.open("wb") as file:
                 torch.save(dict(state), file)
-            for other in (*self.path.parent.glob("*.pt"), *self.path.parent.glob("*.tmp")):
-                if time.time() - other.stat().st_mtime > LEFT_S:
+            for other in self.path.parent.iterdir():
+                if OWN.fullmatch(other.name) and time.time() - other.stat().st_mtime > LEFT_S:
                     other.unlink()
 
     def drop(self) -> None:

@@ -20,8 +20,8 @@ from lrcompile.recovery.settings import Recovery
 class OwnLoss:
     """The user's own loss, in the place of cross-entropy, and its name as the user knows it.
 
-    `function` takes what the model gives (the output, or a tuple of them where there are several) and the labels of the
-    same samples, and returns one number, the mean of the samples, or one for each of them.
+    `function` takes what the model gives (the output, or a tuple of them where there are several; in single precision
+    at least) and the labels of the same samples, and returns one number, the mean of the samples, or one for each.
     """
 
     function: Callable[[Any, Tensor], Any]
@@ -56,6 +56,11 @@ class OwnLoss:
         if not isinstance(value, Tensor) or not value.is_floating_point():
             raise InputError(
                 f"the loss {self.name} returned {_kind(value)}; expected a tensor of numbers, not of labels"
+            )
+        if torch.is_grad_enabled() and any(y.requires_grad for y in outputs) and not value.requires_grad:
+            raise InputError(
+                f"the loss {self.name} returned a tensor that has no gradient; compute it of the outputs by operations "
+                "of torch that have one, not by argmax or in numpy"
             )
         samples = len(labels)
         if value.numel() == 1 and not (each and samples > 1):
@@ -126,8 +131,14 @@ class Loss:
     def _of_labels(self, outputs: Sequence[Tensor], labels: Tensor) -> Tensor:
         self.scores = outputs[0]
         if self.own is not None:
-            return self.own(outputs, labels, each=self.recovery.subset < 1)
+            with torch.autocast(self.device.type, enabled=False):  # which refuses some losses of torch
+                return self.own(list(map(_in_single, outputs)), labels, each=self.recovery.subset < 1)
         return _cross_entropy(self.scores, labels, self.recovery.smoothing)
+
+
+def _in_single(output: Tensor) -> Tensor:
+    """An output, in single precision where it has less."""
+    return output.float() if output.dtype in (torch.float16, torch.bfloat16) else output
 
 
 def check_classes(labels: Tensor, scores: Tensor) -> None:

@@ -42,13 +42,15 @@ class Differences:
 class Pair:
     """Two graphs that take flat inputs and give `Values`, of the same things in both.
 
-    `trained` is the rewritten graph whose weights `student` uses. `inside` names the values, as the original does.
+    `trained` is the rewritten graph whose weights `student` uses. `inside` names the values, as the original does;
+    `attends` says that weights of attention are compared.
     """
 
     teacher: fx.GraphModule
     student: fx.GraphModule
     trained: Graph
     inside: tuple[str, ...]
+    attends: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -62,8 +64,9 @@ class Pair:
             yield self
             return
         there = Pair(
-            _moved(copy.deepcopy(self.teacher), device), _moved(self.student, device), self.trained, self.inside
-        )
+            _moved(copy.deepcopy(self.teacher), device), _moved(self.student, device), self.trained, self.inside,
+            self.attends,
+        )  # fmt: skip
         try:
             yield there
         finally:
@@ -156,6 +159,7 @@ def pair(
         _observed(trained.gm, [s for _, s in kept], [call for _, call in calls]),
         trained,
         tuple(t.name for t, _ in kept),
+        attends=bool(calls),
     )
 
 

@@ -38,6 +38,7 @@ TRIAL_STEPS = (20, 50)  # at least and at most
 MOST_ROLLED_BACK = 6
 MARGIN = 1.08  # of the time of a step, for judging and for a machine that slows down
 SAVED_EVERY_S = 60.0
+SAME = 1e-4  # relative difference up to which a loss of the user's is the one that a checkpoint began with
 LOSS_SCALE, SMALLER = 2.0**16, 2.0**4  # of the loss in float16 to begin with, and by how much where it is too large
 
 Progress = Callable[[str, int, int], None]
@@ -161,6 +162,8 @@ class _Training:
         if state.step % every and not state.done:
             self._judge()
         self.progress("recover", state.steps, state.steps)
+        if self.recovery.freeze != "none" and not self.outer and not self.inner:
+            self._note("freeze was of no use: no layer is split into factors that could be frozen")
         if self.importance and state.kept is None:
             self._note("subset was of no use: the training ended within its first epoch, which sees all samples")
         self.masters.put(state.best)
@@ -231,11 +234,14 @@ class _Training:
         self.mean = RunningMean(self.masters, self.recovery.ema)
 
     def _resumed(self) -> bool:
-        """Takes up what a checkpoint holds, if there is one that fits."""
+        """Takes up what a checkpoint holds, if there is one that fits: a loss of the user's may be another by now."""
         stored = self.checkpoint.load() if self.checkpoint else None
         fits = stored is not None and len(stored.get("weights", ())) == len(self.parameters)
+        if self.loss.own is not None:
+            now = self._judged()  # by all processes, which wait for each other
+            fits = fits and stored is not None and math.isclose(stored.get("loss_before", math.nan), now, rel_tol=SAME)
         everywhere = self.processes.mean([float(fits)])[0]  # asked by all of them, whatever they found
-        if stored is None or everywhere < 1:  # all of them go on, or none
+        if not fits or stored is None or everywhere < 1:  # all of them go on, or none
             return False
         for name, value in stored.items():
             setattr(self.state, name, value)
@@ -288,6 +294,7 @@ class _Training:
             if self.processes.mean([finite])[0] == 1:
                 break
             if self.state.scale == 1:
+                self._check_original(batch)
                 return False
             self.state.scale = max(1.0, self.state.scale / SMALLER)
         for group in self.optimizer.param_groups:
@@ -296,6 +303,21 @@ class _Training:
         if self.recovery.ema:
             self.mean.update()
         return True
+
+    def _check_original(self, batch: Batch) -> None:
+        """Refuses samples of which the original itself makes no numbers.
+
+        Raises:
+            InputError: an output of it is NaN.
+        """
+        whole = batch.to(self.loss.device)
+        for number in torch.arange(len(whole)).split(self.most if self.samples.mixed else len(whole)):
+            part = whole.take(number) if self.samples.mixed else whole
+            if any(y.is_floating_point() and bool(y.isnan().any()) for y in self.loss.pair.expected(part.inputs)[0]):
+                raise InputError(
+                    "recovery: an output of the original is NaN on some of the samples that are trained on; give data "
+                    "that the model was made for"
+                )
 
     def _forget_gradients(self) -> None:
         """Of the model's own weights: what the optimiser steps in the place of those in half precision has others."""
