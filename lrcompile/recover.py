@@ -126,16 +126,19 @@ def recover(
         finished.append(checkpoint)
     processes = Processes.here()
     until = None if recovery.until is None else measure.root(recovery.until)
-    known = lambda error: error + evaluator.margin(error)  # noqa: E731  # as far as the samples tell
+
+    def at_most(error: float) -> float:
+        return error + evaluator.margin(error)
+
     trained = train(
         couple, samples, recovery, checkpoint, progress or silent, processes,
-        lambda: until is not None and known(evaluator.error(couple.trained)) <= until, own,
+        lambda: until is not None and at_most(evaluator.error(couple.trained)) <= until, own,
     )  # fmt: skip
     for parameter in couple.trained.gm.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
         parameter.grad = None
     after = evaluator.error(couple.trained)
-    if _breaks(result.plan.budget, known(before), known(after), until if result.replayed else None):
+    if _breaks(result.plan.budget, at_most(before), at_most(after), until if result.replayed else None):
         return _as_it_was(result, _rise(measure, before, after))
     figures = {
         "processes": processes.count, "device": trained.device, "seconds": trained.seconds,

@@ -52,6 +52,31 @@ def test_a_size_is_that_of_the_int8_file(size: float, tmp_path: Path) -> None:
     assert size > 0.33 or of_original > 0.7 * size  # and no more is cut than it takes
 
 
+@pytest.mark.parametrize("size", [0.2, 0.12])
+def test_a_size_is_kept_together_with_a_metric(size: float, tmp_path: Path) -> None:
+    """What to ask of the float model for it is found out without evaluations."""
+    torch.manual_seed(0)
+    model, given = Mlp().eval(), data(Mlp)
+    x = torch.cat([batch["x"] for batch in given.batches])
+    expected = model(x).detach()
+    seen = []
+
+    def closeness(module: nn.Module) -> float:
+        seen.append(-float((module(x) - expected).norm() / expected.norm()))
+        return seen[-1]
+
+    result = lrcompile.compile(
+        model, (x[:4],), target="rpi5", calibration=given, metric=closeness,
+        budget=Budget(size=size, max_drop=2.0, reserve=decisions.RESERVE, int8=True),
+    )  # fmt: skip
+    report = result.save(tmp_path / "out.onnx", quantize=Quantization(given))
+    stored = sum(numpy_helper.to_array(t).nbytes for t in onnx.load(tmp_path / "out.onnx").graph.initializer)
+    assert stored <= size * report.model["weight_bytes_before"]
+    assert report.metric is not None
+    assert report.metric["evaluations"] == len(seen) <= 25
+    assert report.metric["before"] - report.metric["after"] <= 2.0
+
+
 def test_a_size_that_integers_cannot_keep_either() -> None:
     with pytest.raises(BudgetError, match=r"limits of the float model, so that its int8 file is what was asked for"):
         asked_of_int8(0.002)

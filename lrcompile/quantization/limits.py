@@ -53,17 +53,24 @@ def search_for_int8(
 
 
 def _sized(problem: Problem, asked: Budget, traced: Traced) -> tuple[Choice, Budget]:
-    """The choice that has the size asked for in 8-bit integers, and what was asked of the search for that."""
+    """The choice that has the size asked for in 8-bit integers, and what was asked of the search for that.
+
+    Beside a limit on the user's metric, of which evaluations are few, it is first found out what to ask for without it.
+    """
     limit, uncut = asked.bytes_limit(weight_bytes(traced.graph.gm)), float(weight_bytes(problem.graph.gm))
-    size, got = uncut, stored_bytes(int8_of(traced, problem.graph))
+    if problem.drop is not None:
+        known = _sized(replace(problem, drop=None), asked, traced)[1].size or 1.0
+        size, got = known if known > 1 else uncut, limit
+    else:
+        size, got = uncut, float(stored_bytes(int8_of(traced, problem.graph)))
     for _ in range(ATTEMPTS):
         size *= limit / got
         asked = replace(asked, size=1.0 if size >= uncut else max(2.0, size))
         choice = search(problem, asked)
-        got = stored_bytes(int8_of(traced, choice.graph))
+        got = float(stored_bytes(int8_of(traced, choice.graph)))
         if got <= limit:
             return choice, asked
         size *= SAFETY
     raise BudgetError(
-        f"a size of {limit:.0f} bytes in 8-bit integers is not reached: the best that was tried has {got}"
+        f"a size of {limit:.0f} bytes in 8-bit integers is not reached: the best that was tried has {got:.0f}"
     )

@@ -18,7 +18,7 @@ from lrcompile.cache import cache_folder, put_whole
 
 LEFT_S = 30 * 24 * 3600.0  # after which a training that was stopped is given up
 OWN = re.compile(r"[0-9a-f]{64}\.pt(\.\w+\.tmp)?")  # what is written here; a folder may have other files in it
-SCHEMA = 2  # raise it when the same settings train otherwise
+SCHEMA = 3  # raise it when the same settings train otherwise
 
 
 @dataclass(frozen=True)
