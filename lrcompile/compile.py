@@ -275,7 +275,7 @@ def solve(prepared: Prepared, budget: Budget) -> Result:
     except LatencyError:
         if prepared.reference is None:
             raise
-        with prepared.clock("measure again"):
+        with prepared.clock("confirm"):
             again = prepared.reference.latency()
         return _solve(replace(prepared, base=again, original=again), budget)
 

@@ -126,6 +126,11 @@ def recover(
         finished.append(checkpoint)
     processes = Processes.here()
     until = None if recovery.until is None else measure.root(recovery.until)
+    if until is not None and until < (least := evaluator.margin(0.0)):
+        raise InputError(
+            f"recovery: of the samples that judge it a share of {recovery.until:.3g} cannot be told from {least:.2g}; "
+            "allow more, or limit another measure than top1"
+        )
 
     def at_most(error: float) -> float:
         return error + evaluator.margin(error)
@@ -166,7 +171,7 @@ def recover(
             *unlike,
             *apart,
             *trained.notes,
-            *_remarks(trained, recovery, until, after, refitted),
+            *_remarks(trained, recovery, until, at_most(after), refitted),
         ],
     )
     planned = {name: value for name, value in figures.items() if name != "seconds"}  # equal runs make equal plans

@@ -41,8 +41,8 @@ class OwnLoss:
         own = getattr(function, "__qualname__", kind.__qualname__)
         return cls(function, name or f"{getattr(function, '__module__', kind.__module__)}:{own}")
 
-    def __call__(self, outputs: Sequence[Tensor], labels: Tensor, each: bool) -> Tensor:
-        """[samples]; with `each`, one number for all is not enough.
+    def __call__(self, outputs: Sequence[Tensor], labels: Tensor, each: bool, alone: bool = False) -> Tensor:
+        """[samples]; with `each`, one number for all is not enough; trained on `alone`, it has to have a gradient.
 
         Raises:
             InputError: the function raised, or gave something else.
@@ -57,7 +57,7 @@ class OwnLoss:
             raise InputError(
                 f"the loss {self.name} returned {_kind(value)}; expected a tensor of numbers, not of labels"
             )
-        if torch.is_grad_enabled() and any(y.requires_grad for y in outputs) and not value.requires_grad:
+        if alone and torch.is_grad_enabled() and any(y.requires_grad for y in outputs) and not value.requires_grad:
             raise InputError(
                 f"the loss {self.name} returned a tensor that has no gradient; compute it of the outputs by operations "
                 "of torch that have one, not by argmax or in numpy"
@@ -132,7 +132,9 @@ class Loss:
         self.scores = outputs[0]
         if self.own is not None:
             with torch.autocast(self.device.type, enabled=False):  # which refuses some losses of torch
-                return self.own(list(map(_in_single, outputs)), labels, each=self.recovery.subset < 1)
+                return self.own(
+                    list(map(_in_single, outputs)), labels, self.recovery.subset < 1, not self.recovery.teacher
+                )
         return _cross_entropy(self.scores, labels, self.recovery.smoothing)
 
 

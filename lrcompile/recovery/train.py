@@ -305,19 +305,21 @@ class _Training:
         return True
 
     def _check_original(self, batch: Batch) -> None:
-        """Refuses samples of which the original itself makes no numbers.
+        """Refuses samples of which the original itself makes no numbers; all processes ask, as each has a part.
 
         Raises:
             InputError: an output of it is NaN.
         """
-        whole = batch.to(self.loss.device)
+        bad, whole = False, batch.to(self.loss.device)
         for number in torch.arange(len(whole)).split(self.most if self.samples.mixed else len(whole)):
             part = whole.take(number) if self.samples.mixed else whole
-            if any(y.is_floating_point() and bool(y.isnan().any()) for y in self.loss.pair.expected(part.inputs)[0]):
-                raise InputError(
-                    "recovery: an output of the original is NaN on some of the samples that are trained on; give data "
-                    "that the model was made for"
-                )
+            outputs = self.loss.pair.expected(part.inputs)[0]
+            bad |= any(y.is_floating_point() and bool(y.isnan().any()) for y in outputs)
+        if self.processes.mean([float(bad)])[0] > 0:
+            raise InputError(
+                "recovery: an output of the original is NaN on some of the samples that are trained on; give data that "
+                "the model was made for"
+            )
 
     def _forget_gradients(self) -> None:
         """Of the model's own weights: what the optimiser steps in the place of those in half precision has others."""

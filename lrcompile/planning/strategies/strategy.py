@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import ClassVar
 
-from lrcompile.errors import BudgetError
+from lrcompile.errors import BudgetError, LatencyError
 from lrcompile.graph.graph import weight_bytes
 from lrcompile.planning.budget import Budget
 from lrcompile.planning.choose import Limits, choose, thin
@@ -137,7 +137,8 @@ class Layerwise(Strategy):
         if offers[0].holds(()):  # nothing but the error is asked for, and even exact rewrites round above it
             exact = tuple(candidate for candidate in problem.candidates if candidate.exact)
             return search_whole(replace(problem, candidates=exact), budget)
-        raise BudgetError(self._unreachable(offers[-1], budget))
+        error = LatencyError if budget.size is None else BudgetError
+        raise error(self._unreachable(offers[-1], budget))
 
     def reach_s(self, problem: Problem, budget: Budget) -> float:
         """The least predicted latency in s that the strategy has a pick for."""
