@@ -259,7 +259,8 @@ def passes(as_json: Json = False) -> None:
     from lrcompile.plugins import discover
     from lrcompile.report.terminal import plain_table
 
-    found = discover()
+    with _prints_aside(as_json):
+        found = discover()
     rows = [
         (
             p.name,

@@ -275,9 +275,10 @@ def solve(prepared: Prepared, budget: Budget) -> Result:
     except LatencyError:
         if prepared.reference is None:
             raise
-        with prepared.clock("confirm"):
+        clock = Clock(prepared.clock.progress, dict(prepared.clock.seconds))
+        with clock("confirm"):
             again = prepared.reference.latency()
-        return _solve(replace(prepared, base=again, original=again), budget)
+        return _solve(replace(prepared, base=again, original=again, clock=clock), budget)
 
 
 def _solve(p: Prepared, budget: Budget) -> Result:

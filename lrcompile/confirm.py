@@ -286,11 +286,12 @@ def _pruned(
     least = min(ratio(()), ratio(exact))
     ratio(worthwhile(everything, ratio, least * WORTH, TRIALS))
     for picked in sorted(known, key=lambda picked: known[picked]):
-        if known[picked] > least * WORTH and not set(picked) <= set(exact):
+        is_exact = set(picked) <= set(exact)
+        if known[picked] > least * WORTH and not is_exact:
             continue  # an error for nothing
         better = applied(problem, choice.candidates, picked)
-        margin = problem.evaluator.margin(better.error, exact=set(picked) <= set(exact))
-        within = budget.error_limit is None or better.error + margin <= max(budget.error_limit, choice.error)
+        error = problem.evaluator.at_most(better.error, exact=is_exact)
+        within = budget.error_limit is None or error <= max(budget.error_limit, choice.error)
         if within and metric_holds(problem, better.candidates):
             return better, reference.measure(better.graph)
     return applied(problem, choice.candidates, ()), reference.measure(problem.graph)

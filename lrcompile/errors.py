@@ -48,7 +48,7 @@ class BudgetError(LrcompileError):
 
 
 class LatencyError(BudgetError):
-    """No choice of rewrites comes to the latency asked for, at any error."""
+    """No choice of rewrites comes to the latency asked for, as they are priced."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:

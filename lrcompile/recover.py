@@ -103,7 +103,7 @@ def recover(
     measure = result.plan.budget.measure_in_use
     judging = [batch.inputs for batch in samples.judging]
     evaluator = Evaluator(teacher, judging, result.traced.dynamic_batch).measured_in(measure)
-    before = evaluator.error(student)
+    before, at_most = evaluator.error(student), evaluator.at_most
     fitted, refitted = student, tuple[str, ...]()
     if recovery.refit:
         try:
@@ -126,15 +126,11 @@ def recover(
         finished.append(checkpoint)
     processes = Processes.here()
     until = None if recovery.until is None else measure.root(recovery.until)
-    if until is not None and until < (least := evaluator.margin(0.0)):
+    if until is not None and until < (least := at_most(0.0)):
         raise InputError(
             f"recovery: of the samples that judge it a share of {recovery.until:.3g} cannot be told from {least:.2g}; "
             "allow more, or limit another measure than top1"
         )
-
-    def at_most(error: float) -> float:
-        return error + evaluator.margin(error)
-
     trained = train(
         couple, samples, recovery, checkpoint, progress or silent, processes,
         lambda: until is not None and at_most(evaluator.error(couple.trained)) <= until, own,

@@ -242,6 +242,10 @@ def test_whole_numbers_of_another_width_are_as_the_example() -> None:
     for given in (ids, ids.int(), ids.to(torch.uint8)):
         assert model(given).shape == (2, 3, 4)
     assert kinds == [torch.int64] * 3
+    small = trace(nn.Embedding(8, 4).eval(), (ids.int(),))
+    model_of_small = CalledAsGiven(in_place_of(small.graph.gm, elsewhere), small)
+    assert model_of_small(ids).shape == (2, 3, 4)
+    assert kinds[3:] == [torch.int64]  # wider ones would be cut
     (weight,) = model.parameters()  # of a type and on a device, as those of the model
     assert weight.dtype == torch.float32
     assert weight is not next(traced.graph.gm.parameters())

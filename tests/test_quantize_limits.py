@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,18 @@ def asked_of_int8(size: float, kind: type[nn.Module] = Mlp, **options: Any) -> t
     return lrcompile.compile(model, (given.batches[0]["x"],), target="rpi5", budget=budget, calibration=given), given
 
 
+def watched(model: nn.Module, x: Tensor, times: float = 1.0) -> tuple[Callable[[nn.Module], float], list[float]]:
+    """A metric, minus so many times the distance of outputs from those of a model, and the values that it gives."""
+    expected = model(x).detach()
+    values: list[float] = []
+
+    def closeness(module: nn.Module) -> float:
+        values.append(-times * float((module(x) - expected).norm() / expected.norm()))
+        return values[-1]
+
+    return closeness, values
+
+
 @pytest.mark.parametrize("size", [0.9, 0.4, 0.2, 0.12])
 def test_a_size_is_that_of_the_int8_file(size: float, tmp_path: Path) -> None:
     """Integers alone make a third of it, so that down to there no layer is split."""
@@ -58,13 +71,7 @@ def test_a_size_is_kept_together_with_a_metric(size: float, tmp_path: Path) -> N
     torch.manual_seed(0)
     model, given = Mlp().eval(), data(Mlp)
     x = torch.cat([batch["x"] for batch in given.batches])
-    expected = model(x).detach()
-    seen = []
-
-    def closeness(module: nn.Module) -> float:
-        seen.append(-float((module(x) - expected).norm() / expected.norm()))
-        return seen[-1]
-
+    closeness, seen = watched(model, x)
     result = lrcompile.compile(
         model, (x[:4],), target="rpi5", calibration=given, metric=closeness,
         budget=Budget(size=size, max_drop=2.0, reserve=decisions.RESERVE, int8=True),
@@ -312,13 +319,7 @@ def test_the_users_metric_sees_no_file_twice(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model, given = Sensitive().eval(), data(Sensitive)
     x = torch.cat([batch["x"] for batch in given.batches])
-    expected = model(x).detach()
-    values = []
-
-    def closeness(module: nn.Module) -> float:
-        values.append(-100 * float((module(x) - expected).norm() / expected.norm()))
-        return values[-1]
-
+    closeness, values = watched(model, x, 100)
     result = lrcompile.compile(
         model, (x[:4],), target="rpi5", calibration=given, metric=closeness, passes=[],
         budget=Budget(max_drop=0.8, max_error=0.3, reserve=decisions.RESERVE),

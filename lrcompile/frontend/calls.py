@@ -187,8 +187,9 @@ def _default(parameter: inspect.Parameter) -> Any:
 class CalledAsGiven(nn.Module):
     """A graph that takes what the original model takes, by position or by name, and returns what that returns.
 
-    Inputs may have another floating-point precision than the graph, and more axes where `--io-rank` folds them; the
-    outputs then have the axes of the original again. What the graph was not traced with cannot be given.
+    Inputs may have another floating-point precision than the graph, narrower whole numbers, and more axes where
+    `--io-rank` folds them; the outputs then have the axes of the original again. What the graph was not traced with
+    cannot be given.
     """
 
     def __init__(self, gm: fx.GraphModule, traced: Traced) -> None:
@@ -254,16 +255,20 @@ def _fitted(value: Any, example: Any, fold: bool) -> Any:
     """An input in the precision that the graph takes, with `fold` also with the number of axes that it takes."""
     if not isinstance(example, Tensor):
         return value
-    if _kind(value) == _kind(example):
+    if _fits(value.dtype, example.dtype):
         value = value.to(example.dtype)
     extra = value.dim() - example.dim()
     return value.flatten(1, 1 + extra) if fold and extra > 0 else value
 
 
-def _kind(value: Tensor) -> str:
-    if value.is_floating_point():
-        return "real"
-    return "complex" if value.is_complex() else "truth" if value.dtype == torch.bool else "whole"
+def _fits(given: torch.dtype, taken: torch.dtype) -> bool:
+    """Whether numbers of one type may be put into another: real ones are rounded, whole ones must not be cut."""
+    if given.is_floating_point or taken.is_floating_point:
+        return given.is_floating_point and taken.is_floating_point
+    if given.is_complex or taken.is_complex or torch.bool in (given, taken):
+        return False
+    one, other = torch.iinfo(given), torch.iinfo(taken)
+    return other.min <= one.min and one.max <= other.max
 
 
 def _unfolded(value: Any, shape: Sequence[int] | None) -> Any:

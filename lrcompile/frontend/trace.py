@@ -37,7 +37,7 @@ from lrcompile.frontend.lift import calling_module, lift
 from lrcompile.frontend.weights import compute_weights
 from lrcompile.graph.graph import Graph, propagate
 from lrcompile.graph.nested import out_of_reach
-from lrcompile.graph.verify import is_float, relative_error
+from lrcompile.graph.verify import has_nan, relative_error
 
 
 @dataclass(frozen=True, eq=False)
@@ -257,7 +257,7 @@ def _takes(gm: fx.GraphModule, flat: Sequence[Any]) -> bool:
             outputs = run(gm, flat)
         except Exception:  # whatever an operation raises for values or sizes that it does not take
             return False
-    return not any(is_float(value) and bool(value.isnan().any()) for value in outputs)
+    return not has_nan(outputs)
 
 
 def resized(value: Any, size: int, rolls: bool = True) -> Any:
@@ -403,7 +403,7 @@ def _check_numbers(outputs: Any) -> None:
             "that the model is made for, with --calib or --input"
         )
     for i, value in enumerate(leaves):
-        if is_float(value) and bool(value.isnan().any()):
+        if has_nan([value]):
             raise InputError(
                 f"output {i} of the model holds NaN on the example inputs, so no rewrite can be checked; "
                 "give inputs that the model is made for, with --calib or --input"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -31,6 +31,11 @@ def rounded_error(expected: Sequence[Any], got: Sequence[Any]) -> float:
 def is_float(value: Any) -> bool:
     """Whether an output is a tensor of real or complex numbers."""
     return isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex())
+
+
+def has_nan(values: Iterable[Any]) -> bool:
+    """Whether an output holds NaN."""
+    return any(is_float(value) and bool(value.isnan().any()) for value in values)
 
 
 def filled(expected: torch.Tensor, got: torch.Tensor) -> torch.Tensor:

@@ -145,10 +145,10 @@ def or_as_it_was(choice: Choice, original: Graph, budget: Budget, dtype: str) ->
     """
     limit, lossy = budget.error_limit, not all(rewrite.exact for rewrite in choice.rewrites)
     turned = not math.isfinite(choice.error)  # whole numbers of an output
-    if limit is None or lossy or choice.untouched or choice.error <= max(limit, EXACT_ERROR):
+    if limit is None or (limit == 0 and not turned):  # of 0, exact rewrites alone, whatever they round to
         return choice
-    if limit == 0 and not turned:
-        return choice  # exact rewrites alone, whatever they round to
+    if lossy or choice.untouched or choice.error <= max(limit, EXACT_ERROR):
+        return choice
     if any((budget.size, budget.speedup, budget.max_latency_s)):
         if turned:
             raise BudgetError(

@@ -326,8 +326,8 @@ def _within_error(problem: Problem, pool: _Pool, picked: Sequence[int], error_li
 
 def _at_most(problem: Problem, pool: _Pool, picked: Sequence[int]) -> float:
     """The measured error, and how much larger a share that was counted may be."""
-    error = _measured(problem, pool, picked)
-    return error + problem.evaluator.margin(error, exact=all(pool.candidates[i].exact for i in picked))
+    exact = all(pool.candidates[i].exact for i in picked)
+    return problem.evaluator.at_most(_measured(problem, pool, picked), exact=exact)
 
 
 def _metric_holds(problem: Problem, pool: _Pool, picked: Sequence[int], turn: int = 0) -> bool:

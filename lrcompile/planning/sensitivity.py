@@ -16,7 +16,7 @@ from lrcompile.errors import InputError, is_out_of_memory
 from lrcompile.frontend.trace import run
 from lrcompile.graph.graph import Graph, prune
 from lrcompile.graph.rewrite import Rewrite
-from lrcompile.graph.verify import is_float
+from lrcompile.graph.verify import has_nan
 from lrcompile.memory import in_pieces, samples_in
 from lrcompile.passes import Context, Pass, apply
 from lrcompile.planning.calibration import does_not_run
@@ -87,6 +87,10 @@ class Evaluator:
     def margin(self, root: float, *, exact: bool = False) -> float:
         """By how much a share counted on all batches may be larger; 0 of what is measured, and of exact rewrites."""
         return 0.0 if exact else self.measure.margin(root, self.reference)
+
+    def at_most(self, root: float, *, exact: bool = False) -> float:
+        """An error on all batches with its margin."""
+        return root + self.margin(root, exact=exact)
 
     def error(self, graph: Graph, first: int | None = None) -> float:
         """The error of a graph on all batches, or on the first few."""
@@ -166,7 +170,7 @@ def _outputs(
             )
         left = [part for whole in (batch, *left) for part in in_pieces(whole, most)]
     for i, batch in enumerate(outputs):
-        if any(is_float(value) and bool(value.isnan().any()) for value in batch):
+        if has_nan(batch):
             raise InputError(
                 f"the model gives NaN on batch {i + 1} of the {len(outputs)} that it is judged by, so no rewrite can "
                 "be checked there; take such samples out of the data given with --calib or --recover-data"

@@ -62,15 +62,15 @@ def _sized(problem: Problem, asked: Budget, traced: Traced) -> tuple[Choice, Bud
         known = _sized(replace(problem, drop=None), asked, traced)[1].size or 1.0
         size, got = known if known > 1 else uncut, limit
     else:
-        size, got = uncut, float(stored_bytes(int8_of(traced, problem.graph)))
+        size, got = uncut, stored_bytes(int8_of(traced, problem.graph))
     for _ in range(ATTEMPTS):
         size *= limit / got
         asked = replace(asked, size=1.0 if size >= uncut else max(2.0, size))
         choice = search(problem, asked)
-        got = float(stored_bytes(int8_of(traced, choice.graph)))
+        got = stored_bytes(int8_of(traced, choice.graph))
         if got <= limit:
             return choice, asked
         size *= SAFETY
     raise BudgetError(
-        f"a size of {limit:.0f} bytes in 8-bit integers is not reached: the best that was tried has {got:.0f}"
+        f"a size of {limit:.0f} bytes in 8-bit integers is not reached: the best that was tried has {got}"
     )

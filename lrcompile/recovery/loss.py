@@ -106,10 +106,10 @@ class Loss:
     def parts(self, batch: Batch, most: int, inside: bool = True) -> Iterator[Tensor]:
         """The losses of a batch, at most so many samples at a time: the same, up to rounding, as of all at once."""
         batch = batch.to(self.device)
-        if len(batch) <= most:
+        parts = batch.pieces(most)
+        if len(parts) == 1:
             yield self(batch, inside)
             return
-        parts = [batch.take(numbers) for numbers in torch.arange(len(batch)).split(most)]
         scales = None if self._labels_alone(batch) else self.pair.scales(part.inputs for part in parts)
         for part in parts:
             yield self(part, inside, scales)

@@ -42,15 +42,19 @@ class Differences:
 class Pair:
     """Two graphs that take flat inputs and give `Values`, of the same things in both.
 
-    `trained` is the rewritten graph whose weights `student` uses. `inside` names the values, as the original does;
-    `attends` says that weights of attention are compared.
+    `trained` is the rewritten graph whose weights `student` uses. `inside` names the values, as the original does.
     """
 
     teacher: fx.GraphModule
     student: fx.GraphModule
     trained: Graph
     inside: tuple[str, ...]
-    attends: bool = False
+
+    @property
+    def attends(self) -> bool:
+        """Whether weights of attention are compared."""
+        values: Any = self.teacher.graph.output_node().args[0]
+        return bool(values[2])
 
     @property
     def device(self) -> torch.device:
@@ -64,9 +68,8 @@ class Pair:
             yield self
             return
         there = Pair(
-            _moved(copy.deepcopy(self.teacher), device), _moved(self.student, device), self.trained, self.inside,
-            self.attends,
-        )  # fmt: skip
+            _moved(copy.deepcopy(self.teacher), device), _moved(self.student, device), self.trained, self.inside
+        )
         try:
             yield there
         finally:
@@ -159,7 +162,6 @@ def pair(
         _observed(trained.gm, [s for _, s in kept], [call for _, call in calls]),
         trained,
         tuple(t.name for t, _ in kept),
-        attends=bool(calls),
     )
 
 

@@ -36,6 +36,12 @@ class Batch:
         inputs = tuple(v[index] if isinstance(v, Tensor) and v.dim() else v for v in self.inputs)
         return Batch(inputs, None if self.labels is None else self.labels[index])
 
+    def pieces(self, most: int) -> list[Batch]:
+        """The batch in pieces of so many samples at most; itself where that is all of it."""
+        if len(self) <= most:
+            return [self]
+        return [self.take(numbers) for numbers in torch.arange(len(self)).split(most)]
+
 
 @dataclass(frozen=True, eq=False)
 class Samples:

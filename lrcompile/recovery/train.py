@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lrcompile.errors import InputError, is_out_of_memory
+from lrcompile.graph.verify import has_nan
 from lrcompile.recovery.checkpoint import Checkpoint
 from lrcompile.recovery.freeze import factors_of, frozen_in, set_frozen
 from lrcompile.recovery.importance import Importance
@@ -234,15 +235,16 @@ class _Training:
         self.mean = RunningMean(self.masters, self.recovery.ema)
 
     def _resumed(self) -> bool:
-        """Takes up what a checkpoint holds, if there is one that fits: a loss of the user's may be another by now."""
+        """Takes up what a checkpoint holds, if there is one that fits; a loss of the user's may be another by now."""
         stored = self.checkpoint.load() if self.checkpoint else None
         fits = stored is not None and len(stored.get("weights", ())) == len(self.parameters)
-        if self.loss.own is not None:
-            now = self._judged()  # by all processes, which wait for each other
-            fits = fits and stored is not None and math.isclose(stored.get("loss_before", math.nan), now, rel_tol=SAME)
         everywhere = self.processes.mean([float(fits)])[0]  # asked by all of them, whatever they found
-        if not fits or stored is None or everywhere < 1:  # all of them go on, or none
+        if stored is None or everywhere < 1:  # all of them go on, or none
             return False
+        if self.loss.own is not None:
+            same = math.isclose(stored.get("loss_before", math.nan), self._judged(), rel_tol=SAME)
+            if self.processes.mean([float(same)])[0] < 1:
+                return False
         for name, value in stored.items():
             setattr(self.state, name, value)
         self.masters.put(self.state.weights)
@@ -310,11 +312,8 @@ class _Training:
         Raises:
             InputError: an output of it is NaN.
         """
-        bad, whole = False, batch.to(self.loss.device)
-        for number in torch.arange(len(whole)).split(self.most if self.samples.mixed else len(whole)):
-            part = whole.take(number) if self.samples.mixed else whole
-            outputs = self.loss.pair.expected(part.inputs)[0]
-            bad |= any(y.is_floating_point() and bool(y.isnan().any()) for y in outputs)
+        parts = batch.to(self.loss.device).pieces(self.most)
+        bad = any(has_nan(self.loss.pair.expected(part.inputs)[0]) for part in parts)
         if self.processes.mean([float(bad)])[0] > 0:
             raise InputError(
                 "recovery: an output of the original is NaN on some of the samples that are trained on; give data that "

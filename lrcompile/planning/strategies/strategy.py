@@ -87,7 +87,7 @@ class Offer:
         """The measured output error of a pick, on the first few batches, or on all with a margin for chance."""
         p = self.problem
         error = p.evaluator.error_after(p.graph, pick, p.passes, p.context, quick)
-        return error if quick else error + p.evaluator.margin(error, exact=all(one.exact for one in pick))
+        return error if quick else p.evaluator.at_most(error, exact=all(one.exact for one in pick))
 
     def holds(self, pick: Pick) -> bool:
         """Whether a pick is as fast and as small as asked."""
