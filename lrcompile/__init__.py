@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lrcompile.compile import Prepared, Result, compile, prepare_model, replay, solve
+    from lrcompile.compile import Result, compile, prepare_model, replay, solve
     from lrcompile.devices.cost import Cost, CostModel
     from lrcompile.devices.device import Device
     from lrcompile.devices.profile import available_devices, load_device
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from lrcompile.planning.plan import Plan
     from lrcompile.planning.strategies.beam import Beam
     from lrcompile.plugins import discover, select
+    from lrcompile.prepared import Prepared
     from lrcompile.progressive import Member, progressive
     from lrcompile.quantization.quantize import Quantization
     from lrcompile.recover import recover
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from lrcompile.report.report import Report
 
 _HOMES = {
-    "compile": "Prepared Result compile prepare_model replay solve",
+    "compile": "Result compile prepare_model replay solve",
     "devices.cost": "Cost CostModel",
     "devices.device": "Device",
     "devices.profile": "available_devices load_device",
@@ -49,6 +50,7 @@ _HOMES = {
     "planning.plan": "Plan",
     "planning.strategies.beam": "Beam",
     "plugins": "discover select",
+    "prepared": "Prepared",
     "progressive": "Member progressive",
     "quantization.quantize": "Quantization",
     "recover": "recover",

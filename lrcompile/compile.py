@@ -11,7 +11,6 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,8 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from lrcompile.cache import cache_folder
-from lrcompile.confirm import Measured, Reference, confirm
-from lrcompile.devices.cost import Cost, total
+from lrcompile.confirm import ContradictionError, Measured, Reference, confirm
+from lrcompile.devices.cost import total
 from lrcompile.devices.target import DEFAULT_TARGET, Target, resolve_target
 from lrcompile.emit.write import check_opset, emit
 from lrcompile.errors import InputError, LatencyError
@@ -29,8 +28,7 @@ from lrcompile.frontend.calibration_data import CalibrationData
 from lrcompile.frontend.export import batch_size
 from lrcompile.frontend.prepare import prepare
 from lrcompile.frontend.trace import Traced, trace
-from lrcompile.graph.graph import Graph, fingerprint, weight_bytes
-from lrcompile.graph.rewrite import Rewrite
+from lrcompile.graph.graph import Graph, fingerprint
 from lrcompile.lower.batches import model_batches
 from lrcompile.lower.rank4 import check_rank, to_rank
 from lrcompile.passes import Context, Pass, Stage, remark
@@ -41,12 +39,13 @@ from lrcompile.planning.distribution import Spread, entering, unlike_training
 from lrcompile.planning.measures import OF_FLOATS, RELATIVE
 from lrcompile.planning.metric import DropLimit, Evaluation, Metric, check_metric
 from lrcompile.planning.plan import Plan
-from lrcompile.planning.price import Pricing, price
-from lrcompile.planning.search import Choice, Problem
+from lrcompile.planning.price import price
+from lrcompile.planning.search import Choice
 from lrcompile.planning.sensitivity import Evaluator, rewritten
 from lrcompile.planning.store import Store
 from lrcompile.planning.strategies import search
 from lrcompile.plugins import as_planned, discover, given
+from lrcompile.prepared import Prepared, kept
 from lrcompile.quantization.limits import search_for_int8
 from lrcompile.quantization.quantize import Quantization, metric_after, quantizer
 from lrcompile.remarks import remarks
@@ -102,50 +101,6 @@ class Result:
             quantization=emitted.refined,
             metric=metric_after(self.report.metric, emitted.refined),
         )
-
-
-@dataclass(frozen=True, eq=False)
-class Prepared:
-    """A model ready for decisions: everything that does not depend on the budget, so that it is computed once."""
-
-    traced: Traced
-    graph: Graph
-    canonical: tuple[Rewrite, ...]
-    target: Target
-    passes: Mapping[str, Pass]
-    context: Context
-    evaluator: Evaluator
-    held_out: int
-    pricing: Pricing
-    base: Cost
-    original: Cost
-    reference: Reference | None
-    calibration: CalibrationData | None
-    skipped: tuple[str, ...]
-    seed: int
-    notes: tuple[str, ...]
-    clock: Clock
-    metric: Metric | None = None
-    seen: Mapping[str, Spread] = field(default_factory=dict)
-
-    @cached_property
-    def cleaned(self) -> Cost:
-        """The latency of the graph after exact clean-up; with a reference, as measured when it is first asked for."""
-        if self.reference is None or not self.canonical:
-            return self.base
-        with self.clock("clean-up"):
-            ratio = min(1.0, self.reference.measure(self.graph).ratio)
-        return replace(self.base, latency_s=self.base.latency_s * ratio)
-
-    def problem(self, budget: Budget, drop: DropLimit | None = None) -> Problem:
-        """What is searched for a budget; where that limits the latency, what clean-up gains counts towards it."""
-        original_s = self.original.latency_s
-        base = self.cleaned if math.isfinite(budget.latency_limit_s(original_s)) else self.base
-        return Problem(
-            self.graph, self.pricing.candidates, self.passes, self.context,
-            self.evaluator.measured_in(budget.measure_in_use).afresh(), base, original_s,
-            self.clock.progress, drop, weight_bytes(self.traced.graph.gm),
-        )  # fmt: skip
 
 
 def compile(  # the name that users look for
@@ -232,7 +187,8 @@ def prepare_model(
             base = Metric.on(traced, Evaluation.of(metric, metric_by_site), seed, clock.progress)
     target = target.for_model(traced.dynamic_batch, opset)
     reference = Reference.of(traced) if target.is_local else None
-    keep, skipped = _keeper(traced.graph, skip)
+    skipped = _skipped(traced.graph, skip)
+    keep = kept(skipped)
     data = Split.of(model_batches(traced, calibration))
     with clock("canonicalize"):
         context = Context(target.device, dtype)
@@ -263,22 +219,20 @@ def prepare_model(
 def solve(prepared: Prepared, budget: Budget) -> Result:
     """The best model within a budget; `prepared` is not changed and can be solved again.
 
-    On this machine a latency that seems out of reach is asked for once more of the original measured anew: what its
-    layers take may be remembered of a faster hour than that in which it was measured whole.
+    On this machine the choice is made once more of what is measured anew, where a latency seems out of reach, or where
+    the whole model contradicts what was remembered of its layers: that may be of a busier or a faster hour.
 
     Raises:
         InputError: the budget limits a metric, and the model was prepared without one.
         BudgetError: the budget cannot be met; the message holds the range that can.
     """
+    latest = prepared.latest
     try:
-        return _solve(prepared, budget)
-    except LatencyError:
-        if prepared.reference is None:
+        return _solve(latest, budget)
+    except (LatencyError, ContradictionError):
+        if latest is not prepared or prepared.reference is None:
             raise
-        clock = Clock(prepared.clock.progress, dict(prepared.clock.seconds))
-        with clock("confirm"):
-            again = prepared.reference.latency()
-        return _solve(replace(prepared, base=again, original=again, clock=clock), budget)
+    return _solve(prepared.anew, budget)
 
 
 def _solve(p: Prepared, budget: Budget) -> Result:
@@ -304,7 +258,8 @@ def _solve(p: Prepared, budget: Budget) -> Result:
     wanted = choice.candidates
     if reference and not choice.untouched:
         with clock("confirm"):
-            choice, measured = confirm(reference, replace(problem, drop=drop), choice, budget, asked)
+            problem = replace(problem, drop=drop)
+            choice, measured = confirm(reference, problem, choice, budget, asked, remembered=p.target.recalls)
     untouched = bool(choice.untouched or (measured and measured.returned_original))
     canonical = () if untouched else p.canonical
     metric = drop.result(None if untouched else choice.rewrites).to_json() if drop else None
@@ -476,13 +431,12 @@ def _calibrated(graph: Graph, data: Split, context: Context, clock: Clock, divis
     return Context(context.device, context.dtype, found.grams, found.token_counts, store, found.gradients)
 
 
-def _keeper(graph: Graph, skip: Sequence[str]) -> tuple[Callable[[str], bool], tuple[str, ...]]:
-    """(whether a site may be rewritten, the sites that --skip names)."""
+def _skipped(graph: Graph, skip: Sequence[str]) -> tuple[str, ...]:
+    """The sites that --skip names."""
     sites = list(graph.sites())
     skip = [skip] if isinstance(skip, str) else skip
     for pattern in skip:
         if not fnmatch.filter(sites, pattern):
             some = ", ".join(sites[:5])
             raise InputError(f"--skip {pattern!r} matches no site; sites are paths such as {some}")
-    skipped = tuple(site for site in sites if any(fnmatch.fnmatchcase(site, pattern) for pattern in skip))
-    return lambda site: not any(site == s or site.startswith(s + ".") for s in skipped), skipped
+    return tuple(site for site in sites if any(fnmatch.fnmatchcase(site, pattern) for pattern in skip))

@@ -32,7 +32,12 @@ LEAST_OF_GAIN = 0.5  # the share of the predicted gain below which some of the r
 ATTEMPTS = 5  # to meet a latency as measured
 SAFETY = 0.98
 WELL_SPENT = 0.95  # the share of a latency that the most accurate model is to take
+CONTRADICTS = 1.15  # times as long as predicted, or as short, from which remembered timings are not of now
 CONTENDED = 0.2  # share of the time spent waiting for a core from which a measurement says so
+
+
+class ContradictionError(Exception):
+    """A choice made by what is remembered of layers takes far longer or shorter as measured on the whole model."""
 
 
 @dataclass(frozen=True)
@@ -105,9 +110,9 @@ class Reference:
         return cls(traced, _onnx(traced, traced.graph))
 
     def latency(self) -> Cost:
-        """The original's latency on its own."""
+        """The original's latency on its own, by the fastest quarter of its runs, as those of regions."""
         result = self._paired(self.onnx, SECONDS / 2, TRIAL_OPENINGS)
-        return Cost(latency_s=result.median_a_s, sigma_s=result.median_a_s * (result.ratio_high - result.ratio_low) / 4)
+        return Cost(latency_s=result.low_a_s, sigma_s=result.low_a_s * (result.ratio_high - result.ratio_low) / 4)
 
     def in_int8(self, exact: Graph) -> Reference:
         """A reference for models in 8-bit integers, where those make the graph of exact rewrites faster here, or this.
@@ -149,18 +154,27 @@ def left_open(ratio: float, least: float) -> float:
 
 
 def confirm(
-    reference: Reference, problem: Problem, choice: Choice, budget: Budget, asked: Budget
+    reference: Reference,
+    problem: Problem,
+    choice: Choice,
+    budget: Budget,
+    asked: Budget,
+    *,
+    remembered: bool = False,
 ) -> tuple[Choice, Measured]:
     """The choice as measured on the whole model, or what of it is worth its while; in the end the original.
 
     A choice made for a size is kept. One made for a latency is made again with tighter limits until the latency holds
     as measured. `asked` is the budget that the choice was made for: another one than `budget` where that is of a file
-    in 8-bit integers.
+    in 8-bit integers. `remembered` says that it was made by timings of other hours.
 
     Raises:
         BudgetError: the latency asked for is not reached as measured.
+        ContradictionError: what was remembered does not fit what is measured.
     """
     measured = reference.measure(choice.graph)
+    if remembered and _contradicts(measured, choice, problem):
+        raise ContradictionError
     if math.isfinite(budget.latency_limit_s(measured.before.latency_s)):
         return _within(reference, problem, choice, measured, budget, asked)
     if budget.size is not None:
@@ -181,6 +195,13 @@ def confirm(
         return better, better_measured
     same_time = replace(measured, after=measured.before, returned_original=True)
     return Choice((), reference.traced.graph.copy(), 0.0), replace(same_time, overruled=f"{overruled}: not emitted")
+
+
+def _contradicts(measured: Measured, choice: Choice, problem: Problem) -> bool:
+    """Whether a model takes far from the share of the original's time that was predicted; not known of integers."""
+    predicted = (problem.base.latency_s - choice.gain_s) / problem.original_s
+    off = measured.ratio / max(predicted, 1e-9)
+    return not measured.int8 and not 1 / CONTRADICTS <= off <= CONTRADICTS
 
 
 def _is_original(graph: Graph, reference: Reference) -> bool:

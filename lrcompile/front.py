@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from lrcompile.compile import Prepared, Result, prepare_model, solve
+from lrcompile.compile import Result, prepare_model, solve
 from lrcompile.errors import BudgetError, InputError
 from lrcompile.graph.graph import Graph
 from lrcompile.graph.verify import is_float
 from lrcompile.planning.budget import DEFAULT_CONFIDENCE, Budget
 from lrcompile.planning.strategies import search, strategy_of
 from lrcompile.planning.strategies.strategy import Strategy
+from lrcompile.prepared import Prepared
 
 SCHEMA = 1
 MOST_POINTS = 1000

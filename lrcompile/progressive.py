@@ -15,13 +15,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lrcompile.compile import Prepared, Result, compile, prepare_model, solve
+from lrcompile.compile import Result, compile, prepare_model, solve
 from lrcompile.errors import BudgetError, InputError
 from lrcompile.frontend.calibration_data import CalibrationData
 from lrcompile.graph.graph import Graph, weight_bytes
 from lrcompile.planning.budget import Budget, are_falling_shares
 from lrcompile.planning.metric import check_metric
 from lrcompile.planning.search import search
+from lrcompile.prepared import Prepared
 from lrcompile.recover import reached, recover, until_error
 from lrcompile.recovery.checkpoint import Checkpoint
 from lrcompile.recovery.lineage import Lineage

@@ -16,8 +16,8 @@ from lrcompile.planning.measures import OF_FLOATS
 from lrcompile.planning.search import Choice
 
 if TYPE_CHECKING:
-    from lrcompile.compile import Prepared
     from lrcompile.confirm import Measured
+    from lrcompile.prepared import Prepared
 
 
 def remarks(p: Prepared, budget: Budget, choice: Choice, measured: Measured | None) -> list[str]:

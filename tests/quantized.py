@@ -145,4 +145,4 @@ def operations(path: Path) -> Counter[str]:
 def benched(ratio: float, spread: float = 0.0) -> BenchResult:
     """A measurement that is made up; `spread` is half of its interval."""
     interval = (ratio - spread, ratio + spread)
-    return BenchResult(1e-3, 1e-3, ratio * 1e-3, ratio * 1e-3, ratio, *interval, 6, 12, False, 0.0, 0.0, "", 4, 1)
+    return BenchResult(1e-3, 1e-3, 1e-3, ratio * 1e-3, ratio * 1e-3, ratio, *interval, 6, 12, False, 0.0, 0.0, "", 4, 1)

@@ -8,16 +8,22 @@ from importlib import import_module
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 
 import lrcompile
 from lrcompile.confirm import SECONDS, TRIALS, Measured, confirm, worthwhile
-from lrcompile.devices.cost import Cost
+from lrcompile.devices.analytic import AnalyticCostModel
+from lrcompile.devices.cost import Cost, total
+from lrcompile.devices.layouts import operations_on
+from lrcompile.devices.measure import LocalCostModel
+from lrcompile.devices.profile import load_device
 from lrcompile.errors import BudgetError, LatencyError
 from lrcompile.graph.graph import Graph
+from lrcompile.graph.op import OpDesc
 from lrcompile.planning.search import Choice, Problem, search
 
 LAYERS = 4
+V100 = AnalyticCostModel(load_device("v100"))
 
 
 class Net(nn.Module):
@@ -275,6 +281,54 @@ def test_a_latency_out_of_reach_is_asked_for_of_the_original_measured_anew(
     else:
         assert lrcompile.solve(here, lrcompile.Budget(speedup=1.5)).report.latency_ms["speedup"] > 1.5
     assert here.base is slow  # what was prepared is not changed
+
+
+@dataclass(frozen=True)
+class Remembering(LocalCostModel):
+    """Prices of a V100; what is remembered of it is of an hour in which it took `times` as long."""
+
+    times: float = 1.0
+    asked: list[bool] = field(default_factory=list)
+
+    def cost(self, op: OpDesc) -> Cost:
+        return self._told(V100.cost(op))
+
+    def compare(self, before: fx.GraphModule, after: fx.GraphModule) -> tuple[Cost, Cost]:
+        self.asked.append(self.recent_only)
+        one, other = V100.compare(before, after)
+        return self._told(one), self._told(other)
+
+    def _told(self, cost: Cost) -> Cost:
+        if self.recent_only:
+            return cost
+        self.counters.recalled += 1
+        return replace(cost, latency_s=self.times * cost.latency_s, sigma_s=self.times * cost.sigma_s)
+
+
+@pytest.mark.parametrize("times", [0.2, 1.0, 5.0], ids=["slower now", "as it was", "faster now"])
+def test_layers_are_priced_anew_where_the_whole_model_contradicts_what_is_remembered(
+    prepared: lrcompile.Prepared, times: float
+) -> None:
+    budget = lrcompile.Budget(speedup=1.3)
+    known = Remembering(None, times=times)
+    target = replace(prepared.target, model=known)
+    original = prepared.original
+    there = lrcompile.prepare_model(Net().eval(), (torch.randn(2048, 512),), target=target)
+    there = replace(there, base=original, original=original)
+
+    class Here(Machine):
+        def latency(self) -> Cost:
+            return original
+
+        def measure(self, graph: Graph, seconds: float = 0.0) -> Measured:
+            self.asked.append(set())
+            took = total([V100.cost(op) for op in operations_on(prepared.target.device, graph.gm).values()])
+            return Measured(original, took)
+
+    machine = Here(prepared, lambda split: 1.0, original.latency_s)
+    found = lrcompile.solve(replace(there, reference=machine), budget)  # type: ignore[arg-type]
+    assert found.plan.rewrites == lrcompile.solve(prepared, budget).plan.rewrites
+    assert any(known.asked) == (times != 1.0)
 
 
 def test_a_latency_that_is_not_reached_as_measured_is_an_error(prepared: lrcompile.Prepared) -> None:

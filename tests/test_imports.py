@@ -38,19 +38,20 @@ MAY_IMPORT = {
     "confirm": "errors graph devices frontend emit planning",
     "remarks": "devices frontend graph planning planning.moments",
     "quantization": "errors graph devices frontend emit planning report confirm",
+    "prepared": "devices frontend graph passes planning report confirm",
     "compile": "errors cache graph devices frontend lower emit passes plugins planning.store planning report confirm "
-    "remarks quantization",
-    "front": "errors graph planning compile",
+    "prepared remarks quantization",
+    "front": "errors graph planning prepared compile",
     "recovery": "errors memory cache graph",
     "recover": "errors memory graph frontend lower planning report recovery compile",
-    "progressive": "errors frontend graph planning report recovery compile recover",
+    "progressive": "errors frontend graph planning report recovery prepared compile recover",
     "request": "errors writing emit frontend planning plugins quantization recovery",
     "session": "errors writing devices frontend emit plugins planning report quantization compile front recovery "
     "recover progressive request",
     "cli": "errors devices frontend plugins planning report session",
     "__main__": "cli",
-    "lrcompile": "errors graph devices frontend passes plugins planning report quantization compile front recovery "
-    "recover progressive",
+    "lrcompile": "errors graph devices frontend passes plugins planning report quantization prepared compile front "
+    "recovery recover progressive",
     "lrcompile_passes": "errors graph planning.decompose passes",  # what a plugin may know
 }
 

@@ -204,6 +204,28 @@ def test_a_very_noisy_result_is_measured_again_after_an_hour(machine: FakeMachin
     assert model.measured == 1
 
 
+@pytest.mark.parametrize("disturbance", ["none", "age", "noise", "later clock"])
+def test_what_is_measured_now_takes_nothing_of_other_hours(
+    machine: FakeMachine, tmp_path: Path, disturbance: str
+) -> None:
+    costs = local_model(machine, tmp_path).compare(*pair(8))
+    known = local_model(machine, tmp_path)
+    assert known.compare(*pair(8)) == costs
+    assert (known.counters.recalled, known.measured) == (1, 0)
+    [file] = tmp_path.iterdir()
+    now_s = file.stat().st_mtime
+    if disturbance == "noise":
+        file.write_text('{"timings_s": [[1.0, 0.1], [1.0, 0.1]]}')
+    elif disturbance != "none":
+        moved_s = now_s + (3600 if disturbance == "later clock" else -3600)
+        os.utime(file, (moved_s, moved_s))
+    now = known.of_now()
+    assert now.compare(*pair(8)) == costs
+    assert (now.counters.recalled, now.measured) == (0, int(disturbance != "none"))
+    if disturbance == "noise":
+        assert local_model(machine, tmp_path).compare(*pair(8)) == costs  # the disturbed one is written over
+
+
 def test_a_folder_that_cannot_be_written_costs_nothing_but_the_memory(machine: FakeMachine, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     model = local_model(machine, tmp_path / "file" / "folder")

@@ -192,7 +192,7 @@ def test_a_peer_is_searched_recovered_and_judged(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(Bench, "ratio", by_size)
-    faster = BenchResult(2e-3, 2e-3, 1e-3, 1e-3, 0.5, 0.4, 0.6, 2, 2, False, 0.0, None, "", 8, None)
+    faster = BenchResult(2e-3, 2e-3, 2e-3, 1e-3, 1e-3, 0.5, 0.4, 0.6, 2, 2, False, 0.0, None, "", 8, None)
     for module in (confirm, quantize):
         monkeypatch.setattr(module, "paired", lambda *models, **options: faster)
     with bench_peers.ProgressDisplay(bench_peers.Console(stderr=True)) as progress:

@@ -273,7 +273,7 @@ def test_here_what_is_surely_slower_is_not_written(
 ) -> None:
     middle, low, high = ratio
     measured = BenchResult(
-        1e-3, 1e-3, middle * 1e-3, middle * 1e-3, middle, low, high, 6, 12, False, 0.0, 0.0, "", 4, 1
+        1e-3, 1e-3, 1e-3, middle * 1e-3, middle * 1e-3, middle, low, high, 6, 12, False, 0.0, 0.0, "", 4, 1
     )
     monkeypatch.setattr(decisions, "paired", lambda *models, **options: measured)
     result, given = compiled(Mlp, 0.2)

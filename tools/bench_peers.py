@@ -22,7 +22,7 @@ from rich.console import Console
 from torch import Tensor
 
 import lrcompile
-from lrcompile.compile import Prepared, Result
+from lrcompile.compile import Result
 from lrcompile.devices.bench import paired
 from lrcompile.devices.measure import cpu_name, usable_cores
 from lrcompile.errors import BudgetError
@@ -30,6 +30,7 @@ from lrcompile.frontend.trace import trace
 from lrcompile.graph.graph import Graph, weight_bytes
 from lrcompile.passes import Stage
 from lrcompile.plugins import discover
+from lrcompile.prepared import Prepared
 from lrcompile.quantization.quantize import RESERVE
 from lrcompile.report.progress import ProgressDisplay
 from tools.bench_accuracy import TASKS, Task

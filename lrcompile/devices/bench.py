@@ -52,6 +52,8 @@ _DTYPES: dict[str, Any] = {
 class BenchResult:
     """Model B against model A: latencies in seconds a run, and `ratio` = B/A with its 95 % interval.
 
+    `low_a_s` is the mean of the fastest quarter of A's runs.
+
     `openings` counts the pairs of sessions that the ratio is the median of, each itself the median of A B B A groups,
     of which there are `blocks` in all. `noisy` says that the interval is wider than ±5 %. `contention` is the part of
     the time that threads of this process waited for a core that another program held (0 where the system does not
@@ -61,6 +63,7 @@ class BenchResult:
 
     median_a_s: float
     min_a_s: float
+    low_a_s: float
     median_b_s: float
     min_b_s: float
     ratio: float
@@ -157,6 +160,7 @@ def paired(
     return BenchResult(
         median_a_s=statistics.median(runs_a_s),
         min_a_s=min(runs_a_s),
+        low_a_s=fastest_quarter(runs_a_s),
         median_b_s=statistics.median(runs_b_s),
         min_b_s=min(runs_b_s),
         ratio=ratio,
@@ -214,6 +218,12 @@ def interleave(run_a: Run, run_b: Run, seconds: float, clock: Clock, progress: P
         progress("bench", min(99, int(100 * (clock() - start) / max(seconds, 1e-9))), 100)
     progress("bench", 100, 100)
     return Blocks(*times, ratios)
+
+
+def fastest_quarter(samples: Sequence[float]) -> float:
+    """Mean of the fastest quarter: interference only ever adds time."""
+    fastest = sorted(samples)[: max(1, len(samples) // 4)]
+    return sum(fastest) / len(fastest)
 
 
 def median_interval(ratios: Sequence[float], confidence: float = 0.95) -> tuple[float, float, float]:

@@ -25,7 +25,7 @@ from onnx import helper
 from torch import fx
 
 from lrcompile.devices.analytic import AnalyticCostModel
-from lrcompile.devices.bench import ORT_ERRORS, Clock, Run, random_array, session_options, waited_s
+from lrcompile.devices.bench import ORT_ERRORS, Clock, Run, fastest_quarter, random_array, session_options, waited_s
 from lrcompile.devices.cost import Cost
 from lrcompile.devices.device import Device
 from lrcompile.devices.onnx_graph import OPSET
@@ -59,10 +59,14 @@ LEAST_S = 2e-8  # what any operation takes, where noise hides it
 
 @dataclass
 class Counters:
-    """What a cost model did: pairs measured, remembered and skipped as hopeless, and regions it had to predict."""
+    """What a cost model did: pairs measured, remembered and skipped as hopeless, and regions it had to predict.
+
+    Of those `reused`, some were `recalled` from disk, where they may be of another hour.
+    """
 
     measured: int = 0
     reused: int = 0
+    recalled: int = 0
     skipped: int = 0
     fallbacks: Counter[str] = field(default_factory=Counter)
 
@@ -75,7 +79,8 @@ class LocalCostModel:
     intra-op count, its own default when None. Results are kept in `cache_dir`, or only in memory when that is None;
     very noisy ones for an hour. `clock` and `waited` are those of `measure`. What ONNX Runtime cannot run is predicted
     with the x86-ort profile, scaled to this machine, and its wide error bars; `counters.fallbacks` counts it by reason.
-    Where it `measures_only`, that is a DeviceError instead.
+    Where it `measures_only`, that is a DeviceError instead. With `recent_only` it takes from disk what was measured in
+    the last minutes, undisturbed.
     """
 
     cache_dir: Path | None = field(default_factory=default_cache_dir)
@@ -85,6 +90,7 @@ class LocalCostModel:
     clock: Clock = time.perf_counter
     waited: Clock = waited_s
     measures_only: bool = False
+    recent_only: bool = False
     kind: str = field(default="measured", init=False)
     counters: Counters = field(default_factory=Counters, init=False, repr=False, compare=False)
     _memory: dict[str, tuple[Timing, ...]] = field(default_factory=dict, init=False, repr=False, compare=False)
@@ -166,6 +172,10 @@ class LocalCostModel:
         sigma = math.hypot(new.sigma_s, HOPELESS * old.sigma_s)
         return Cost(excess, sigma).p_positive < CONFIDENCE
 
+    def of_now(self) -> LocalCostModel:
+        """One that knows nothing of what was measured before the last minutes."""
+        return replace(self, recent_only=True)
+
     def _timings(self, regions: Sequence[LoweredRegion]) -> tuple[Timing, ...] | str:
         """The timings of some regions, known or new; the reason where there are none."""
         key, distinct = self._identified(regions)
@@ -180,7 +190,10 @@ class LocalCostModel:
         """Remembered timings, or the reason why there are none; None where nothing is remembered."""
         if key in self._unmeasurable:
             return self._unmeasurable[key]
-        known = self._memory.get(key) or recall(self.cache_dir, key, count)
+        known = self._memory.get(key)
+        if known is None:
+            known = recall(self.cache_dir, key, count, recent_only=self.recent_only)
+            self.counters.recalled += known is not None and not self.recent_only
         if known is not None:
             self._memory[key] = known
             self.counters.reused += 1
@@ -297,7 +310,7 @@ def measure(runs: Sequence[Run], clock: Clock = time.perf_counter, waited: Clock
         again = attempt(MAX_ROUNDS)
         contention, samples = min((contention, samples), again, key=lambda found: found[0] + _spread(found[1]))
     floor = SIGMA_FLOOR + SIGMA_CONTENDED * contention
-    return tuple((_low(side), max(_noise(samples), floor * _low(side))) for side in samples)
+    return tuple((fastest_quarter(side), max(_noise(samples), floor * fastest_quarter(side))) for side in samples)
 
 
 def local_device() -> Device:
@@ -447,15 +460,9 @@ def _noise(samples: Sequence[Sequence[float]]) -> float:
     return abs(differences[0] - differences[1]) / 2 / math.sqrt(2)
 
 
-def _low(samples: Sequence[float]) -> float:
-    """Mean of the fastest quarter."""
-    fastest = sorted(samples)[: max(1, len(samples) // 4)]
-    return sum(fastest) / len(fastest)
-
-
 def _halves(samples: Sequence[float]) -> tuple[float, float]:
     middle = len(samples) // 2
-    return _low(samples[:middle]), _low(samples[middle:])
+    return fastest_quarter(samples[:middle]), fastest_quarter(samples[middle:])
 
 
 def _spread(samples: Sequence[Sequence[float]]) -> float:

@@ -47,6 +47,15 @@ class Target:
         """What a model takes: its operations, and the start of a run where that was measured."""
         return total([Cost(self.device.network.get("run_s", 0.0)), *costs.values()])
 
+    @property
+    def recalls(self) -> bool:
+        """Whether any price was measured in another process, maybe long ago."""
+        return isinstance(self.model, LocalCostModel) and self.model.counters.recalled > 0
+
+    def of_now(self) -> Target:
+        """The target with prices that are measured now, or were in the last minutes."""
+        return replace(self, model=self.model.of_now()) if isinstance(self.model, LocalCostModel) else self
+
     def saving_sigma_s(self, before: fx.GraphModule, after: fx.GraphModule) -> float:
         """Standard deviation in s of what is predicted to be saved."""
         return math.hypot(*(cost.sigma_s for cost in self.model.compare(before, after)))

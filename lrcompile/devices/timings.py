@@ -16,6 +16,8 @@ from lrcompile.cache import cache_folder, put_whole
 SCHEMA = 2  # raise it when a measurement means something else
 TOO_NOISY = 0.25  # relative error above which a result is kept for an hour only
 NOISY_KEPT_S = 3600.0
+RECENT_S = 600.0
+DISTURBED = 0.08  # relative error above which a result tells of other programs
 
 Timing = tuple[float, float]  # latency and its standard deviation, in seconds
 
@@ -30,8 +32,11 @@ def key_of(*facts: Any) -> str:
     return hashlib.sha256(json.dumps([SCHEMA, *facts]).encode()).hexdigest()
 
 
-def recall(folder: Path | None, key: str, sides: int) -> tuple[Timing, ...] | None:
-    """The timings of one or two sides, or None: absent or damaged ones are measured again and rewritten."""
+def recall(folder: Path | None, key: str, sides: int, *, recent_only: bool = False) -> tuple[Timing, ...] | None:
+    """The timings of so many sides, or None: absent or damaged ones are measured again and rewritten.
+
+    With `recent_only` those count that were measured in the last minutes, undisturbed.
+    """
     if folder is None:
         return None
     path = folder / f"{key}.json"
@@ -42,8 +47,12 @@ def recall(folder: Path | None, key: str, sides: int) -> tuple[Timing, ...] | No
     except (OSError, ValueError, KeyError, TypeError):
         return None
     good = all(math.isfinite(value) and value > 0 for timing in timings for value in timing)
-    noisy = any(sigma_s > TOO_NOISY * latency_s for latency_s, sigma_s in timings)
-    return timings if good and len(timings) == sides and not (noisy and age_s > NOISY_KEPT_S) else None
+    if not good or len(timings) != sides:
+        return None
+    noise = max(sigma_s / latency_s for latency_s, sigma_s in timings)
+    if recent_only and (noise > DISTURBED or not 0 <= age_s <= RECENT_S):
+        return None
+    return None if noise > TOO_NOISY and age_s > NOISY_KEPT_S else timings
 
 
 def forget(folder: Path | None, key: str) -> None:

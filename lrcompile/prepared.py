@@ -1,0 +1,98 @@
+"""A model ready for decisions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+from lrcompile.confirm import Reference
+from lrcompile.devices.cost import Cost
+from lrcompile.devices.target import Target
+from lrcompile.frontend.calibration_data import CalibrationData
+from lrcompile.frontend.trace import Traced
+from lrcompile.graph.graph import Graph, weight_bytes
+from lrcompile.graph.rewrite import Rewrite
+from lrcompile.passes import Context, Pass
+from lrcompile.planning.budget import Budget
+from lrcompile.planning.distribution import Spread
+from lrcompile.planning.metric import DropLimit, Metric
+from lrcompile.planning.price import Pricing, price
+from lrcompile.planning.search import Problem
+from lrcompile.planning.sensitivity import Evaluator
+from lrcompile.report.clock import Clock
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """A model ready for decisions: everything that does not depend on the budget, so that it is computed once."""
+
+    traced: Traced
+    graph: Graph
+    canonical: tuple[Rewrite, ...]
+    target: Target
+    passes: Mapping[str, Pass]
+    context: Context
+    evaluator: Evaluator
+    held_out: int
+    pricing: Pricing
+    base: Cost
+    original: Cost
+    reference: Reference | None
+    calibration: CalibrationData | None
+    skipped: tuple[str, ...]
+    seed: int
+    notes: tuple[str, ...]
+    clock: Clock
+    metric: Metric | None = None
+    seen: Mapping[str, Spread] = field(default_factory=dict)
+
+    @cached_property
+    def cleaned(self) -> Cost:
+        """The latency of the graph after exact clean-up; with a reference, as measured when it is first asked for."""
+        if self.reference is None or not self.canonical:
+            return self.base
+        with self.clock("clean-up"):
+            ratio = min(1.0, self.reference.measure(self.graph).ratio)
+        return replace(self.base, latency_s=self.base.latency_s * ratio)
+
+    @cached_property
+    def anew(self) -> Prepared:
+        """The same with the original measured again, and its layers where timings were remembered.
+
+        What a busy machine took, or a faster hour, says little of now: whole models and their layers must be of the
+        same hours. Without a reference nothing is measured, and it is the same.
+        """
+        if self.reference is None:
+            return self
+        clock = Clock(self.clock.progress, dict(self.clock.seconds))
+        target, pricing = self.target, self.pricing
+        with clock("price"):
+            base = self.reference.latency()
+            if target.recalls:
+                target = target.of_now()
+                transforms, keep = tuple(self.passes.values()), kept(self.skipped)
+                priced = price(self.graph, transforms, self.context, target.model, keep, clock.progress)
+                pricing = replace(pricing, candidates=priced.candidates)
+        return replace(self, target=target, pricing=pricing, base=base, original=base, clock=clock)
+
+    @property
+    def latest(self) -> Prepared:
+        """Itself, or what was measured `anew` since."""
+        return vars(self).get("anew", self)
+
+    def problem(self, budget: Budget, drop: DropLimit | None = None) -> Problem:
+        """What is searched for a budget; where that limits the latency, what clean-up gains counts towards it."""
+        original_s = self.original.latency_s
+        base = self.cleaned if math.isfinite(budget.latency_limit_s(original_s)) else self.base
+        return Problem(
+            self.graph, self.pricing.candidates, self.passes, self.context,
+            self.evaluator.measured_in(budget.measure_in_use).afresh(), base, original_s,
+            self.clock.progress, drop, weight_bytes(self.traced.graph.gm),
+        )  # fmt: skip
+
+
+def kept(skipped: Sequence[str]) -> Callable[[str], bool]:
+    """Whether a site may be rewritten, where some are left as they are with all that is in them."""
+    return lambda site: not any(site == s or site.startswith(s + ".") for s in skipped)
