@@ -23,7 +23,7 @@ from lrcompile.confirm import ContradictionError, Measured, Reference, confirm
 from lrcompile.devices.cost import total
 from lrcompile.devices.target import DEFAULT_TARGET, Target, resolve_target
 from lrcompile.emit.write import check_opset, emit
-from lrcompile.errors import InputError, LatencyError
+from lrcompile.errors import BudgetError, InputError, LatencyError
 from lrcompile.frontend.calibration_data import CalibrationData
 from lrcompile.frontend.export import batch_size
 from lrcompile.frontend.prepare import prepare
@@ -226,16 +226,21 @@ def solve(prepared: Prepared, budget: Budget) -> Result:
         InputError: the budget limits a metric, and the model was prepared without one.
         BudgetError: the budget cannot be met; the message holds the range that can.
     """
-    latest = prepared.latest
+    once = budget.max_drop is not None or budget.int8
+    latest = prepared.probed if once else prepared.latest
+    remembered = latest.target.recalls and not once
     try:
-        return _solve(latest, budget)
-    except (LatencyError, ContradictionError):
-        if latest is not prepared or prepared.reference is None:
+        return _solve(latest, budget, remembered)
+    except ContradictionError:
+        pass
+    except BudgetError as error:
+        is_slow = isinstance(error, LatencyError) or (remembered and math.isfinite(budget.latency_limit_s(1.0)))
+        if latest is not prepared or latest.reference is None or not is_slow:
             raise
-    return _solve(prepared.anew, budget)
+    return _solve(prepared.anew, budget, False)
 
 
-def _solve(p: Prepared, budget: Budget) -> Result:
+def _solve(p: Prepared, budget: Budget, remembered: bool) -> Result:
     drop = DropLimit.of(p.metric, budget)
     problem = p.problem(budget, drop.kept_back() if drop and p.reference else drop)
     clock = Clock(p.clock.progress, dict(p.clock.seconds))
@@ -259,7 +264,7 @@ def _solve(p: Prepared, budget: Budget) -> Result:
     if reference and not choice.untouched:
         with clock("confirm"):
             problem = replace(problem, drop=drop)
-            choice, measured = confirm(reference, problem, choice, budget, asked, remembered=p.target.recalls)
+            choice, measured = confirm(reference, problem, choice, budget, asked, remembered=remembered)
     untouched = bool(choice.untouched or (measured and measured.returned_original))
     canonical = () if untouched else p.canonical
     metric = drop.result(None if untouched else choice.rewrites).to_json() if drop else None

@@ -173,7 +173,7 @@ def confirm(
         ContradictionError: what was remembered does not fit what is measured.
     """
     measured = reference.measure(choice.graph)
-    if remembered and _contradicts(measured, choice, problem):
+    if remembered and contradicts(measured, choice, problem):
         raise ContradictionError
     if math.isfinite(budget.latency_limit_s(measured.before.latency_s)):
         return _within(reference, problem, choice, measured, budget, asked)
@@ -197,11 +197,10 @@ def confirm(
     return Choice((), reference.traced.graph.copy(), 0.0), replace(same_time, overruled=f"{overruled}: not emitted")
 
 
-def _contradicts(measured: Measured, choice: Choice, problem: Problem) -> bool:
-    """Whether a model takes far from the share of the original's time that was predicted; not known of integers."""
+def contradicts(measured: Measured, choice: Choice, problem: Problem) -> bool:
+    """Whether a choice takes far from the share of the original's time that was predicted."""
     predicted = (problem.base.latency_s - choice.gain_s) / problem.original_s
-    off = measured.ratio / max(predicted, 1e-9)
-    return not measured.int8 and not 1 / CONTRADICTS <= off <= CONTRADICTS
+    return not 1 / CONTRADICTS <= measured.ratio / max(predicted, 1e-9) <= CONTRADICTS
 
 
 def _is_original(graph: Graph, reference: Reference) -> bool:

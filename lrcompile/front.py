@@ -60,6 +60,7 @@ def tradeoff(
         prepared = model
     else:
         prepared = prepare_model(model, args, kwargs, **options)
+    prepared = prepared.probed
     results = []
     for i, budget in enumerate(budgets(prepared, widest, points)):
         prepared.clock.progress("tradeoff", i, points)

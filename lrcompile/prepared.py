@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from lrcompile.confirm import Reference
+from lrcompile.confirm import Reference, contradicts
 from lrcompile.devices.cost import Cost
 from lrcompile.devices.target import Target
 from lrcompile.frontend.calibration_data import CalibrationData
@@ -21,6 +21,7 @@ from lrcompile.planning.metric import DropLimit, Metric
 from lrcompile.planning.price import Pricing, price
 from lrcompile.planning.search import Problem
 from lrcompile.planning.sensitivity import Evaluator
+from lrcompile.planning.strategies import search, strategy_of
 from lrcompile.report.clock import Clock
 
 
@@ -81,6 +82,23 @@ class Prepared:
     def latest(self) -> Prepared:
         """Itself, or what was measured `anew` since."""
         return vars(self).get("anew", self)
+
+    @cached_property
+    def probed(self) -> Prepared:
+        """The latest, or `anew` where a model halfway to the fastest contradicts what is remembered of its layers.
+
+        For those who cannot make their choice twice, as a metric is not evaluated so often.
+        """
+        latest = self.latest
+        if latest.reference is None or not latest.target.recalls:
+            return latest
+        problem = self.problem(Budget())
+        base_s, reached_s = problem.base.latency_s, strategy_of(Budget()).reach_s(problem, Budget())
+        halfway_s = max(base_s / 10, (base_s + reached_s) / 2)  # more may be remembered to be saved than there is
+        with self.clock("confirm"):
+            choice = search(problem, Budget(max_latency_s=halfway_s))
+            measured = latest.reference.measure(choice.graph)
+        return self.anew if contradicts(measured, choice, problem) else self
 
     def problem(self, budget: Budget, drop: DropLimit | None = None) -> Problem:
         """What is searched for a budget; where that limits the latency, what clean-up gains counts towards it."""

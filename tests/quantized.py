@@ -32,6 +32,19 @@ class ConvNet(nn.Module):
         return self.head(self.body(x).mean((2, 3)))
 
 
+class Residual(nn.Module):
+    """A block with its sum, the largest of windows, and sums of which integers make but one side."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.inner, self.outer = (nn.Conv2d(n, 8, 3, padding=1) for n in (3, 8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = nn.functional.max_pool2d(self.stem(x).relu(), 2)
+        hidden = (hidden + self.outer(self.inner(hidden).relu())).relu()
+        return (hidden + hidden.sigmoid()) * (hidden + 1)
+
+
 class Mlp(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -107,7 +120,7 @@ class Plain(nn.Module):
 
 
 INPUTS: dict[type[nn.Module], tuple[int, ...]] = {
-    ConvNet: (3, 8, 8), Mlp: (32,), Louder: (32,), Transformer: (6, 32),
+    ConvNet: (3, 8, 8), Residual: (3, 8, 8), Mlp: (32,), Louder: (32,), Transformer: (6, 32),
     Sensitive: (32,), Plain: (4,), Reciprocal: (2, 2, 2),
 }  # fmt: skip
 LAYERS = {

@@ -326,9 +326,16 @@ def test_layers_are_priced_anew_where_the_whole_model_contradicts_what_is_rememb
             return Measured(original, took)
 
     machine = Here(prepared, lambda split: 1.0, original.latency_s)
-    found = lrcompile.solve(replace(there, reference=machine), budget)  # type: ignore[arg-type]
+    here = replace(there, reference=machine)  # type: ignore[arg-type]
+    found = lrcompile.solve(here, budget)
     assert found.plan.rewrites == lrcompile.solve(prepared, budget).plan.rewrites
     assert any(known.asked) == (times != 1.0)
+    assert (here.latest is here) == (times == 1.0)
+    assert here.probed is here.latest
+    count = len(machine.asked)
+    fresh = replace(there, reference=machine)  # type: ignore[arg-type]
+    assert (fresh.probed is fresh) == (times == 1.0)  # before a metric is evaluated
+    assert len(machine.asked) == count + 1
 
 
 def test_a_latency_that_is_not_reached_as_measured_is_an_error(prepared: lrcompile.Prepared) -> None:

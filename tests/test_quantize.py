@@ -34,6 +34,7 @@ from tests.quantized import (
     Mlp,
     Plain,
     Reciprocal,
+    Residual,
     Sensitive,
     Transformer,
     Words,
@@ -96,6 +97,29 @@ def test_the_file_computes_in_integers_within_the_error_that_is_reported(kind: t
     assert any("not predicted" in note for note in report.notes)
     assert result.report.quantization is None
     assert report.to_json()["quantization"]["written"] == "int8"
+
+
+@pytest.mark.parametrize(("left_float", "sums"), [(None, {"Add": 1, "MaxPool": 1}), ("outer", {"MaxPool": 1})])
+def test_what_lies_between_convolutions_in_integers_takes_integers(
+    left_float: str | None, sums: dict[str, int], tmp_path: Path
+) -> None:
+    """Of sums those of which both sides are of integers: not that with a float one, nor that with a constant."""
+    torch.manual_seed(0)
+    given = data(Residual)
+    path = tmp_path / "float.onnx"
+    model = Residual().eval()
+    lrcompile.compile(model, (given.batches[0]["x"],), target="rpi5").save(path)
+    with Quantizer(path, [{"x": batch["x"].numpy()} for batch in given.batches]) as int8:
+        made = int8.quantized([node for node in int8.nodes if node.layer != left_float])
+    graph = onnx.load_from_string(made).graph
+    source = {name: node.op_type for node in graph.node for name in node.output}
+    taken = [node.op_type for node in graph.node if {source.get(name) for name in node.input} == {"DequantizeLinear"}]
+    assert {kind: taken.count(kind) for kind in ("Add", "MaxPool") if kind in taken} == sums
+    x = given.batches[0]["x"]
+    with torch.no_grad():
+        expected = model(x).numpy()
+    got = onnxruntime.InferenceSession(made, providers=["CPUExecutionProvider"]).run(None, {"x": x.numpy()})[0]
+    assert np.linalg.norm(got - expected) < 0.03 * np.linalg.norm(expected)
 
 
 @pytest.mark.slow
@@ -184,6 +208,19 @@ def test_all_layers_are_within_the_error_of_all_layers() -> None:
         )
         search = LayerSearch(int8, judge, lambda stage, done, total: None)  # type: ignore[arg-type]
         assert search.choose(search.everything.root / judge.limit).nodes == nodes
+
+
+@pytest.mark.parametrize(("counted", "words"), [(0.0, " (as counted 0, of too few to be sure"), (0.03, "")])
+def test_it_is_said_where_too_few_are_counted(counted: float, words: str) -> None:
+    """Where the share that was counted is within the limit, and but for its margin the file would be written."""
+    int8 = SimpleNamespace(nodes=(Quantizable("n", STATIC, "l"),), quantized=lambda part, kinds: b"8")
+    judge = SimpleNamespace(
+        limit=0.02, room=0.02, whole=True, measure=MEASURES["top1"], check=lambda model: (0.1, counted + 0.05, counted)
+    )
+    choice = LayerSearch(int8, judge, lambda stage, done, total: None).choose()  # type: ignore[arg-type]
+    assert choice.model is None
+    assert choice.reason is not None
+    assert f"over 0.02{words}" in choice.reason
 
 
 @pytest.mark.parametrize(("measure", "margin"), [("error", 0.0), ("top1", 1 / 17)])

@@ -30,6 +30,7 @@ from lrcompile.recovery.pair import difference
 from lrcompile.recovery.processes import Processes
 from lrcompile.recovery.refit import refit
 from lrcompile.recovery.samples import IGNORED
+from lrcompile.recovery.settings import Precision
 from lrcompile.recovery.train import Trained
 
 
@@ -164,13 +165,17 @@ class Masked(nn.Module):
         return self.net(x).masked_fill(self.never, self.fill)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])  # which has not the lowest number of single precision
 @pytest.mark.parametrize("fill", [-math.inf, torch.finfo(torch.float32).min])
-def test_a_model_with_masked_scores_is_trained(fill: float, tmp_path: Path) -> None:
+def test_a_model_with_masked_scores_is_trained(fill: float, precision: Precision, tmp_path: Path) -> None:
     model = Masked(fill).eval()
     result = lrcompile.compile(model, (torch.randn(8, WIDTH),), target="rpi5", budget=Budget(size=0.6))
     assert result.report.error["measured"] > 0.01
-    found = lrcompile.recover(result, data(), steps=60, rate=1e-3, refit=False, checkpoints=tmp_path)
+    found = lrcompile.recover(
+        result, data(), steps=60, rate=1e-3, refit=False, precision=precision, checkpoints=tmp_path
+    )
     assert found.report.recovery is not None
+    assert any(node.args[-1] == fill for node in found.model.graph.nodes if node.args)  # as it was given
     assert found.report.recovery["error"][1] < 0.9 * found.report.recovery["error"][0]
 
 

@@ -28,6 +28,7 @@ from lrcompile.errors import VerificationError, first_line
 
 KINDS = (STATIC, DYNAMIC, TABLES) = ("convolutions", "products", "embeddings")
 Feeds = Mapping[str, np.ndarray]
+_BESIDE = ("Relu", "Clip", "Add", "MaxPool")
 _OWN = " of "  # between the name of a table and that of the product that has got one of its own
 
 
@@ -139,7 +140,6 @@ class Quantizer:
         model = onnx.load(path)
         self.nodes = quantizable(model)
         self._shared = shared_tables(model)
-        self._activations = _activations(model)
         self._folder = tempfile.TemporaryDirectory(prefix="lrcompile-")
 
     def __enter__(self) -> Quantizer:
@@ -187,12 +187,12 @@ class Quantizer:
         from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
 
         out = Path(self._folder.name) / "static.onnx"
-        activations = [self._activations[name] for name in names if name in self._activations]
+        beside = _in_integers(onnx.load(path), names)
         quantize_static(
             path, out, Reader(self.feeds),
             quant_format=QuantFormat.QDQ, per_channel=True, reduce_range=narrow,
             activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
-            op_types_to_quantize=["Conv", "Relu", "Clip"], nodes_to_quantize=[*names, *activations],
+            op_types_to_quantize=["Conv", *_BESIDE], nodes_to_quantize=[*names, *beside],
             calibration_cache_path=Path(self._folder.name) / "ranges.json",
         )  # fmt: skip
         return out
@@ -242,15 +242,25 @@ class Reader:
         return next(self._left, None)
 
 
-def _activations(model: onnx.ModelProto) -> dict[str, str]:
-    """The ReLU of each convolution that has one, which the range of an unsigned output does by itself."""
+def _in_integers(model: onnx.ModelProto, convolutions: Collection[str]) -> list[str]:
+    """The nodes beside some convolutions that take integers as these give them, and give integers.
+
+    A ReLU is what the range of an unsigned output does by itself; sums of two, as those of residual blocks, and the
+    largest of windows are of integers where all that enters them is.
+    """
     zeros = {t.name for t in model.graph.initializer if not any(t.dims) and not numpy_helper.to_array(t).any()}
-    convolutions = {node.output[0]: node.name for node in model.graph.node if node.op_type == "Conv"}
-    found = {}
+    values: set[str] = set()
+    found = []
     for node in model.graph.node:
+        if node.op_type == "Conv":
+            values.update(node.output[:1] if node.name in convolutions else ())
+            continue
         is_relu = node.op_type == "Relu" or (node.op_type == "Clip" and len(node.input) > 1 and node.input[1] in zeros)
-        if is_relu and node.input[0] in convolutions:
-            found[convolutions[node.input[0]]] = node.name
+        entering = node.input[:1] if is_relu or node.op_type == "MaxPool" else node.input
+        is_taken = is_relu or node.op_type == "Add" or (node.op_type == "MaxPool" and len(node.output) == 1)
+        if is_taken and values.issuperset(entering):
+            values.add(node.output[0])
+            found.append(node.name)
     return found
 
 

@@ -168,9 +168,11 @@ class LayerSearch:
             target = SAFETY * predicted * min(1.0, room / own)
         against = "the original" if self.judge.whole else "the float model"
         got, most = self.judge.measure.value(choice.root), self.judge.measure.value(self.judge.limit * times)
+        counted = self.judge.measure.counts and self.judge.whole and choice.whole is not None and choice.whole <= most
+        unsure = f" (as counted {choice.whole:.3g}, of too few to be sure: give more data)" if counted else ""
         reason = (
             f"{self.judge.measure.label} against {against} {got:.3g} with {len(choice.nodes)} of {len(nodes)} layers "
-            f"in int8, over {most:g} (see --max-error)"
+            f"in int8, over {most:g}{unsure} (see --max-error)"
         )
         return Choice(reason=reason)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -220,14 +221,23 @@ def _comparable(original: fx.Node, node: fx.Node) -> bool:
 
 
 def _observed(gm: fx.GraphModule, nodes: Iterable[fx.Node], calls: Iterable[fx.Node] = ()) -> fx.GraphModule:
-    """A graph over the same weights that takes flat inputs and gives `Values`."""
+    """A graph over the same weights that takes flat inputs and gives `Values`, in bfloat16 too."""
     new = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
     outputs = pytree.tree_leaves(new.graph_copy(gm.graph, env))
+    for node in new.nodes:
+        node.args, node.kwargs = (fx.node.map_aggregate(given, _in_reach) for given in (node.args, node.kwargs))
     weights = [log_weights_of(new, call, env) for call in calls]
     tensors = [y for y in outputs if isinstance(y, fx.Node) and isinstance(y.meta.get("val"), Tensor)]
     new.output((tensors, [env[node] for node in nodes], weights))
     return fx.GraphModule(gm, new)
+
+
+def _in_reach(value: Any) -> Any:
+    """A number that single precision holds and bfloat16 does not, such as the lowest, as the last that it does."""
+    last = torch.finfo(torch.bfloat16).max
+    is_past = isinstance(value, float) and last < abs(value) <= torch.finfo(torch.float32).max
+    return math.copysign(last, value) if is_past else value
 
 
 def _mean(values: Sequence[Tensor], nothing: Tensor) -> Tensor:
