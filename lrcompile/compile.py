@@ -228,19 +228,19 @@ def solve(prepared: Prepared, budget: Budget) -> Result:
     """
     once = budget.max_drop is not None or budget.int8
     latest = prepared.probed if once else prepared.latest
-    remembered = latest.target.recalls and not once
+    limited = math.isfinite(budget.latency_limit_s(1.0))
+    remembered = latest.target.recalls and not once and (limited or budget.size is None)
     try:
-        return _solve(latest, budget, remembered)
+        return _solve(latest, budget, latest.contradicted if remembered else None)
     except ContradictionError:
         pass
     except BudgetError as error:
-        is_slow = isinstance(error, LatencyError) or (remembered and math.isfinite(budget.latency_limit_s(1.0)))
-        if latest is not prepared or latest.reference is None or not is_slow:
+        if latest.reference is None or not (isinstance(error, LatencyError) or (remembered and limited)):
             raise
-    return _solve(prepared.anew, budget, False)
+    return _solve(latest.anew, budget)
 
 
-def _solve(p: Prepared, budget: Budget, remembered: bool) -> Result:
+def _solve(p: Prepared, budget: Budget, doubts: Callable[[Choice, Measured], bool] | None = None) -> Result:
     drop = DropLimit.of(p.metric, budget)
     problem = p.problem(budget, drop.kept_back() if drop and p.reference else drop)
     clock = Clock(p.clock.progress, dict(p.clock.seconds))
@@ -264,7 +264,7 @@ def _solve(p: Prepared, budget: Budget, remembered: bool) -> Result:
     if reference and not choice.untouched:
         with clock("confirm"):
             problem = replace(problem, drop=drop)
-            choice, measured = confirm(reference, problem, choice, budget, asked, remembered=remembered)
+            choice, measured = confirm(reference, problem, choice, budget, asked, doubts)
     untouched = bool(choice.untouched or (measured and measured.returned_original))
     canonical = () if untouched else p.canonical
     metric = drop.result(None if untouched else choice.rewrites).to_json() if drop else None

@@ -33,6 +33,7 @@ ATTEMPTS = 5  # to meet a latency as measured
 SAFETY = 0.98
 WELL_SPENT = 0.95  # the share of a latency that the most accurate model is to take
 CONTRADICTS = 1.15  # times as long as predicted, or as short, from which remembered timings are not of now
+LEAST_OFF = 0.03  # of the original's time, within which nothing is told of them
 CONTENDED = 0.2  # share of the time spent waiting for a core from which a measurement says so
 
 
@@ -159,21 +160,20 @@ def confirm(
     choice: Choice,
     budget: Budget,
     asked: Budget,
-    *,
-    remembered: bool = False,
+    doubts: Callable[[Choice, Measured], bool] | None = None,
 ) -> tuple[Choice, Measured]:
     """The choice as measured on the whole model, or what of it is worth its while; in the end the original.
 
     A choice made for a size is kept. One made for a latency is made again with tighter limits until the latency holds
     as measured. `asked` is the budget that the choice was made for: another one than `budget` where that is of a file
-    in 8-bit integers. `remembered` says that it was made by timings of other hours.
+    in 8-bit integers. `doubts` says whether prices contradict a measurement.
 
     Raises:
         BudgetError: the latency asked for is not reached as measured.
         ContradictionError: what was remembered does not fit what is measured.
     """
     measured = reference.measure(choice.graph)
-    if remembered and contradicts(measured, choice, problem):
+    if doubts is not None and doubts(choice, measured):
         raise ContradictionError
     if math.isfinite(budget.latency_limit_s(measured.before.latency_s)):
         return _within(reference, problem, choice, measured, budget, asked)
@@ -197,10 +197,14 @@ def confirm(
     return Choice((), reference.traced.graph.copy(), 0.0), replace(same_time, overruled=f"{overruled}: not emitted")
 
 
-def contradicts(measured: Measured, choice: Choice, problem: Problem) -> bool:
-    """Whether a choice takes far from the share of the original's time that was predicted."""
-    predicted = (problem.base.latency_s - choice.gain_s) / problem.original_s
-    return not 1 / CONTRADICTS <= measured.ratio / max(predicted, 1e-9) <= CONTRADICTS
+def contradicts(measured: Measured, predicted: float) -> bool:
+    """Whether a model surely takes far from the share of the original's time that was predicted.
+
+    Nothing is sure of what was measured on a busy machine.
+    """
+    times = max(predicted + LEAST_OFF, predicted * CONTRADICTS)
+    part = min(predicted - LEAST_OFF, predicted / CONTRADICTS)
+    return measured.remark is None and not (measured.least <= times and measured.most >= part)
 
 
 def _is_original(graph: Graph, reference: Reference) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from lrcompile.confirm import Reference, contradicts
+from lrcompile.confirm import Measured, Reference, contradicts
 from lrcompile.devices.cost import Cost
 from lrcompile.devices.target import Target
 from lrcompile.frontend.calibration_data import CalibrationData
@@ -19,10 +19,12 @@ from lrcompile.planning.budget import Budget
 from lrcompile.planning.distribution import Spread
 from lrcompile.planning.metric import DropLimit, Metric
 from lrcompile.planning.price import Pricing, price
-from lrcompile.planning.search import Problem
+from lrcompile.planning.search import Choice, Problem
 from lrcompile.planning.sensitivity import Evaluator
 from lrcompile.planning.strategies import search, strategy_of
 from lrcompile.report.clock import Clock
+
+MEASURED_AGAIN = "layers were measured again: what was remembered of them does not seem to be of now"
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,29 +78,39 @@ class Prepared:
                 transforms, keep = tuple(self.passes.values()), kept(self.skipped)
                 priced = price(self.graph, transforms, self.context, target.model, keep, clock.progress)
                 pricing = replace(pricing, candidates=priced.candidates)
-        return replace(self, target=target, pricing=pricing, base=base, original=base, clock=clock)
+        notes = (*self.notes, *([MEASURED_AGAIN] if self.target.recalls else []))
+        return replace(self, target=target, pricing=pricing, base=base, original=base, notes=notes, clock=clock)
 
     @property
     def latest(self) -> Prepared:
         """Itself, or what was measured `anew` since."""
-        return vars(self).get("anew", self)
+        return self.anew.latest if "anew" in vars(self) else self
 
-    @cached_property
+    @property
     def probed(self) -> Prepared:
         """The latest, or `anew` where a model halfway to the fastest contradicts what is remembered of its layers.
 
         For those who cannot make their choice twice, as a metric is not evaluated so often.
         """
         latest = self.latest
-        if latest.reference is None or not latest.target.recalls:
-            return latest
+        return latest.anew if latest._is_contradicted else latest
+
+    def contradicted(self, choice: Choice, measured: Measured) -> bool:
+        """Whether a choice takes far from what its prices say; whether they count clean-up is seen where it matters."""
+        bases = (base() for base in (lambda: self.base, lambda: self.cleaned))
+        return all(contradicts(measured, (b.latency_s - choice.gain_s) / self.original.latency_s) for b in bases)
+
+    @cached_property
+    def _is_contradicted(self) -> bool:
+        if self.reference is None or not self.target.recalls:
+            return False
         problem = self.problem(Budget())
         base_s, reached_s = problem.base.latency_s, strategy_of(Budget()).reach_s(problem, Budget())
         halfway_s = max(base_s / 10, (base_s + reached_s) / 2)  # more may be remembered to be saved than there is
         with self.clock("confirm"):
             choice = search(problem, Budget(max_latency_s=halfway_s))
-            measured = latest.reference.measure(choice.graph)
-        return self.anew if contradicts(measured, choice, problem) else self
+            measured = self.reference.measure(choice.graph)
+        return self.contradicted(choice, measured)
 
     def problem(self, budget: Budget, drop: DropLimit | None = None) -> Problem:
         """What is searched for a budget; where that limits the latency, what clean-up gains counts towards it."""

@@ -11,7 +11,7 @@ import torch
 from torch import fx, nn
 
 import lrcompile
-from lrcompile.confirm import SECONDS, TRIALS, Measured, confirm, worthwhile
+from lrcompile.confirm import SECONDS, TRIALS, Measured, confirm, contradicts, worthwhile
 from lrcompile.devices.analytic import AnalyticCostModel
 from lrcompile.devices.cost import Cost, total
 from lrcompile.devices.layouts import operations_on
@@ -20,7 +20,9 @@ from lrcompile.devices.profile import load_device
 from lrcompile.errors import BudgetError, LatencyError
 from lrcompile.graph.graph import Graph
 from lrcompile.graph.op import OpDesc
+from lrcompile.graph.rewrite import Rewrite
 from lrcompile.planning.search import Choice, Problem, search
+from lrcompile.prepared import MEASURED_AGAIN
 
 LAYERS = 4
 V100 = AnalyticCostModel(load_device("v100"))
@@ -305,6 +307,18 @@ class Remembering(LocalCostModel):
         return replace(cost, latency_s=self.times * cost.latency_s, sigma_s=self.times * cost.sigma_s)
 
 
+class AsPredicted(Machine):
+    """One on which models take what a V100 is predicted to."""
+
+    def latency(self) -> Cost:
+        return self.prepared.original
+
+    def measure(self, graph: Graph, seconds: float = 0.0) -> Measured:
+        self.asked.append(set())
+        took = total([V100.cost(op) for op in operations_on(self.prepared.target.device, graph.gm).values()])
+        return Measured(self.prepared.original, took)
+
+
 @pytest.mark.parametrize("times", [0.2, 1.0, 5.0], ids=["slower now", "as it was", "faster now"])
 def test_layers_are_priced_anew_where_the_whole_model_contradicts_what_is_remembered(
     prepared: lrcompile.Prepared, times: float
@@ -316,26 +330,57 @@ def test_layers_are_priced_anew_where_the_whole_model_contradicts_what_is_rememb
     there = lrcompile.prepare_model(Net().eval(), (torch.randn(2048, 512),), target=target)
     there = replace(there, base=original, original=original)
 
-    class Here(Machine):
-        def latency(self) -> Cost:
-            return original
-
-        def measure(self, graph: Graph, seconds: float = 0.0) -> Measured:
-            self.asked.append(set())
-            took = total([V100.cost(op) for op in operations_on(prepared.target.device, graph.gm).values()])
-            return Measured(original, took)
-
-    machine = Here(prepared, lambda split: 1.0, original.latency_s)
+    machine = AsPredicted(prepared, lambda split: 1.0)
     here = replace(there, reference=machine)  # type: ignore[arg-type]
     found = lrcompile.solve(here, budget)
     assert found.plan.rewrites == lrcompile.solve(prepared, budget).plan.rewrites
     assert any(known.asked) == (times != 1.0)
     assert (here.latest is here) == (times == 1.0)
     assert here.probed is here.latest
+    assert (MEASURED_AGAIN in found.report.notes) == (times != 1.0)
     count = len(machine.asked)
     fresh = replace(there, reference=machine)  # type: ignore[arg-type]
     assert (fresh.probed is fresh) == (times == 1.0)  # before a metric is evaluated
     assert len(machine.asked) == count + 1
+    assert fresh.probed is fresh.latest
+    assert fresh.anew is fresh.probed
+    assert len(machine.asked) == count + 1
+
+
+def test_a_prepared_model_that_was_measured_anew_since_is_not_what_is_probed(prepared: lrcompile.Prepared) -> None:
+    target = replace(prepared.target, model=Remembering(None))
+    there = lrcompile.prepare_model(Net().eval(), (torch.randn(2048, 512),), target=target)
+
+    here = replace(there, reference=AsPredicted(prepared, lambda split: 1.0))  # type: ignore[arg-type]
+    assert here.probed is here
+    assert here.anew is not here
+    assert here.probed is here.anew
+
+
+@pytest.mark.parametrize(
+    ("ratio", "spread", "remark", "expected"),
+    [
+        (0.5, 0.0, None, False), (0.57, 0.0, None, False), (0.6, 0.0, None, True), (0.42, 0.0, None, True),
+        (0.6, 0.05, None, False), (0.9, 0.0, "busy", False),
+    ],
+    ids=["as predicted", "a little more", "far more", "far less", "within its interval", "on a busy machine"],
+)  # fmt: skip
+def test_what_contradicts_a_prediction(ratio: float, spread: float, remark: str | None, expected: bool) -> None:
+    measured = Measured(Cost(1.0), Cost(ratio, spread), remark=remark)
+    assert contradicts(measured, 0.5) == expected
+    off = 0.02  # of the original, which is a fifth of what is left
+    assert not contradicts(Measured(Cost(1.0), Cost(0.1 + off)), 0.1)
+
+
+@pytest.mark.parametrize("cleaned", [1.0, 0.7])
+def test_what_clean_up_gains_is_no_contradiction(prepared: lrcompile.Prepared, cleaned: float) -> None:
+    machine = Machine(prepared, lambda split: cleaned)
+    here = replace(prepared, reference=machine, canonical=(Rewrite("fold", ("layer",), {}, 0.0),))  # type: ignore[arg-type]
+    original_s = here.original.latency_s
+    choice = Choice((), here.graph, 0.0)
+    for ratio, expected in ((1.0, False), (0.7, cleaned == 1.0), (0.4, True)):
+        measured = Measured(Cost(original_s), Cost(ratio * original_s))
+        assert here.contradicted(choice, measured) == expected
 
 
 def test_a_latency_that_is_not_reached_as_measured_is_an_error(prepared: lrcompile.Prepared) -> None:

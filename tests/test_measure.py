@@ -211,7 +211,7 @@ def test_what_is_measured_now_takes_nothing_of_other_hours(
     costs = local_model(machine, tmp_path).compare(*pair(8))
     known = local_model(machine, tmp_path)
     assert known.compare(*pair(8)) == costs
-    assert (known.counters.recalled, known.measured) == (1, 0)
+    assert (known.counters.recalled, known.reused, known.measured) == (0, 1, 0)  # just now
     [file] = tmp_path.iterdir()
     now_s = file.stat().st_mtime
     if disturbance == "noise":
@@ -219,6 +219,9 @@ def test_what_is_measured_now_takes_nothing_of_other_hours(
     elif disturbance != "none":
         moved_s = now_s + (3600 if disturbance == "later clock" else -3600)
         os.utime(file, (moved_s, moved_s))
+    then = local_model(machine, tmp_path)
+    then.compare(*pair(8))
+    assert (then.counters.recalled, then.measured) == (int(disturbance != "none"), 0)
     now = known.of_now()
     assert now.compare(*pair(8)) == costs
     assert (now.counters.recalled, now.measured) == (0, int(disturbance != "none"))

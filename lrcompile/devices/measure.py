@@ -33,7 +33,7 @@ from lrcompile.devices.onnx_region import LoweredRegion, UnsupportedRegion, lowe
 from lrcompile.devices.pace import Paced
 from lrcompile.devices.profile import load_device
 from lrcompile.devices.repeated import copies_for, handing_over, least_copies, repeated, waking
-from lrcompile.devices.timings import Timing, default_cache_dir, forget, key_of, recall, remember
+from lrcompile.devices.timings import Timing, default_cache_dir, forget, key_of, recalled, remember
 from lrcompile.errors import DeviceError, first_line
 from lrcompile.graph.describe import describe
 from lrcompile.graph.op import OpDesc
@@ -61,7 +61,7 @@ LEAST_S = 2e-8  # what any operation takes, where noise hides it
 class Counters:
     """What a cost model did: pairs measured, remembered and skipped as hopeless, and regions it had to predict.
 
-    Of those `reused`, some were `recalled` from disk, where they may be of another hour.
+    Of those `reused`, some were `recalled` from disk, where they are of another hour or of a busy machine.
     """
 
     measured: int = 0
@@ -190,14 +190,14 @@ class LocalCostModel:
         """Remembered timings, or the reason why there are none; None where nothing is remembered."""
         if key in self._unmeasurable:
             return self._unmeasurable[key]
-        known = self._memory.get(key)
-        if known is None:
-            known = recall(self.cache_dir, key, count, recent_only=self.recent_only)
-            self.counters.recalled += known is not None and not self.recent_only
-        if known is not None:
-            self._memory[key] = known
-            self.counters.reused += 1
-        return known
+        if key not in self._memory:
+            found = recalled(self.cache_dir, key, count)
+            if found is None or (self.recent_only and not found.recent):
+                return None
+            self._memory[key] = found.timings
+            self.counters.recalled += not found.recent
+        self.counters.reused += 1
+        return self._memory[key]
 
     def _measured(self, key: str, regions: Sequence[LoweredRegion]) -> tuple[Timing, ...] | str:
         try:

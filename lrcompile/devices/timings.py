@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lrcompile.cache import cache_folder, put_whole
 
@@ -32,11 +32,15 @@ def key_of(*facts: Any) -> str:
     return hashlib.sha256(json.dumps([SCHEMA, *facts]).encode()).hexdigest()
 
 
-def recall(folder: Path | None, key: str, sides: int, *, recent_only: bool = False) -> tuple[Timing, ...] | None:
-    """The timings of so many sides, or None: absent or damaged ones are measured again and rewritten.
+class Recalled(NamedTuple):
+    """Remembered timings; `recent` are those that were measured in the last minutes, undisturbed."""
 
-    With `recent_only` those count that were measured in the last minutes, undisturbed.
-    """
+    timings: tuple[Timing, ...]
+    recent: bool
+
+
+def recalled(folder: Path | None, key: str, sides: int) -> Recalled | None:
+    """The timings of so many sides, or None: absent or damaged ones are measured again and rewritten."""
     if folder is None:
         return None
     path = folder / f"{key}.json"
@@ -50,9 +54,15 @@ def recall(folder: Path | None, key: str, sides: int, *, recent_only: bool = Fal
     if not good or len(timings) != sides:
         return None
     noise = max(sigma_s / latency_s for latency_s, sigma_s in timings)
-    if recent_only and (noise > DISTURBED or not 0 <= age_s <= RECENT_S):
+    if noise > TOO_NOISY and age_s > NOISY_KEPT_S:
         return None
-    return None if noise > TOO_NOISY and age_s > NOISY_KEPT_S else timings
+    return Recalled(timings, noise <= DISTURBED and 0 <= age_s <= RECENT_S)
+
+
+def recall(folder: Path | None, key: str, sides: int) -> tuple[Timing, ...] | None:
+    """The timings alone that `recalled` gives."""
+    found = recalled(folder, key, sides)
+    return found.timings if found else None
 
 
 def forget(folder: Path | None, key: str) -> None:

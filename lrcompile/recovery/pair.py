@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from lrcompile.graph.graph import Graph
+from lrcompile.graph.graph import Graph, attribute
 from lrcompile.graph.verify import filled
 from lrcompile.memory import samples_in
 from lrcompile.recovery.attention import divergence, log_weights_of, same_calls
@@ -22,6 +22,7 @@ from lrcompile.recovery.settings import Outputs
 
 Scales = tuple[list[Tensor], list[Tensor]]
 
+_LAST = torch.finfo(torch.bfloat16).max
 UNRELATED = 1.0  # relative squared difference from which two values are taken for values of different things
 
 
@@ -225,8 +226,12 @@ def _observed(gm: fx.GraphModule, nodes: Iterable[fx.Node], calls: Iterable[fx.N
     new = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
     outputs = pytree.tree_leaves(new.graph_copy(gm.graph, env))
-    for node in new.nodes:
+    for node in list(new.nodes):
         node.args, node.kwargs = (fx.node.map_aggregate(given, _in_reach) for given in (node.args, node.kwargs))
+        if node.op == "get_attr" and _is_past_reach(attribute(gm, node.target)):
+            with new.inserting_after(node):
+                inside = new.call_function(torch.ops.aten.clamp.default, (node, -_LAST, _LAST))
+            node.replace_all_uses_with(inside, delete_user_cb=lambda user, inside=inside: user is not inside)
     weights = [log_weights_of(new, call, env) for call in calls]
     tensors = [y for y in outputs if isinstance(y, fx.Node) and isinstance(y.meta.get("val"), Tensor)]
     new.output((tensors, [env[node] for node in nodes], weights))
@@ -235,9 +240,15 @@ def _observed(gm: fx.GraphModule, nodes: Iterable[fx.Node], calls: Iterable[fx.N
 
 def _in_reach(value: Any) -> Any:
     """A number that single precision holds and bfloat16 does not, such as the lowest, as the last that it does."""
-    last = torch.finfo(torch.bfloat16).max
-    is_past = isinstance(value, float) and last < abs(value) <= torch.finfo(torch.float32).max
-    return math.copysign(last, value) if is_past else value
+    is_past = isinstance(value, float) and _LAST < abs(value) <= torch.finfo(torch.float32).max
+    return math.copysign(_LAST, value) if is_past else value
+
+
+def _is_past_reach(value: Any) -> bool:
+    """Whether that is a constant tensor of single precision with such numbers, and without infinities."""
+    if not isinstance(value, Tensor) or isinstance(value, nn.Parameter) or value.dtype != torch.float32:
+        return False
+    return bool(value.numel()) and _LAST < float(value.abs().max()) < math.inf
 
 
 def _mean(values: Sequence[Tensor], nothing: Tensor) -> Tensor:
