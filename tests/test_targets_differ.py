@@ -58,7 +58,7 @@ def test_explain_says_why_one_device_leaves_what_the_other_cuts(results: dict[st
     for path, device in differing:
         decision = next(d for d in results[device].report.sites if d.site == path)
         screen = io.StringIO()
-        print_site(Console(file=screen, width=120), decision.to_json())
+        print_site(Console(file=screen, width=120), decision)
         assert any(words in screen.getvalue() for words in ("not sure enough", "nothing is faster", "up to")), path
         assert "P(faster)" in screen.getvalue()
 
