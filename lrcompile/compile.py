@@ -228,14 +228,13 @@ def solve(prepared: Prepared, budget: Budget) -> Result:
     """
     once = budget.max_drop is not None or budget.int8
     latest = prepared.probed if once else prepared.latest
-    limited = math.isfinite(budget.latency_limit_s(1.0))
-    remembered = latest.target.recalls and not once and (limited or budget.size is None)
+    remembered = latest.target.recalls and not once and (budget.limits_latency or budget.size is None)
     try:
         return _solve(latest, budget, latest.contradicted if remembered else None)
     except ContradictionError:
         pass
     except BudgetError as error:
-        if latest.reference is None or not (isinstance(error, LatencyError) or (remembered and limited)):
+        if latest.reference is None or not (isinstance(error, LatencyError) or (remembered and budget.limits_latency)):
             raise
     return _solve(latest.anew, budget)
 

@@ -175,7 +175,7 @@ def confirm(
     measured = reference.measure(choice.graph)
     if doubts is not None and doubts(choice, measured):
         raise ContradictionError
-    if math.isfinite(budget.latency_limit_s(measured.before.latency_s)):
+    if budget.limits_latency:
         return _within(reference, problem, choice, measured, budget, asked)
     if budget.size is not None:
         slower = f"measured on the whole model it takes {measured}"

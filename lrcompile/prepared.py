@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -97,8 +96,11 @@ class Prepared:
 
     def contradicted(self, choice: Choice, measured: Measured) -> bool:
         """Whether a choice takes far from what its prices say; whether they count clean-up is seen where it matters."""
-        bases = (base() for base in (lambda: self.base, lambda: self.cleaned))
-        return all(contradicts(measured, (b.latency_s - choice.gain_s) / self.original.latency_s) for b in bases)
+
+        def off(base: Cost) -> bool:
+            return contradicts(measured, (base.latency_s - choice.gain_s) / self.original.latency_s)
+
+        return off(self.base) and off(self.cleaned)
 
     @cached_property
     def _is_contradicted(self) -> bool:
@@ -115,7 +117,7 @@ class Prepared:
     def problem(self, budget: Budget, drop: DropLimit | None = None) -> Problem:
         """What is searched for a budget; where that limits the latency, what clean-up gains counts towards it."""
         original_s = self.original.latency_s
-        base = self.cleaned if math.isfinite(budget.latency_limit_s(original_s)) else self.base
+        base = self.cleaned if budget.limits_latency else self.base
         return Problem(
             self.graph, self.pricing.candidates, self.passes, self.context,
             self.evaluator.measured_in(budget.measure_in_use).afresh(), base, original_s,

@@ -1,10 +1,10 @@
 """From a float ONNX graph to one that computes in 8-bit integers, by ONNX Runtime's own quantizer.
 
 Convolutions are quantised statically, with ranges from calibration data: sought anew in each run they are several times
-slower than in float. Products with constant matrices are quantised dynamically, with ranges of each run: what
-transformers multiply has outliers, for which one range for all inputs is too coarse. Tables of embeddings are stored in
-8 bits, and what is looked up is made float again. `docs/quantization.md` has the figures. Whatever else there is stays
-in float.
+slower than in float. With them go the ReLUs, sums of two and max pooling between them. Products with constant matrices
+are quantised dynamically, with ranges of each run: what transformers multiply has outliers, for which one range for all
+inputs is too coarse. Tables of embeddings are stored in 8 bits, and what is looked up is made float again.
+`docs/quantization.md` has the figures. Whatever else there is stays in float.
 """
 
 from __future__ import annotations

@@ -114,6 +114,11 @@ class Budget:
             return math.inf
         return self.size * original_bytes if self.size <= 1 else self.size
 
+    @property
+    def limits_latency(self) -> bool:
+        """Whether a speed-up or a latency is asked for."""
+        return self.speedup is not None or self.max_latency_s is not None
+
     def latency_limit_s(self, original_s: float) -> float:
         """The latency limit in seconds, infinite where there is none."""
         limits = [math.inf]
